@@ -1,0 +1,1 @@
+"""minidpo: preference alignment for language models, from scratch in plain PyTorch."""

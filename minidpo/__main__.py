@@ -1,0 +1,26 @@
+"""`python -m minidpo COMMAND`: each command is a file in minidpo/commands with a `main(arguments)`."""
+
+import importlib
+
+from minidpo.errors import UserError, exit_on_user_error
+
+COMMANDS = {
+    "demo": "a small world, a reward model and DPO from nothing, in minutes on a CPU",
+    "exact": "every loss trained to its analytic optimum in a world small enough to list",
+    "score": "log-probs or rewards of every pair of a preference file",
+    "sample": "completions of a prompt",
+}
+
+
+def main(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: python -m minidpo COMMAND [options]   (COMMAND --help tells the options)\n")
+        print("\n".join(f"  {name:<8} {about}" for name, about in COMMANDS.items()))
+        return
+    if arguments[0] not in COMMANDS:
+        raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
+    importlib.import_module(f"minidpo.commands.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,107 @@
+"""Who may look at whom: the shared-prompt rule, said once and computed in two ways.
+
+A pair lies in the packed row as [prompt | chosen | rejected]. A query may attend to a key when both belong to
+the same pair, the key does not come later in the text, and the key is in the prompt or in the query's own ending.
+On CPU the rule is a list of `Segment`s, each one plain causal attention; on CUDA it is a FlexAttention mask.
+
+Dimensions: N tokens of a packed row, S selected rows, H/K query/key heads, E head size.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+
+class Segment(NamedTuple):
+    """Consecutive query rows and the key rows before and under them: the last query stands on the last key."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+
+
+class TokenPlaces(NamedTuple):
+    """For every token: its pair, its ending (0 prompt, 1 chosen, 2 rejected), its position in its own text."""
+
+    pair: Tensor  # (N,)
+    ending: Tensor  # (N,)
+    position: Tensor  # (N,)
+
+    def at(self, rows: Tensor) -> "TokenPlaces":
+        return TokenPlaces(self.pair[rows], self.ending[rows], self.position[rows])
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q (..., Tq, H, E), k and v (..., Tk, K, E) -> (..., Tq, H, E); the last query stands on the last key.
+
+    mask (..., 1, Tq, Tk) bool, true where a query may look, replaces the causal rule where it is given.
+    """
+    q, k, v = (heads.transpose(-3, -2) for heads in (q, k, v))  # (..., H, T, E)
+    square = q.shape[-2] == k.shape[-2]
+    if mask is None and not square and q.shape[-2] > 1:
+        mask = lower_right_mask(q.shape[-2], k.shape[-2], q.device)
+    attended = F.scaled_dot_product_attention(
+        q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask, is_causal=square and mask is None, enable_gqa=True
+    )
+    return attended.transpose(-3, -2)
+
+
+def lower_right_mask(queries: int, keys: int, device: torch.device) -> Tensor:
+    """(Tq, Tk) bool: query i may look at keys up to i + Tk - Tq."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def segment_attention(segments: list[Segment]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The rule as one SDPA call a segment; segments follow one another and cover all queries.
+
+    Attention runs in float32 even under autocast: bf16 attention is slower than float32 on CPU, and less exact.
+    """
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast(q.device.type, enabled=False):
+            k, v = k.to(q.dtype), v.to(q.dtype)
+            return torch.cat([
+                causal_attention(
+                    q[None, segment.queries],
+                    torch.cat([k[rows] for rows in segment.keys])[None],
+                    torch.cat([v[rows] for rows in segment.keys])[None],
+                )[0]
+                for segment in segments
+            ])  # fmt: skip
+
+    return attend
+
+
+def shared_prompt_mask(queries: TokenPlaces, keys: TokenPlaces) -> BlockMask:
+    """The rule as a FlexAttention mask of len(queries) x len(keys)."""
+
+    def may_attend(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        same_pair = queries.pair[q] == keys.pair[k]
+        not_later = keys.position[k] <= queries.position[q]
+        own_text = (keys.ending[k] == 0) | (keys.ending[k] == queries.ending[q])
+        return same_pair & not_later & own_text
+
+    return create_block_mask(
+        may_attend, None, None, len(queries.pair), len(keys.pair), device=keys.pair.device.type
+    )
+
+
+def masked_attention(mask: BlockMask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """The rule as one FlexAttention call under `mask`, in the dtype of v (bf16 under autocast)."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (heads.to(v.dtype).transpose(0, 1)[None] for heads in (q, k, v))  # (1, H, N, E)
+        attended = _flex_attention(q.device.type)(q, k, v, block_mask=mask, enable_gqa=True)
+        return attended[0].transpose(0, 1)
+
+    return attend
+
+
+@cache
+def _flex_attention(device_type: str) -> Callable[..., Tensor]:
+    """Uncompiled FlexAttention stores the whole score matrix: right for tests on CPU, not for a GPU."""
+    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention

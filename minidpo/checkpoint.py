@@ -1,0 +1,172 @@
+"""Training state on disk: OUT/checkpoints/step-N/, a Hugging Face directory plus optimizer.safetensors and state.json.
+
+A checkpoint is renamed into place when it is whole, so a killed save leaves the one before. Nothing is pickled.
+There is no random state to keep: the data order is a function of (seed, step) and no layer draws numbers.
+"""
+
+import json
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from minidpo.errors import UserError
+from minidpo.files import replacing_directory
+from minidpo.metrics import say
+from minidpo.model import Transformer
+from minidpo.reward import RewardModel
+from minidpo.weights import save_model, save_reward_model
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def save_checkpoint(
+    out: Path,
+    step: int,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    identity: dict[str, Any],
+    keep: int,
+    tokenizer_from: Path,
+) -> Path:
+    """Write OUT/checkpoints/step-N, then delete all but the `keep` newest. `identity`: see `resume`."""
+    path = out / "checkpoints" / f"step-{step}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing_directory(path) as directory:
+        save_model(model, directory)
+        copy_tokenizer(tokenizer_from, directory)
+        save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+        state = {"step": step, "identity": identity}
+        (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+    for old in _checkpoints(out)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
+    """Load the newest checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
+
+    identity: setting -> value, for everything that would silently make this another run. Raises UserError that
+    names the first setting in which the checkpoint differs.
+    """
+    checkpoints = _checkpoints(out)
+    if not checkpoints:
+        return 0
+    path = checkpoints[-1]
+    try:
+        state = json.loads((path / "state.json").read_text())
+        weights = load_file(path / "model.safetensors")
+        moments = load_file(path / "optimizer.safetensors")
+        was, step = state["identity"], state["step"]
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"{path}: not a whole checkpoint ({error}); remove it to go on from an older one"
+        ) from None
+    for name in sorted(was.keys() | identity.keys()):
+        if was.get(name) != identity.get(name):
+            raise UserError(
+                f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
+                " give the run another run.out, or the old setting"
+            )
+    device = next(model.parameters()).device
+    model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, strict=True)
+    _load_optimizer(model, optimizer, moments)
+    say(f"resuming from {path}")
+    return step
+
+
+def save_final(out: Path, model: Transformer, tokenizer_from: Path) -> Path:
+    """OUT/final: what transformers, or the next script, opens."""
+    with replacing_directory(out / "final") as directory:
+        if isinstance(model, RewardModel):
+            save_reward_model(model, directory)
+        else:
+            save_model(model, directory)
+        copy_tokenizer(tokenizer_from, directory)
+    return out / "final"
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
+    """The settings that make a run this run: the loss, the optimizer, the data, the model and the precision.
+
+    Left out is what may change on the way: how long, where to, what is logged and how it is cut into micro-batches.
+    """
+    free = {"epochs", "max_steps", "micro_tokens"}
+    settings = {f"loss.{k}": v for k, v in config["loss"].items()}
+    settings |= {f"optim.{k}": v for k, v in config["optim"].items() if k not in free}
+    settings |= {f"run.{k}": config["run"][k] for k in ("seed", "dtype")}
+    return settings | fingerprints
+
+
+class StopRequest:
+    """True once SIGINT or SIGTERM came: finish the step, save, leave. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    request = StopRequest()
+    before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    """Whole checkpoints, oldest first."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}/{key}": value.contiguous().cpu()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def _load_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
+) -> None:
+    """By parameter name, through the optimizer's own load_state_dict, which puts each tensor on its device."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    order = {
+        names[p]: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition("/")
+        state.setdefault(order[name], {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

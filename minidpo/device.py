@@ -1,0 +1,36 @@
+"""Where a run computes and in what precision."""
+
+from contextlib import AbstractContextManager
+
+import torch
+
+from minidpo.config import RunSection
+from minidpo.errors import UserError
+
+
+def choose_device(name: str, threads: int = 0) -> torch.device:
+    """The device that `name` (auto, cpu, cuda) means here. Raises UserError where cuda is asked for and absent."""
+    if threads:
+        torch.set_num_threads(threads)
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("run.device = 'cuda', but PyTorch sees no CUDA device; use 'cpu' or 'auto'")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
+    """bf16 matrix products over float32 weights for "bf16", nothing for "fp32"."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def row_length(device: torch.device, run_tokens: int) -> int:
+    """What packed rows are padded to: nothing on CPU; one fixed length on CUDA, where each shape is compiled."""
+    return run_tokens if device.type == "cuda" else 0
+
+
+def describe(device: torch.device, run: RunSection) -> str:
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} CPU threads"
+    )
+    return f"{name}, {'bf16 over float32 weights' if run.dtype == 'bf16' else 'float32'}"

@@ -1,0 +1,29 @@
+"""What a user can get wrong, told in one line.
+
+Everything that depends on what was typed, or on a file somebody pointed at, raises `UserError` with
+what is wrong, where (file, line, key) and what would be right. `exit_on_user_error` turns it into
+that one line and exit status 2, `RunStopped` into one line and status 1; any other exception is a bug in
+minidpo and keeps its traceback.
+"""
+
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Bad input from the user: its message is a single line that says what, where and what is right."""
+
+
+class RunStopped(RuntimeError):
+    """A run that must not go on, though nobody typed anything wrong (a non-finite gradient)."""
+
+
+def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
+    """Run `main(arguments)`; print a `UserError` or `RunStopped` as one line to stderr and exit."""
+    try:
+        main(sys.argv[1:])
+    except (UserError, RunStopped) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted")

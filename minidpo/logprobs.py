@@ -1,0 +1,112 @@
+"""Log-probs of responses: first the definition, then the form that fits in memory.
+
+Dimensions: R rows, T tokens a row, S scored tokens, V vocabulary, D hidden size.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:  # the definition below depends on torch alone
+    from minidpo.model import Transformer
+    from minidpo.packing import PackedRow
+
+
+def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The definition: summed log-probs of the scored tokens of each row, and how many there are.
+
+        sums[r] = sum over t with response_mask[r, t] of log softmax(logits[r, t-1])[tokens[r, t]]
+
+    The logits after token t-1 predict token t: the shift by one happens here and nowhere else.
+    The first token of a row has no predecessor and cannot be scored.
+    Shapes: logits (R, T, V), tokens (R, T) integers, response_mask (R, T) bool, true on scored tokens.
+    Returns sums (R,) in nats, float32 or better, and counts (R,) int64.
+    Raises ValueError on shapes that do not fit, a scored first token, or a row with no scored token.
+    """
+    if logits.ndim != 3 or tokens.shape != logits.shape[:2] or response_mask.shape != tokens.shape:
+        raise ValueError(
+            f"logits {tuple(logits.shape)}, tokens {tuple(tokens.shape)} and response_mask"
+            f" {tuple(response_mask.shape)} must be (R, T, V), (R, T) and (R, T)"
+        )
+    if response_mask[:, 0].any():
+        raise ValueError("response_mask scores the first token of a row, which nothing predicts")
+    scored = response_mask[:, 1:]
+    counts = scored.sum(dim=1)
+    if (counts == 0).any():
+        raise ValueError(f"row {int((counts == 0).nonzero()[0])} has no scored token")
+    logps = F.log_softmax(_at_least_float32(logits[:, :-1]), dim=-1)
+    token_logps = logps.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (R, T-1)
+    # where, not multiplication: a masked -inf times zero would be NaN.
+    return torch.where(scored, token_logps, 0.0).sum(dim=1), counts
+
+
+def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int = 1024) -> Tensor:
+    """log softmax(hidden @ output_weight.T)[target] at every scored position, without storing the logits.
+
+    Equal to `sequence_logps`'s inner gather on the same rows, but the (S, V) logits exist only `chunk_size`
+    rows at a time: backward computes them again. float32 from the logits on, whatever dtype the product ran in.
+    Shapes: hidden (S, D), the final hidden state *before* each scored token; output_weight (V, D);
+    targets (S,). Returns (S,), nats, float32 or better. Differentiable once in hidden and output_weight.
+    """
+    if torch.is_autocast_enabled(hidden.device.type):
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+        hidden, output_weight = hidden.to(dtype), output_weight.to(dtype)
+    return _ChunkedTokenLogps.apply(hidden, output_weight, targets, chunk_size)
+
+
+def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
+    """Summed log-probs of the scored endings of a packed row: (B, endings), nats, chosen first.
+
+    The packed twin of `sequence_logps`: one pass over [prompt | chosen | rejected], logits at scored tokens only.
+    """
+    attends = row.attends(model.config.num_hidden_layers)
+    hidden = model.hidden_states(row.tokens, row.places.position, attends, row.queries)
+    logps = token_logps(hidden[row.scored], model.output_weight, row.targets)
+    return sum_by_ending(logps, row.scored_lengths).view(row.pairs, -1)
+
+
+def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of consecutive runs: values (S,) are those of ending 0, then ending 1, ...; lengths (E,) -> (E,)."""
+    ending = torch.repeat_interleave(
+        torch.arange(len(lengths), device=values.device), lengths, output_size=len(values)
+    )
+    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, ending, values)
+
+
+class _ChunkedTokenLogps(torch.autograd.Function):
+    """d logp / d logits = onehot(target) - softmax(logits), formed chunk by chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
+        logps, normalizers = [], []
+        for h, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+            logits = _at_least_float32(h @ output_weight.T)  # (chunk, V)
+            normalizer = logits.logsumexp(dim=-1)
+            logps.append(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - normalizer)
+            normalizers.append(normalizer)
+        ctx.chunk_size = chunk_size
+        ctx.save_for_backward(hidden, output_weight, targets, torch.cat(normalizers))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad_logps: Tensor):
+        hidden, output_weight, targets, normalizers = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        # Accumulated over chunks in float32: bf16 sums would lose the small contributions.
+        grad_weight = torch.zeros_like(output_weight, dtype=normalizers.dtype)
+        for rows in torch.arange(len(targets), device="cpu").split(ctx.chunk_size):
+            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+            h = hidden[rows]
+            logits = _at_least_float32(h @ output_weight.T)
+            grad_logits = logits.sub_(normalizers[rows, None]).exp_().neg_()  # -softmax
+            grad_logits.scatter_add_(1, targets[rows, None], torch.ones_like(normalizers[rows, None]))
+            grad_logits = grad_logits.mul_(grad_logps[rows, None]).to(hidden.dtype)
+            grad_hidden[rows] = grad_logits @ output_weight
+            grad_weight += grad_logits.T @ h
+        return grad_hidden, grad_weight.to(output_weight.dtype), None, None
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

@@ -1,0 +1,137 @@
+"""What a run says: lines on the console, progress lines, and metrics.jsonl."""
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from torch import Tensor
+
+from minidpo.files import replacing_file
+
+Item = TypeVar("Item")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Averages:
+    """Means over pairs of several quantities. Sums stay on the device until `means` asks for them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """values: quantity -> one number a pair, (B,)."""
+        count = 0
+        for name, value in values.items():
+            count = len(value)
+            total = value.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._count += count
+
+    def means(self) -> dict[str, float]:
+        return {name: total.item() / self._count for name, total in self._sums.items()}
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped."""
+
+    def __init__(self, path: Path, last_step: int) -> None:
+        self.path = path
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
+            with replacing_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
+
+    def write(self, values: dict[str, float]) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError):
+        return math.inf  # the torn last line of a killed run
+
+
+class Progress:
+    """A line that rewrites itself on a terminal (count, rate, time left); silent elsewhere, but for the end."""
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "items") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self._start = self._shown = time.monotonic()
+        self._live = sys.stderr.isatty()
+
+    def over(self, items: Iterable[Item]) -> Iterator[Item]:
+        for item in items:
+            yield item
+            self.advance(1)
+        self.close()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if self._live and now - self._shown > 0.2:
+            self._shown = now
+            print("\r\033[K" + self._line(now), end="", file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away: what follows says the result."""
+        if self._live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        end = "\r\033[K" if self._live else ""
+        print(end + self._line(time.monotonic()), file=sys.stderr, flush=True)
+
+    def _line(self, now: float) -> str:
+        seconds = max(now - self._start, 1e-9)
+        rate = self.done / seconds
+        left = (
+            f", {duration((self.total - self.done) / rate)} left"
+            if self.total and 0 < self.done < self.total
+            else ""
+        )
+        of = f"/{self.total}" if self.total else ""
+        return f"{self.label}: {self.done}{of} {self.unit} in {duration(seconds)} ({rate:.3g} a second{left})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8.4s, 3m 20s, 2h 05m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def console_line(values: dict[str, float], total_steps: int, seconds_left: float, prefix: str = "") -> str:
+    """One aligned line of a training step or, with prefix "eval/", of an evaluation."""
+    columns = [f"{'eval' if prefix else 'step'} {values['step']:>{len(str(total_steps))}}/{total_steps}"]
+    for name, label, form in _COLUMNS:
+        if prefix + name in values:
+            columns.append(f"{label} {values[prefix + name]:{form}}")
+    if not prefix:
+        columns += [f"{values['tokens_per_s']:6.0f} tok/s", f"{duration(seconds_left)} left"]
+    return "  ".join(columns)
+
+
+_COLUMNS = (
+    ("loss", "loss", "8.4f"),
+    ("rewards/accuracies", "accuracy", "5.3f"),
+    ("accuracy", "accuracy", "5.3f"),
+    ("rewards/margins", "margin", "8.4f"),
+    ("margin", "margin", "8.4f"),
+    ("rewards/chosen", "chosen", "8.4f"),
+    ("rewards/rejected", "rejected", "8.4f"),
+    ("lm_loss", "lm", "7.4f"),
+    ("grad_norm", "grad", "8.3g"),
+    ("lr", "lr", "8.2e"),
+)

@@ -1,0 +1,227 @@
+"""Token pairs to packed rows, and the order in which pairs are drawn.
+
+A packed row holds several pairs without padding, each laid out once as [prompt | chosen | rejected]:
+
+    tokens      p p p p c c c r r | p p c c c c r r r | ...
+    positions   0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 5 2 3 4 | ...     rejected restarts where the prompt ended
+
+The last prompt token predicts the first token of both endings. `queries` names the rows whose final hidden
+states are wanted; the rest of the row never reaches the last layer's MLP or the vocabulary.
+Dimensions: B pairs, N tokens of a row, S selected rows, E = endings a pair (1 or 2).
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidpo.attention import (
+    Segment,
+    TokenPlaces,
+    masked_attention,
+    segment_attention,
+    shared_prompt_mask,
+)
+from minidpo.tokenizer import TokenPair
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """Tokenized pairs in flat arrays, so that a million of them are three arrays and not six million lists."""
+
+    ids: np.ndarray  # int32, all pairs one after the other, each prompt + chosen + rejected
+    bounds: np.ndarray  # (pairs, 4) int64: start, end of prompt, end of chosen, end of rejected
+    index: np.ndarray  # (pairs,) int64: the record's place in its file, for messages
+
+    @classmethod
+    def from_pairs(cls, pairs: Iterable[TokenPair]) -> "PairTokens":
+        ids, bounds, index, start = [], [], [], 0
+        for pair in pairs:
+            parts = (pair.prompt, pair.chosen, pair.rejected)
+            ends = np.cumsum([start, *map(len, parts)])
+            ids.append(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
+            bounds.append(ends)
+            index.append(pair.index)
+            start = ends[-1]
+        return cls(
+            np.concatenate(ids) if ids else np.zeros(0, np.int32),
+            np.array(bounds, dtype=np.int64).reshape(-1, 4),
+            np.array(index, dtype=np.int64),
+        )
+
+    def __len__(self) -> int:
+        return len(self.bounds)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(pairs, 3): tokens of prompt, chosen, rejected."""
+        return np.diff(self.bounds, axis=1)
+
+    def select(self, rows: np.ndarray) -> "PairTokens":
+        """The pairs at `rows`, over the same token array."""
+        return replace(self, bounds=self.bounds[rows], index=self.index[rows])
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a loss needs of a pair; what is not wanted is not laid out or not computed."""
+
+    chosen_logps: bool = False
+    rejected_logps: bool = False
+    rewards: bool = False  # the hidden state of both endings' last tokens
+
+    @property
+    def rejected(self) -> bool:
+        return self.rejected_logps or self.rewards
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    tokens: Tensor  # (N,) int64
+    places: TokenPlaces  # (N,) each
+    queries: Tensor  # (S,) rows of the wanted hidden states, by pair, then by ending
+    scored: Tensor  # (scored,) which of the S predict a scored token
+    targets: Tensor  # (scored,) the token each of them predicts
+    scored_lengths: Tensor  # (scored endings,) tokens of each scored ending, EOS included
+    last: Tensor  # (B, 2) which of the S is the last token of chosen and rejected; (B, 0) unless wanted
+    segments: list[Segment]  # attention of all rows
+    query_segments: list[Segment]  # attention of the queries alone, for the last layer
+    pairs: int
+
+    def to(self, device: torch.device) -> "PackedRow":
+        if device.type == "cpu":
+            return self
+        moved = {
+            name: getattr(self, name).to(device, non_blocking=True)
+            for name in ("tokens", "queries", "scored", "targets", "scored_lengths", "last")
+        }
+        places = TokenPlaces(*(place.to(device, non_blocking=True) for place in self.places))
+        return replace(self, places=places, **moved)
+
+    def attends(self, layers: int) -> list:
+        """One attention function a layer: every row for all but the last, which answers for the queries."""
+        if self.tokens.device.type == "cuda":
+            every = masked_attention(shared_prompt_mask(self.places, self.places))
+            wanted = masked_attention(shared_prompt_mask(self.places.at(self.queries), self.places))
+        else:
+            every, wanted = segment_attention(self.segments), segment_attention(self.query_segments)
+        return [every] * (layers - 1) + [wanted]
+
+
+def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
+    """Lay `pairs` out as one row.
+
+    With `pad_to` the row has that fixed length and its queries one of eight (for CUDA, where a new shape means a
+    new compilation): every padding token is a pair of its own that nothing else can see.
+    """
+    tokens, pair_of, ending_of, position = [], [], [], []
+    queries, scored, targets, scored_lengths, last = [], [], [], [], []
+    segments, query_segments = [], []
+    n = s = 0
+    for b, (start, prompt_end, chosen_end, rejected_end) in enumerate(pairs.bounds):
+        prompt_length = int(prompt_end - start)
+        prompt = slice(n, n + prompt_length)
+        laid_out_end = rejected_end if wanted.rejected else chosen_end
+        tokens.append(pairs.ids[start:laid_out_end])
+        pair_of.append(np.full(laid_out_end - start, b))
+        ending_of.append(np.zeros(prompt_length, int))
+        position.append(np.arange(prompt_length))
+        segments.append(Segment(prompt, (prompt,)))
+        n += prompt_length
+        endings = [(prompt_end, chosen_end, wanted.chosen_logps)]
+        if wanted.rejected:
+            endings.append((chosen_end, rejected_end, wanted.rejected_logps))
+        for which, (begin, end, is_scored) in enumerate(endings, start=1):
+            length = int(end - begin)
+            ending_of.append(np.full(length, which))
+            position.append(np.arange(prompt_length, prompt_length + length))
+            segments.append(Segment(slice(n, n + length), (prompt, slice(n, n + length))))
+            # Rows that predict this ending's tokens (last prompt token, then all but its last), then its last.
+            rows = np.r_[prompt.stop - 1, n : n + length]
+            rows = rows[(0 if is_scored else length) : length + wanted.rewards]
+            if len(rows):
+                queries.append(rows)
+                seen = slice(n, n + length - (not wanted.rewards))
+                query_segments.append(Segment(slice(s, s + len(rows)), (prompt, seen)))
+            if is_scored:
+                scored.append(np.arange(s, s + length))
+                targets.append(pairs.ids[begin:end])
+                scored_lengths.append(length)
+            s += len(rows)
+            if wanted.rewards:
+                last.append(s - 1)
+            n += length
+    if pad_to:
+        padding = pad_to - n
+        tokens.append(np.zeros(padding, int))
+        pair_of.append(np.arange(len(pairs), len(pairs) + padding))
+        ending_of.append(np.zeros(padding, int))
+        position.append(np.zeros(padding, int))
+        steps = max(128, pad_to // 8)  # a few query lengths, not one for every row
+        queries.append(np.zeros(-s % steps, int))
+    return PackedRow(
+        tokens=_tensor(tokens),
+        places=TokenPlaces(_tensor(pair_of), _tensor(ending_of), _tensor(position)),
+        queries=_tensor(queries),
+        scored=_tensor(scored),
+        targets=_tensor(targets),
+        scored_lengths=torch.tensor(scored_lengths, dtype=torch.int64),
+        last=torch.tensor(last, dtype=torch.int64).view(len(pairs), -1),
+        segments=segments,
+        query_segments=query_segments,
+        pairs=len(pairs),
+    )
+
+
+def _tensor(parts: list[np.ndarray]) -> Tensor:
+    return (
+        torch.from_numpy(np.concatenate(parts).astype(np.int64))
+        if parts
+        else torch.zeros(0, dtype=torch.int64)
+    )
+
+
+def batch_rows(step: int, pairs: int, batch_size: int, epochs: float, seed: int) -> np.ndarray:
+    """Which pairs optimizer step `step` (from 0) averages over: a pure function, so that a resumed run continues.
+
+    Epoch after epoch of independent permutations follow one another in one stream, and step k takes the k-th
+    `batch_size` of it. Only the run's last batch may be smaller. Returns row numbers, in drawing order.
+    """
+    begin = step * batch_size
+    end = min(begin + batch_size, total_draws(pairs, epochs))
+    drawn = []
+    for epoch in range(begin // pairs, (end - 1) // pairs + 1):
+        order = np.random.default_rng([seed, epoch]).permutation(pairs)
+        drawn.append(order[max(begin - epoch * pairs, 0) : end - epoch * pairs])
+    return np.concatenate(drawn)
+
+
+def total_steps(pairs: int, batch_size: int, epochs: float, max_steps: int = 0) -> int:
+    """Optimizer steps of a run: as many as the epochs fill, at most `max_steps` if that is set."""
+    steps = -(-total_draws(pairs, epochs) // batch_size)
+    return min(steps, max_steps) if max_steps else steps
+
+
+def total_draws(pairs: int, epochs: float) -> int:
+    return max(1, round(pairs * epochs))
+
+
+def micro_batches(rows: np.ndarray, tokens: np.ndarray, micro_tokens: int) -> Iterator[np.ndarray]:
+    """Cut a batch into few packed rows of at most `micro_tokens`: the longest pair first, each where it fits first.
+
+    rows: pair numbers; tokens: how many tokens each of them lays out. A pair longer than micro_tokens gets a row
+    of its own (the scripts refuse such a setting at the start).
+    """
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for i in np.argsort(-tokens, kind="stable"):
+        fits = next((b for b, free in enumerate(room) if tokens[i] <= free), None)
+        if fits is None:
+            bins.append([])
+            room.append(micro_tokens)
+            fits = len(bins) - 1
+        bins[fits].append(int(rows[i]))
+        room[fits] -= int(tokens[i])
+    return iter([np.array(members) for members in bins])

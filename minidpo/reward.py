@@ -1,0 +1,53 @@
+"""The reward model: the transformer and one Linear(hidden, 1, bias=False) on the last token of each ending."""
+
+import torch
+from torch import Tensor, nn
+
+from minidpo.logprobs import sum_by_ending, token_logps
+from minidpo.model import ModelConfig, Transformer
+from minidpo.packing import PackedRow
+
+
+class RewardModel(Transformer):
+    """r(x, y) = score . h(last token of y), h being the final, normalised hidden state.
+
+    No bias: Bradley-Terry sees only differences, so a bias would never get a gradient.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        self.initialize_score()
+
+    def initialize_score(self) -> None:
+        """N(0, 1 / (hidden + 1)), as Stiennon et al. 2020: rewards of a fresh head are of order 1."""
+        nn.init.normal_(self.score.weight, std=(self.config.hidden_size + 1) ** -0.5)
+
+    @classmethod
+    def from_language_model(cls, language_model: Transformer) -> "RewardModel":
+        """The language model's own weights (not a copy) under a fresh head."""
+        config = language_model.config
+        with torch.device("meta"):
+            model = cls(config)
+        model.model, model.lm_head = language_model.model, language_model.lm_head
+        weight = language_model.output_weight
+        model.score = nn.Linear(config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
+        model.initialize_score()
+        return model
+
+    def pair_rewards(self, row: PackedRow) -> tuple[Tensor, Tensor | None]:
+        """Rewards (B, 2) of chosen and rejected, and the chosen endings' summed log-probs (B,) if laid out.
+
+        The row must want rewards (`Wanted(rewards=True)`); both endings of a pair come from one forward pass.
+        """
+        hidden = self.hidden_states(
+            row.tokens, row.places.position, row.attends(self.config.num_hidden_layers), row.queries
+        )
+        # One product of width 1: float32, for bf16 rewards step by 1/128 near 1.
+        last = hidden[row.last].to(self.score.weight.dtype)  # (B, 2, D)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rewards = self.score(last).squeeze(-1)
+        if not len(row.scored):
+            return rewards, None
+        logps = token_logps(hidden[row.scored], self.output_weight, row.targets)
+        return rewards, sum_by_ending(logps, row.scored_lengths)

@@ -1,0 +1,207 @@
+"""Align a language model with preference pairs: DPO, IPO or SimPO; or fit the chosen endings (SFT).
+
+    python train_dpo.py configs/demo_dpo.toml --loss.beta=0.05
+
+1. read pairs of one prompt and two endings, chosen and rejected
+2. start the policy from model.path, the frozen reference from reference.path (by default the same weights)
+3. each step: log-probs of both endings under policy and reference -> loss -> AdamW
+4. watch rewards, margins, accuracy and lengths on held-out pairs
+The same command run again goes on from the last checkpoint.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidpo import device as devices
+from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
+from minidpo.config import PreferenceConfig, PreferenceLossSection, load_config, to_dict, to_toml
+from minidpo.dataset import load_pairs
+from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.logprobs import response_logps
+from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
+from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
+from minidpo.optim import learning_rate, make_optimizer
+from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_steps
+from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
+from minidpo.tokenizer import Tokenizer
+from minidpo.weights import load_model, model_fingerprint
+
+NEEDS_REFERENCE = ("dpo", "ipo")
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(PreferenceConfig, arguments)
+    loss, optim, run = config.loss, config.optim, config.run
+    out, model_path = Path(run.out), Path(config.model.path)
+    reference_path = Path(config.reference.path or config.model.path)
+    device = devices.choose_device(run.device, run.threads)
+    torch.manual_seed(run.seed)
+
+    # --- data and policy
+    policy = load_model(model_path, device=device)
+    tokenizer = Tokenizer.from_directory(model_path)
+    train, held_out = load_pairs(config.data, optim, tokenizer, policy.config, run.seed)
+    policy.activation_checkpointing = run.activation_checkpointing
+    if run.compile:
+        policy.compile_layers()
+    optimizer = make_optimizer(policy, optim)
+    steps = total_steps(len(train), optim.batch_size, optim.epochs, optim.max_steps)
+
+    # --- take up an earlier run of this directory, if there is one and it is this run
+    fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
+    if loss.name in NEEDS_REFERENCE:
+        fingerprints["reference"] = model_fingerprint(reference_path)
+    identity = run_identity(to_dict(config), fingerprints)
+    first_step = resume(out, policy, optimizer, identity)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    metrics = MetricsFile(out / "metrics.jsonl", first_step)
+    say(
+        f"{loss.name}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} pairs to train on,"
+        f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
+    )
+    if first_step >= steps:
+        say(f"nothing left to do: step {first_step} of {steps} is done, see {out / 'final'}")
+        return
+
+    # --- the frozen reference: log-probs of every pair once, or a second model alongside
+    train_reference = eval_reference = None
+    if loss.name in NEEDS_REFERENCE and config.reference.precompute:
+        stored = stored_logps(
+            out / "reference.safetensors",
+            reference_path,
+            {"train": train, "held_out": held_out},
+            optim.micro_tokens,
+            device,
+            run.dtype,
+        )
+        train_reference = StoredReference(stored["train"], device)
+        eval_reference = StoredReference(stored["held_out"], device)
+    elif loss.name in NEEDS_REFERENCE:
+        train_reference = eval_reference = LiveReference(load_reference(reference_path, device))
+
+    wanted = Wanted(chosen_logps=True, rejected_logps=loss.name != "sft")
+    tokens = train.lengths[:, : 2 + wanted.rejected].sum(axis=1)  # what each pair lays out
+
+    def compare(pairs: PairTokens, rows: np.ndarray, reference: StoredReference | LiveReference | None):
+        """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""
+        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, optim.micro_tokens)).to(
+            device
+        )
+        with devices.autocast(device, run.dtype):
+            policy_logps = response_logps(policy, packed)  # (B, 2): chosen, rejected; sft (B, 1)
+            reference_logps = reference.logps(rows, packed) if reference else None
+        return preference(loss, policy_logps, reference_logps, packed.scored_lengths.view_as(policy_logps))
+
+    def evaluate(step: int) -> None:
+        """Loss and metrics over all held-out pairs, to the console and metrics.jsonl."""
+        if not len(held_out):
+            return
+        averages = Averages()
+        progress = Progress("evaluating", len(held_out), "pairs")
+        sizes = held_out.lengths.sum(axis=1)
+        with torch.no_grad():
+            for rows in micro_batches(np.arange(len(held_out)), sizes, optim.micro_tokens):
+                averages.add(compare(held_out, rows, eval_reference)[1])
+                progress.advance(len(rows))
+        progress.clear()
+        values = {"step": step} | {f"eval/{name}": mean for name, mean in averages.means().items()}
+        metrics.write(values)
+        say(console_line(values, steps, 0, "eval/"))
+
+    # --- the loop
+    if first_step == 0:
+        evaluate(0)
+    started, first_pass = time.monotonic(), first_step
+    with stop_on_signals() as stop:
+        for step in range(first_step, steps):
+            step_started = time.monotonic()
+            lr = learning_rate(step, steps, optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
+            averages = Averages()
+            for rows in micro_batches(batch, tokens[batch], optim.micro_tokens):
+                losses, watched = compare(train, rows, train_reference)
+                # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
+                (losses.sum() / len(batch)).backward()
+                averages.add(watched)
+            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
+            if not torch.isfinite(grad_norm):
+                raise RunStopped(
+                    f"step {step + 1}: gradient norm is {grad_norm.item()}, records {train.index[batch].tolist()};"
+                    f" nothing was updated, the checkpoints in {out} are from before"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            if done == 1 or done % run.log_every == 0 or done == steps:
+                values = {"step": done, "epoch": done * optim.batch_size / len(train)}
+                values |= averages.means() | {"lr": lr, "grad_norm": grad_norm.item()}
+                values["tokens_per_s"] = tokens[batch].sum() / (time.monotonic() - step_started)
+                metrics.write(values)
+                seconds_left = (time.monotonic() - started) / (done - first_pass) * (steps - done)
+                say(console_line(values, steps, seconds_left))
+            if done == steps or (run.eval_every and done % run.eval_every == 0):
+                evaluate(done)
+            if stop or done == steps or (run.save_every and done % run.save_every == 0):
+                saved = save_checkpoint(
+                    out, done, policy, optimizer, identity, run.keep_checkpoints, model_path
+                )
+            if stop and done < steps:
+                say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
+                return
+    say(f"done: {save_final(out, policy, model_path)}")
+
+
+def preference(
+    loss: PreferenceLossSection, policy: Tensor, reference: Tensor | None, lengths: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The configured loss of each pair (B,), and what to watch. policy, reference, lengths: (B, 2), sft (B, 1)."""
+    logps_and_lengths = {
+        "logps/chosen": policy[:, 0],
+        "response_length/chosen": lengths[:, 0],
+    }
+    if loss.name == "sft":
+        losses = sft_loss(policy[:, 0], lengths[:, 0])
+        return losses, {"loss": losses} | logps_and_lengths
+    logps_and_lengths |= {"logps/rejected": policy[:, 1], "response_length/rejected": lengths[:, 1]}
+    chosen_lengths, rejected_lengths = lengths.unbind(dim=1) if loss.length_normalize else (None, None)
+    if loss.name == "simpo":
+        result = simpo_loss(
+            *policy.unbind(dim=1), *lengths.unbind(dim=1), loss.beta, loss.gamma, loss.label_smoothing
+        )
+    elif loss.name == "ipo":
+        result = ipo_loss(
+            *policy.unbind(dim=1), *reference.unbind(dim=1), loss.beta, chosen_lengths, rejected_lengths
+        )
+    else:
+        result = dpo_loss(
+            *policy.unbind(dim=1),
+            *reference.unbind(dim=1),
+            loss.beta,
+            loss.label_smoothing,
+            chosen_lengths,
+            rejected_lengths,
+        )
+    return result.losses, watch(result) | logps_and_lengths
+
+
+def watch(result: PreferenceLoss) -> dict[str, Tensor]:
+    """What tells how training goes. Accuracy counts strict wins: 0 while policy and reference are equal."""
+    return {
+        "loss": result.losses,
+        "rewards/chosen": result.chosen_rewards,
+        "rewards/rejected": result.rejected_rewards,
+        "rewards/accuracies": result.chosen_rewards > result.rejected_rewards,
+        "rewards/margins": result.chosen_rewards - result.rejected_rewards,
+    }
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

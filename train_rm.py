@@ -1,0 +1,155 @@
+"""Train a reward model on preference pairs: the language model and one Linear(hidden, 1) on the last token.
+
+    python train_rm.py configs/demo_rm.toml --loss.lm_weight=0
+
+    loss = -log sigma(r_chosen - r_rejected - margin) + lm_weight * NLL per token of the chosen ending
+                                                      + center_weight * (r_chosen + r_rejected)^2
+
+Both endings of a pair, and the language-modelling loss, come from one forward pass over [prompt | chosen | rejected].
+The same command run again goes on from the last checkpoint.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidpo import device as devices
+from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
+from minidpo.config import RewardConfig, load_config, to_dict, to_toml
+from minidpo.dataset import load_pairs
+from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
+from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
+from minidpo.optim import learning_rate, make_optimizer
+from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_steps
+from minidpo.reference import pairs_fingerprint
+from minidpo.reward import RewardModel
+from minidpo.tokenizer import Tokenizer
+from minidpo.weights import load_model, model_fingerprint
+
+
+def main(arguments: list[str]) -> None:
+    config = load_config(RewardConfig, arguments)
+    loss, optim, run = config.loss, config.optim, config.run
+    out, model_path = Path(run.out), Path(config.model.path)
+    device = devices.choose_device(run.device, run.threads)
+    torch.manual_seed(run.seed)  # of the new head
+
+    # --- data and model
+    model = RewardModel.from_language_model(load_model(model_path, device=device))
+    if not loss.lm_weight:
+        model.lm_head = None  # nothing would ever use it
+    tokenizer = Tokenizer.from_directory(model_path)
+    train, held_out = load_pairs(config.data, optim, tokenizer, model.config, run.seed)
+    model.activation_checkpointing = run.activation_checkpointing
+    if run.compile:
+        model.compile_layers()
+    optimizer = make_optimizer(model, optim)
+    steps = total_steps(len(train), optim.batch_size, optim.epochs, optim.max_steps)
+
+    # --- take up an earlier run of this directory, if there is one and it is this run
+    fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
+    identity = run_identity(to_dict(config), fingerprints)
+    first_step = resume(out, model, optimizer, identity)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    metrics = MetricsFile(out / "metrics.jsonl", first_step)
+    say(
+        f"reward model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} pairs to train on,"
+        f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
+    )
+    if first_step >= steps:
+        say(f"nothing left to do: step {first_step} of {steps} is done, see {out / 'final'}")
+        return
+
+    wanted = Wanted(chosen_logps=loss.lm_weight > 0, rewards=True)
+    tokens = train.lengths.sum(axis=1)
+
+    def compare(pairs: PairTokens, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""
+        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, optim.micro_tokens)).to(
+            device
+        )
+        with devices.autocast(device, run.dtype):
+            rewards, chosen_logps = model.pair_rewards(packed)  # (B, 2), (B,)
+        chosen, rejected = rewards.unbind(dim=1)
+        preference = bradley_terry_loss(chosen, rejected, loss.margin, loss.label_smoothing)
+        losses = preference + loss.center_weight * center_penalty(chosen, rejected)
+        watched = {
+            "preference_loss": preference,
+            "accuracy": chosen > rejected,
+            "margin": chosen - rejected,
+            "mean_reward": (chosen + rejected) / 2,
+        }
+        if chosen_logps is not None:
+            watched["lm_loss"] = sft_loss(chosen_logps, packed.scored_lengths)
+            losses = losses + loss.lm_weight * watched["lm_loss"]
+        return losses, {"loss": losses} | watched
+
+    def evaluate(step: int) -> None:
+        """Loss and metrics over all held-out pairs, to the console and metrics.jsonl."""
+        if not len(held_out):
+            return
+        averages = Averages()
+        progress = Progress("evaluating", len(held_out), "pairs")
+        sizes = held_out.lengths.sum(axis=1)
+        with torch.no_grad():
+            for rows in micro_batches(np.arange(len(held_out)), sizes, optim.micro_tokens):
+                averages.add(compare(held_out, rows)[1])
+                progress.advance(len(rows))
+        progress.clear()
+        values = {"step": step} | {f"eval/{name}": mean for name, mean in averages.means().items()}
+        metrics.write(values)
+        say(console_line(values, steps, 0, "eval/"))
+
+    # --- the loop
+    if first_step == 0:
+        evaluate(0)
+    started, first_pass = time.monotonic(), first_step
+    with stop_on_signals() as stop:
+        for step in range(first_step, steps):
+            step_started = time.monotonic()
+            lr = learning_rate(step, steps, optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
+            averages = Averages()
+            for rows in micro_batches(batch, tokens[batch], optim.micro_tokens):
+                losses, watched = compare(train, rows)
+                # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
+                (losses.sum() / len(batch)).backward()
+                averages.add(watched)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
+            if not torch.isfinite(grad_norm):
+                raise RunStopped(
+                    f"step {step + 1}: gradient norm is {grad_norm.item()}, records {train.index[batch].tolist()};"
+                    f" nothing was updated, the checkpoints in {out} are from before"
+                )
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            done = step + 1
+            if done == 1 or done % run.log_every == 0 or done == steps:
+                values = {"step": done, "epoch": done * optim.batch_size / len(train)}
+                values |= averages.means() | {"lr": lr, "grad_norm": grad_norm.item()}
+                values["tokens_per_s"] = tokens[batch].sum() / (time.monotonic() - step_started)
+                metrics.write(values)
+                seconds_left = (time.monotonic() - started) / (done - first_pass) * (steps - done)
+                say(console_line(values, steps, seconds_left))
+            if done == steps or (run.eval_every and done % run.eval_every == 0):
+                evaluate(done)
+            if stop or done == steps or (run.save_every and done % run.save_every == 0):
+                saved = save_checkpoint(
+                    out, done, model, optimizer, identity, run.keep_checkpoints, model_path
+                )
+            if stop and done < steps:
+                say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
+                return
+    say(f"done: {save_final(out, model, model_path)}")
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
