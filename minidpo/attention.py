@@ -104,4 +104,8 @@ def masked_attention(mask: BlockMask) -> Callable[[Tensor, Tensor, Tensor], Tens
 @cache
 def _flex_attention(device_type: str) -> Callable[..., Tensor]:
     """Uncompiled FlexAttention stores the whole score matrix: right for tests on CPU, not for a GPU."""
-    return torch.compile(flex_attention, dynamic=False) if device_type == "cuda" else flex_attention
+    if device_type != "cuda":
+        return flex_attention
+    # One graph a query length, with and without gradients: more than the eight after which PyTorch stops compiling.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False)

@@ -1,0 +1,68 @@
+"""Makes the two scripts importable, and gives tests a small world of files: a model directory and preferences."""
+
+import gzip
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A directory with model/ (random Llama, its tokenizer), other/ (other weights) and pairs.jsonl.gz (HH)."""
+    from tiny import tiny_model, write_tokenizer
+
+    from minidpo.weights import save_model
+
+    directory = tmp_path_factory.mktemp("world")
+    draw = random.Random(0)
+    words = "yes no maybe the a cat dog runs sleeps well badly and then it was good".split()
+
+    def text(low: int, high: int) -> str:
+        return " ".join(draw.choices(words, k=draw.randint(low, high)))
+
+    records = []
+    for _ in range(40):
+        prompt = f"\n\nHuman: {text(1, 6)}?\n\nAssistant:"
+        records.append({"chosen": f"{prompt} {text(1, 8)}", "rejected": f"{prompt} {text(9, 14)}"})
+    with gzip.open(directory / "pairs.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    for seed, name in enumerate(("model", "other")):
+        write_tokenizer(directory / name, [record["chosen"] for record in records])
+        save_model(tiny_model(seed, vocab_size=300), directory / name)
+    return directory
+
+
+@pytest.fixture
+def config(world, tmp_path):
+    """Writes a TOML for a few fast steps on `world` and returns the arguments that name it."""
+
+    def write(**settings: object) -> list[str]:
+        base = {
+            "model.path": f'"{world / "model"}"',
+            "data.train": f'["{world / "pairs.jsonl.gz"}"]',
+            "data.eval_pairs": 8,
+            "data.max_length": 64,
+            "data.max_prompt_length": 40,
+            "optim.lr": 1e-3,
+            "optim.batch_size": 4,
+            "optim.micro_tokens": 256,
+            "optim.max_steps": 4,
+            "run.out": f'"{tmp_path / "out"}"',
+            "run.dtype": '"fp32"',
+            "run.device": '"cpu"',
+            "run.log_every": 1,
+        } | {name.replace("__", "."): value for name, value in settings.items()}
+        sections: dict[str, list[str]] = {}
+        for name, value in base.items():
+            section, key = name.split(".")
+            sections.setdefault(section, []).append(f"{key} = {value}")
+        path = tmp_path / "config.toml"
+        path.write_text("\n".join(f"[{s}]\n" + "\n".join(lines) for s, lines in sections.items()))
+        return [str(path)]
+
+    return write

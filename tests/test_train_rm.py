@@ -1,0 +1,101 @@
+"""train_rm.py as a whole: the loss is what its docstring says, and the model it leaves opens elsewhere."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import train_rm
+from safetensors.torch import load_file
+
+from minidpo.commands.score import main as score
+from minidpo.weights import load_model, load_reward_model
+
+
+def run(arguments: list[str], *overrides: str) -> list[dict]:
+    train_rm.main([*arguments, *overrides])
+    out = next((o.partition("=")[2] for o in overrides if o.startswith("--run.out")), None)
+    out = Path(out) if out else Path(arguments[0]).parent / "out"
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_training_reaches_held_out_accuracy_on_a_learnable_preference(config):
+    metrics = run(config(), "--optim.max_steps=0", "--optim.epochs=6", "--optim.lr=3e-3")
+    assert metrics[-1]["eval/accuracy"] >= 7 / 8  # of 8 pairs: short beats long in this world
+    assert metrics[-1]["eval/preference_loss"] < metrics[0]["eval/preference_loss"]
+
+
+def test_metrics_have_the_agreed_names(config):
+    step = run(config())[1]
+    assert step.keys() >= {"loss", "accuracy", "margin", "mean_reward", "lm_loss", "preference_loss"}
+
+
+def test_the_loss_is_the_sum_of_its_stated_parts(config):
+    values = run(config(), "--loss.lm_weight=0.5")[1]
+    assert values["loss"] == pytest.approx(values["preference_loss"] + 0.5 * values["lm_loss"], rel=1e-6)
+
+
+def test_lm_weight_zero_computes_no_language_modelling_loss(config):
+    values = run(config(), "--loss.lm_weight=0")[1]
+    assert "lm_loss" not in values
+    assert values["loss"] == pytest.approx(values["preference_loss"], rel=1e-9)
+
+
+def test_the_lm_loss_at_the_start_is_that_of_the_language_model(config, world):
+    before = run(config())[0]
+    import train_dpo
+
+    out = Path(config()[0]).parent / "sft"
+    train_dpo.main([*config(), "--loss.name=sft", f"--run.out={out}"])
+    sft = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert before["eval/lm_loss"] == pytest.approx(sft["eval/loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("override", ["--loss.margin=1.0", "--loss.label_smoothing=0.2", "--loss.center_weight=0.5"])
+def test_every_loss_key_changes_the_loss(config, tmp_path, override):
+    plain = run(config(), f"--run.out={tmp_path / 'plain'}")[0]["eval/loss"]
+    changed = run(config(), override, f"--run.out={tmp_path / 'changed'}")[0]["eval/loss"]
+    assert changed != pytest.approx(plain, rel=1e-3)
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, tmp_path):
+    settings = config(optim__max_steps=6, optim__schedule='"constant"')
+    run(settings, f"--run.out={tmp_path / 'once'}")
+    run(settings, f"--run.out={tmp_path / 'twice'}", "--optim.max_steps=3")
+    run(settings, f"--run.out={tmp_path / 'twice'}")
+    once, twice = (load_file(tmp_path / name / "final/model.safetensors") for name in ("once", "twice"))
+    assert all(torch.equal(once[key], twice[key]) for key in once)
+    assert once.keys() == twice.keys()
+
+
+def test_final_gives_the_same_scores_in_transformers(config, world, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    run(config())
+    final = tmp_path / "out" / "final"
+    score(["--reward-model", str(final), "--data", str(world / "pairs.jsonl.gz"), "--out", str(tmp_path / "s.jsonl")])
+    ours = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
+    from minidpo.data import read_preferences
+    from minidpo.tokenizer import Tokenizer
+
+    pair = Tokenizer.from_directory(final).encode_pair(next(read_preferences(world / "pairs.jsonl.gz")))
+    with torch.no_grad():
+        for ending, name in ((pair.chosen, "chosen_reward"), (pair.rejected, "rejected_reward")):
+            assert theirs(torch.tensor([pair.prompt + ending])).logits.item() == pytest.approx(ours[name], abs=1e-5)
+
+
+def test_the_reward_head_is_the_seeds_and_has_no_bias(config, tmp_path):
+    run(config(), "--optim.lr=1e-12", f"--run.out={tmp_path / 'a'}")
+    run(config(), "--optim.lr=1e-12", "--run.seed=1", f"--run.out={tmp_path / 'b'}")
+    a, b = (load_reward_model(tmp_path / name / "final") for name in "ab")
+    assert not torch.allclose(a.score.weight, b.score.weight)
+    assert a.score.bias is None
+
+
+def test_a_saved_reward_model_scores_but_does_not_speak(config, tmp_path):
+    run(config())
+    model = load_reward_model(tmp_path / "out" / "final")
+    with pytest.raises(ValueError, match="no lm_head"):
+        model.output_weight  # noqa: B018 (the property is the point)
+    with pytest.raises(ValueError, match=r"lm_head|score"):
+        load_model(tmp_path / "out" / "final")
