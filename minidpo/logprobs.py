@@ -91,13 +91,14 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps: Tensor):
         hidden, output_weight, targets, normalizers = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         # Accumulated over chunks in float32: bf16 sums would lose the small contributions.
         grad_weight = torch.zeros_like(output_weight, dtype=normalizers.dtype)
-        for rows in torch.arange(len(targets), device="cpu").split(ctx.chunk_size):
-            rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for start in range(0, len(targets), ctx.chunk_size):
+            rows = slice(start, start + ctx.chunk_size)
             h = hidden[rows]
             logits = _at_least_float32(h @ output_weight.T)
             grad_logits = logits.sub_(normalizers[rows, None]).exp_().neg_()  # -softmax

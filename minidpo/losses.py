@@ -42,7 +42,7 @@ def bradley_terry_loss(
     e is label_smoothing, the assumed share of labels that are swapped.
     Shapes: rewards (B,); margin (B,) or a number, >= 0 by custom. Returns (B,), nats.
     d loss / d r_w = -sigma(-z) when e = 0: negative, so learning raises the chosen reward.
-    Raises ValueError on wrong shapes, mixed dtypes or a label_smoothing outside [0, 0.5).
+    Raises ValueError on wrong shapes, rewards of mixed dtypes (a margin is cast) or a label_smoothing outside [0, 0.5).
     """
     chosen_rewards, rejected_rewards = _pair_values(
         chosen_rewards=chosen_rewards, rejected_rewards=rejected_rewards
@@ -228,14 +228,14 @@ def _logratios(
 def _per_token(name: str, sums: Tensor, lengths: Tensor) -> Tensor:
     if lengths.shape != sums.shape:
         raise ValueError(f"{name} has shape {tuple(lengths.shape)}; it must be {tuple(sums.shape)}")
-    if (lengths < 1).any():
+    if not (lengths >= 1).all():
         raise ValueError(f"{name} holds {lengths.min().item()}; every response has at least 1 scored token")
     return sums / lengths.to(sums.dtype)
 
 
 def _check_beta(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta is {beta}; it must be > 0")
+    if not 0 < beta < float("inf"):
+        raise ValueError(f"beta is {beta}; it must be > 0 and finite")
 
 
 def _pair_values(**values: Tensor) -> list[Tensor]:
