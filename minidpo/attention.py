@@ -9,6 +9,7 @@ Dimensions: N tokens of a packed row, S selected rows, H/K query/key heads, E he
 
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -61,19 +62,31 @@ def segment_attention(segments: list[Segment]) -> Callable[[Tensor, Tensor, Tens
     Attention runs in float32 even under autocast: bf16 attention is slower than float32 on CPU, and less exact.
     """
 
+    queries = [segment.queries for segment in segments]
+    keys = [rows for segment in segments for rows in segment.keys]
+    parts = [len(segment.keys) for segment in segments]
+
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with torch.autocast(q.device.type, enabled=False):
-            k, v = k.to(q.dtype), v.to(q.dtype)
+            k_parts, v_parts = (iter(_at(heads.to(q.dtype), keys)) for heads in (k, v))
             return torch.cat([
                 causal_attention(
-                    q[None, segment.queries],
-                    torch.cat([k[rows] for rows in segment.keys])[None],
-                    torch.cat([v[rows] for rows in segment.keys])[None],
+                    q_rows[None],
+                    torch.cat([next(k_parts) for _ in range(count)])[None],
+                    torch.cat([next(v_parts) for _ in range(count)])[None],
                 )[0]
-                for segment in segments
+                for q_rows, count in zip(_at(q, queries), parts, strict=True)
             ])  # fmt: skip
 
     return attend
+
+
+def _at(x: Tensor, rows: list[slice]) -> list[Tensor]:
+    """x[r] for every r; slices that meet are equal. One split for all of them: in backward each slice of its own
+    would become a sum over the whole of x, and a row of many pairs would cost the square of its length."""
+    cuts = sorted({0, len(x), *(r.start for r in rows), *(r.stop for r in rows)})
+    pieces = dict(zip(cuts, x.split([b - a for a, b in pairwise(cuts)]), strict=False))
+    return [pieces[r.start] for r in rows]
 
 
 def shared_prompt_mask(queries: TokenPlaces, keys: TokenPlaces) -> BlockMask:
