@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     # --- data and policy
     policy = load_model(model_path, device=device)
     tokenizer = Tokenizer.from_directory(model_path)
-    train, held_out = load_pairs(config.data, optim, tokenizer, policy.config, run.seed)
+    train, held_out = load_pairs(config.data, optim, tokenizer, policy.config, run.seed, out / "tokens")
     policy.activation_checkpointing = run.activation_checkpointing
     if run.compile:
         policy.compile_layers()
@@ -133,7 +133,7 @@ def main(arguments: list[str]) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
             if not torch.isfinite(grad_norm):
                 raise RunStopped(
-                    f"step {step + 1}: gradient norm is {grad_norm.item()}, records {train.index[batch].tolist()};"
+                    f"step {step + 1}: gradient norm is {grad_norm.item()}, {train.records(batch)};"
                     f" nothing was updated, the checkpoints in {out} are from before"
                 )
             optimizer.step()

@@ -19,7 +19,7 @@ from torch import Tensor
 from minidpo import device as devices
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
 from minidpo.config import RewardConfig, load_config, to_dict, to_toml
-from minidpo.dataset import load_pairs
+from minidpo.dataset import load_pairs, require_margins
 from minidpo.errors import RunStopped, exit_on_user_error
 from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
@@ -43,7 +43,10 @@ def main(arguments: list[str]) -> None:
     if not loss.lm_weight:
         model.lm_head = None  # nothing would ever use it
     tokenizer = Tokenizer.from_directory(model_path)
-    train, held_out = load_pairs(config.data, optim, tokenizer, model.config, run.seed)
+    train, held_out = load_pairs(config.data, optim, tokenizer, model.config, run.seed, out / "tokens")
+    if loss.margin_from_data:
+        require_margins(train)
+        require_margins(held_out)
     model.activation_checkpointing = run.activation_checkpointing
     if run.compile:
         model.compile_layers()
@@ -76,7 +79,10 @@ def main(arguments: list[str]) -> None:
         with devices.autocast(device, run.dtype):
             rewards, chosen_logps = model.pair_rewards(packed)  # (B, 2), (B,)
         chosen, rejected = rewards.unbind(dim=1)
-        preference = bradley_terry_loss(chosen, rejected, loss.margin, loss.label_smoothing)
+        margin = torch.full_like(chosen, loss.margin)
+        if loss.margin_from_data:
+            margin += torch.from_numpy(pairs.margin[rows]).to(margin)
+        preference = bradley_terry_loss(chosen, rejected, margin, loss.label_smoothing)
         losses = preference + loss.center_weight * center_penalty(chosen, rejected)
         watched = {
             "preference_loss": preference,
@@ -125,7 +131,7 @@ def main(arguments: list[str]) -> None:
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
             if not torch.isfinite(grad_norm):
                 raise RunStopped(
-                    f"step {step + 1}: gradient norm is {grad_norm.item()}, records {train.index[batch].tolist()};"
+                    f"step {step + 1}: gradient norm is {grad_norm.item()}, {train.records(batch)};"
                     f" nothing was updated, the checkpoints in {out} are from before"
                 )
             optimizer.step()

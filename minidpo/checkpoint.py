@@ -93,9 +93,11 @@ def save_final(out: Path, model: Transformer, tokenizer_from: Path) -> Path:
     with replacing_directory(out / "final") as directory:
         if isinstance(model, RewardModel):
             save_reward_model(model, directory)
+            copy_tokenizer(tokenizer_from, directory)
+            _pad_as_the_config_says(directory)
         else:
             save_model(model, directory)
-        copy_tokenizer(tokenizer_from, directory)
+            copy_tokenizer(tokenizer_from, directory)
     return out / "final"
 
 
@@ -103,6 +105,21 @@ def copy_tokenizer(source: Path, target: Path) -> None:
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+
+
+def _pad_as_the_config_says(directory: Path) -> None:
+    """Give the tokenizer files of a reward model the pad token of its config.json.
+
+    transformers reads the score at the last token that is not the config's pad: a tokenizer that pads with
+    another one (EOS, often) would have it read off the padding.
+    """
+    pad_id = json.loads((directory / "config.json").read_text())["pad_token_id"]
+    vocabulary = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    pad = next((t["content"] for t in vocabulary.get("added_tokens", []) if t["id"] == pad_id), None)
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if pad is not None and (directory / name).is_file():
+            fields = json.loads((directory / name).read_text(encoding="utf-8")) | {"pad_token": pad}
+            (directory / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:

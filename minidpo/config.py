@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from minidpo.chat import TEMPLATES
 from minidpo.errors import UserError
 
 
@@ -58,6 +59,11 @@ class DataSection:
     )
     max_length: int = key(512, "most tokens of prompt + one ending", lambda n: n >= 2, ">= 2")
     max_prompt_length: int = key(384, "longer prompts lose their beginning", positive, "> 0")
+    template: str = key(
+        "model", "how messages become text: the model's own, hh or chatml", **one_of(*TEMPLATES)
+    )
+    skip_bad: bool = key(False, "leave out and count records that cannot be read, instead of stopping")
+    cache: str = key("", "directory where token ids are kept between starts; empty: run.out/tokens")
 
 
 @dataclass
@@ -86,6 +92,9 @@ class RewardLossSection:
         1.0, "weight of the language-modelling loss on the chosen ending", not_negative, ">= 0"
     )
     margin: float = key(0.0, "reward difference demanded of every pair", not_negative, ">= 0")
+    margin_from_data: bool = key(
+        False, "and on top of it each record's margin (or score_chosen - score_rejected)"
+    )
     center_weight: float = key(0.0, "weight of (r_chosen + r_rejected)^2", not_negative, ">= 0")
     label_smoothing: float = key(0.0, "assumed share of swapped labels", smoothing, "in [0, 0.5)")
 

@@ -10,7 +10,7 @@ states are wanted; the rest of the row never reaches the last layer's MLP or the
 Dimensions: B pairs, N tokens of a row, S selected rows, E = endings a pair (1 or 2).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,44 +24,7 @@ from minidpo.attention import (
     segment_attention,
     shared_prompt_mask,
 )
-from minidpo.tokenizer import TokenPair
-
-
-@dataclass(frozen=True)
-class PairTokens:
-    """Tokenized pairs in flat arrays, so that a million of them are three arrays and not six million lists."""
-
-    ids: np.ndarray  # int32, all pairs one after the other, each prompt + chosen + rejected
-    bounds: np.ndarray  # (pairs, 4) int64: start, end of prompt, end of chosen, end of rejected
-    index: np.ndarray  # (pairs,) int64: the record's place in its file, for messages
-
-    @classmethod
-    def from_pairs(cls, pairs: Iterable[TokenPair]) -> "PairTokens":
-        ids, bounds, index, start = [], [], [], 0
-        for pair in pairs:
-            parts = (pair.prompt, pair.chosen, pair.rejected)
-            ends = np.cumsum([start, *map(len, parts)])
-            ids.append(np.concatenate([np.asarray(part, dtype=np.int32) for part in parts]))
-            bounds.append(ends)
-            index.append(pair.index)
-            start = ends[-1]
-        return cls(
-            np.concatenate(ids) if ids else np.zeros(0, np.int32),
-            np.array(bounds, dtype=np.int64).reshape(-1, 4),
-            np.array(index, dtype=np.int64),
-        )
-
-    def __len__(self) -> int:
-        return len(self.bounds)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(pairs, 3): tokens of prompt, chosen, rejected."""
-        return np.diff(self.bounds, axis=1)
-
-    def select(self, rows: np.ndarray) -> "PairTokens":
-        """The pairs at `rows`, over the same token array."""
-        return replace(self, bounds=self.bounds[rows], index=self.index[rows])
+from minidpo.token_store import PairTokens
 
 
 @dataclass(frozen=True)
@@ -144,7 +107,8 @@ def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
             if len(rows):
                 queries.append(rows)
                 seen = slice(n, n + length - (not wanted.rewards))
-                query_segments.append(Segment(slice(s, s + len(rows)), (prompt, seen)))
+                keys = (prompt, seen) if seen.stop > n else (prompt,)
+                query_segments.append(Segment(slice(s, s + len(rows)), keys))
             if is_scored:
                 scored.append(np.arange(s, s + length))
                 targets.append(pairs.ids[begin:end])
@@ -155,6 +119,8 @@ def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
             n += length
     if pad_to:
         padding = pad_to - n
+        if padding < 0:
+            raise ValueError(f"pad_to is {pad_to}, but the pairs take {n} tokens")
         tokens.append(np.zeros(padding, int))
         pair_of.append(np.arange(len(pairs), len(pairs) + padding))
         ending_of.append(np.zeros(padding, int))

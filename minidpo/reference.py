@@ -4,6 +4,7 @@ It never changes, so nothing is gained by computing it again each step. The stor
 of all they depend on; another reference, other data or another precision, and they are computed anew.
 """
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -95,8 +96,9 @@ def all_logps(
 
 
 def pairs_fingerprint(pairs: PairTokens) -> str:
-    """Of the token ids themselves: whatever changes them (files, tokenizer, limits, split) changes it."""
-    ids = (
-        np.concatenate([pairs.ids[a:b] for a, b in pairs.bounds[:, [0, 3]]]) if len(pairs) else pairs.ids[:0]
-    )
-    return fingerprint(ids.tobytes(), pairs.lengths.tobytes())
+    """Of the token ids and margins themselves: whatever changes them (files, tokenizer, limits, split) changes it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for start, end in pairs.bounds[:, [0, 3]]:  # one after the other: all at once would be a copy of the data
+        digest.update(pairs.ids[start:end])
+    margin = b"" if pairs.margin is None else pairs.margin.tobytes()
+    return fingerprint(digest.digest(), pairs.lengths.tobytes(), margin)

@@ -8,16 +8,19 @@ Nothing here knows of padding: a pair is three lists, and what is scored is told
 never by its id.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from functools import cached_property
+from itertools import groupby, islice
 from pathlib import Path
 from typing import NamedTuple
 
 import tokenizers
 
-from minidpo.data import DataReport, PreferencePair, dropped_lines
+from minidpo.chat import ChatTemplate
+from minidpo.data import DataReport, PreferencePair
 from minidpo.errors import UserError
+from minidpo.files import fingerprint
+from minidpo.tokenizer_files import find_eos, one_line
 
 NO_PROMPT_TOKEN = "the prompt has no token, so nothing predicts the first token of an ending"
 TOO_LONG = "longer than max_length"
@@ -28,12 +31,14 @@ _CHUNK = 256  # pairs in one encode_batch: enough for all threads, and few Encod
 
 
 class TokenPair(NamedTuple):
-    """Ids of one prompt and its two endings, each ending in EOS unless cut. `index`: see PreferencePair."""
+    """Ids of one prompt and its two endings, each ending in EOS unless cut. The rest: see PreferencePair."""
 
     prompt: list[int]
     chosen: list[int]
     rejected: list[int]
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody wants of a pair
+    margin: float | None = None
+    file: int = 0
 
 
 class TokenRow(NamedTuple):
@@ -54,10 +59,10 @@ class Tokenizer:
     embedding rows that will do.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, eos_id: int) -> None:
+    def __init__(self, core: tokenizers.Tokenizer, eos_id: int, directory: Path | None = None) -> None:
         core.no_truncation()
         core.no_padding()
-        self._core = core
+        self._core, self._directory = core, directory
         self.eos_id = eos_id
         probe = core.encode("a")
         self.bos_id: int | None = probe.ids[0] if probe.special_tokens_mask[:1] == [1] else None
@@ -77,9 +82,18 @@ class Tokenizer:
             core = tokenizers.Tokenizer.from_file(str(file))
         except Exception as error:  # the library raises nothing more precise
             raise UserError(
-                f"{file}: not a tokenizer that loads ({_one_line(error)}); fetch it again"
+                f"{file}: not a tokenizer that loads ({one_line(error)}); fetch it again"
             ) from None
-        return cls(core, _find_eos(Path(path), core))
+        return cls(core, find_eos(Path(path), core.get_vocab(with_added_tokens=True)), Path(path))
+
+    def chat_template(self, kind: str = "model") -> ChatTemplate:
+        """How messages become text for this tokenizer; kind: model, hh or chatml."""
+        return ChatTemplate(kind, self._directory, eos=self.piece(self.eos_id))
+
+    @cached_property
+    def identity(self) -> str:
+        """A fingerprint: equal for tokenizers that give every text the same ids."""
+        return fingerprint(tokenizers.__version__, self._core.to_str(), str(self.eos_id))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Ids of `text`; `add_special_tokens`: with those that tokenizer.json's post-processor adds (BOS)."""
@@ -102,19 +116,22 @@ class Tokenizer:
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
         """`encode_pair` of many at once, on all threads. A prompt may come out empty: check it."""
-        texts = [text for p in pairs for text in (p.prompt, p.prompt + p.chosen, p.prompt + p.rejected)]
-        ids = [encoding.ids for encoding in self._core.encode_batch_fast(texts, add_special_tokens=True)]
         return [
-            TokenPair(
-                prompt,
-                self._ending(prompt, with_chosen, pair.chosen),
-                self._ending(prompt, with_rejected, pair.rejected),
-                pair.index,
-            )
-            for pair, prompt, with_chosen, with_rejected in zip(
-                pairs, ids[0::3], ids[1::3], ids[2::3], strict=True
-            )
+            token_pair
+            for add_special, alike in groupby(pairs, key=lambda pair: pair.add_special_tokens)
+            for token_pair in self._encode_alike(list(alike), add_special)
         ]
+
+    def _encode_alike(self, pairs: list[PreferencePair], add_special_tokens: bool) -> Iterator[TokenPair]:
+        texts = [text for p in pairs for text in (p.prompt, p.prompt + p.chosen, p.prompt + p.rejected)]
+        encodings = self._core.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        ids = [encoding.ids for encoding in encodings]
+        for pair, prompt, with_chosen, with_rejected in zip(
+            pairs, ids[0::3], ids[1::3], ids[2::3], strict=True
+        ):
+            chosen = self._ending(prompt, with_chosen, pair.chosen)
+            rejected = self._ending(prompt, with_rejected, pair.rejected)
+            yield TokenPair(prompt, chosen, rejected, pair.index, pair.margin, pair.file)
 
     def _ending(self, prompt: list[int], joint: list[int], ending_text: str) -> list[int]:
         """The boundary rule. The joint text comes first because a tokenizer that prepends a space to every
@@ -156,17 +173,19 @@ def tokenize_pairs(
             for part, lengths in report.lengths.items():
                 lengths.append(len(getattr(whole, part)))
             pair = _fit(whole, limit, max_length, tokenizer.bos_id)
-            reason = _reason_to_drop(pair, truncate or pair == whole, drop_identical)
+            reason = _reason_to_drop(pair, truncate or pair is whole, drop_identical)
             if reason:
-                report.dropped[reason].append(pair.index)
+                report.dropped[reason].append((pair.file, pair.index))
                 continue
-            report.truncated_prompts += pair.prompt != whole.prompt
-            report.truncated_endings += (pair.chosen != whole.chosen) + (pair.rejected != whole.rejected)
+            report.prompts.append(hash(tuple(pair.prompt)))
+            report.truncated_prompts += len(pair.prompt) < len(whole.prompt)
+            for cut, full in ((pair.chosen, whole.chosen), (pair.rejected, whole.rejected)):
+                report.truncated_endings += len(cut) < len(full)
             report.prompt_tokens += len(pair.prompt)
             report.ending_tokens += len(pair.chosen) + len(pair.rejected)
             yield pair
     if report.kept == kept_before:
-        reasons = ", ".join(dropped_lines(report.dropped, "record"))
+        reasons = ", ".join(report.dropped_lines())
         raise UserError(
             f"no pair is left to use with max_length = {max_length} ({reasons}); raise it or change the data"
         )
@@ -188,13 +207,17 @@ def describe_pair(pair: TokenPair, tokenizer: Tokenizer) -> list[TokenRow]:
 
 
 def _fit(pair: TokenPair, prompt_limit: int, max_length: int, bos_id: int | None) -> TokenPair:
-    """The pair cut to the limits: prompt from the left, each ending from the right by its own length."""
+    """The pair cut to the limits: prompt from the left, each ending from the right by its own length.
+    A pair that fits comes back as it is."""
     prompt = pair.prompt
+    longest = len(prompt) + max(len(pair.chosen), len(pair.rejected))
+    if len(prompt) <= prompt_limit and longest <= max_length:
+        return pair
     if len(prompt) > prompt_limit:
         head = prompt[:1] if prompt[0] == bos_id else []
         prompt = head + prompt[len(prompt) - (prompt_limit - len(head)) :]
     room = max_length - len(prompt)
-    return TokenPair(prompt, pair.chosen[:room], pair.rejected[:room], pair.index)
+    return pair._replace(prompt=prompt, chosen=pair.chosen[:room], rejected=pair.rejected[:room])
 
 
 def _reason_to_drop(pair: TokenPair, whole_enough: bool, drop_identical: bool) -> str:
@@ -208,40 +231,3 @@ def _reason_to_drop(pair: TokenPair, whole_enough: bool, drop_identical: bool) -
     if drop_identical and pair.chosen == pair.rejected:
         return IDENTICAL_AFTER_CUT
     return ""
-
-
-def _find_eos(directory: Path, core: tokenizers.Tokenizer) -> int:
-    """EOS by the first of three files that names one. Raises `UserError` if none does, or names no token."""
-    vocabulary = core.get_vocab(with_added_tokens=True)
-    tokenizer_config = directory / "tokenizer_config.json"
-    for file, key in (
-        (tokenizer_config, "eos_token"),
-        (directory / "special_tokens_map.json", "eos_token"),
-        (directory / "config.json", "eos_token_id"),
-    ):
-        named = _read_json(file).get(key)
-        named = named.get("content") if isinstance(named, dict) else named
-        named = named[0] if isinstance(named, list) and named else named  # the others only stop generation
-        if named is not None:
-            eos_id = vocabulary.get(named) if isinstance(named, str) else named
-            if not isinstance(eos_id, int) or eos_id not in vocabulary.values():
-                raise UserError(f"{file}: {key} {named!r} is not in tokenizer.json; name a token that is")
-            return eos_id
-    raise UserError(f"{tokenizer_config}: no eos_token; name the token that ends a text")
-
-
-def _read_json(file: Path) -> dict:
-    """The object in a config file; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: broken JSON ({_one_line(error)}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON {type(content).__name__} where an object should be; fetch it again")
-    return content
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

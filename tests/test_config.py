@@ -114,7 +114,9 @@ def test_the_resolved_config_reads_back_to_the_same_values(path, tmp_path):
     assert load(tmp_path, to_toml(config), kind=kind_of(path)) == config
 
 
-@pytest.mark.parametrize(("kind", "script"), [(PreferenceConfig, "train_dpo.py"), (RewardConfig, "train_rm.py")])
+@pytest.mark.parametrize(
+    ("kind", "script"), [(PreferenceConfig, "train_dpo.py"), (RewardConfig, "train_rm.py")]
+)
 def test_every_key_is_read_somewhere(kind, script):
     modules = [p for p in (ROOT / "minidpo").glob("*.py") if p.name != "config.py"]
     code = "\n".join(p.read_text() for p in [ROOT / script, *modules])
@@ -126,7 +128,9 @@ def test_every_key_is_read_somewhere(kind, script):
 
 def test_help_names_every_key():
     text = describe(PreferenceConfig)
-    assert all(field in text for field in ("micro_tokens", "label_smoothing", "precompute", "keep_checkpoints"))
+    assert all(
+        field in text for field in ("micro_tokens", "label_smoothing", "precompute", "keep_checkpoints")
+    )
 
 
 def test_the_table_of_keys_a_loss_reads_covers_every_loss_key():

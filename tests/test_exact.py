@@ -229,27 +229,6 @@ def test_own_loss_lands_on_its_own_optimum(world):
     )
 
 
-def test_robust_dpo_finds_the_optimum_of_clean_labels_in_swapped_ones(world):
-    """Chowdhury et al. 2024, labels swapped at rate e: ( -(1-e) log sigma(z) + e log sigma(-z) ) / (1 - 2e).
-
-    Its mean over the swap is -log sigma(z) times ((1-e)^2 - e^2) / (1-2e) = 1, and the other term cancels:
-    plain DPO on clean labels, hence pi*. On clean labels it asks for q = (p - e) / (1 - 2e), which is no
-    probability once p < e.
-    """
-    e, beta = 0.15, 0.5
-
-    def robust(b: AllPairs) -> Tensor:
-        plain, swapped = dpo_loss(*b.logps, beta).losses, dpo_loss(*other_way(b).logps, beta).losses
-        return ((1 - e) * plain - e * swapped) / (1 - 2 * e)
-
-    def other_way(b: AllPairs) -> AllPairs:
-        return AllPairs(*(b[i] for i in (1, 0, 3, 2, 5, 4)))
-
-    trained = train_to_convergence(world, lambda b: (1 - e) * robust(b) + e * robust(other_way(b)))
-    best = optimal_policy(world.reference_logps, world.rewards, beta)
-    assert total_variation(trained.values, best) < TOLERANCE
-
-
 # --- the command --------------------------------------------------------------------------------------------
 
 

@@ -64,7 +64,9 @@ def test_draws_have_the_frequencies_of_the_softmax_at_that_temperature():
     torch.testing.assert_close(frequencies, (logits / 2).softmax(-1), atol=0.01, rtol=0)  # 4 standard errors
 
 
-@pytest.mark.parametrize(("top_p", "kept"), [(0.5, {0}), (0.51, {0, 1}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2, 3})])
+@pytest.mark.parametrize(
+    ("top_p", "kept"), [(0.5, {0}), (0.51, {0, 1}), (0.85, {0, 1, 2}), (1.0, {0, 1, 2, 3})]
+)
 def test_top_p_keeps_the_fewest_tokens_that_reach_the_mass(top_p, kept):
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log()
     drawn = draw(logits.expand(2000, 4), Sampling(top_p=top_p), torch.Generator().manual_seed(0))

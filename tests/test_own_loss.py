@@ -13,6 +13,8 @@ from equations import POLICY, REFERENCE, SUM_SHIFTS, dpo_z, log_sigmoid, lograti
 from loss_table import PAIR, SETTLED, dpo
 from torch import Tensor
 
+from minidpo.commands.exact_train import AllPairs, train_to_convergence
+from minidpo.commands.exact_world import make_world, optimal_policy, total_variation
 from minidpo.losses import PreferenceLoss, dpo_loss
 
 
@@ -104,3 +106,21 @@ def test_the_battery_refutes_a_wrong_form(wrong):
     check = battery.check_derivatives if wrong is detached_reference else battery.check_twin
     with pytest.raises(AssertionError):
         check(replace(ROBUST_DPO, function=wrong))
+
+
+# 5. See where it converges: train a transformer with it in a world whose responses are all listed, and compare
+#    with the optimum you derived.
+def test_robust_dpo_finds_the_optimum_of_clean_labels_in_swapped_ones():
+    """With labels swapped at rate e the expectation of step 4 is plain DPO on clean labels, whose optimum is
+    pi* proportional to pi_ref exp(r* / beta)."""
+    world = make_world(seed=0, prompts=2, words=2, max_tokens=2, hidden_size=16)
+    e, beta = 0.15, 0.5
+
+    def robust(chosen_and_rejected: AllPairs, *order: int):
+        return robust_dpo_loss(*(chosen_and_rejected.logps[i] for i in order), beta, e).losses
+
+    trained = train_to_convergence(
+        world, lambda b: (1 - e) * robust(b, 0, 1, 2, 3) + e * robust(b, 1, 0, 3, 2)
+    )
+    best = optimal_policy(world.reference_logps, world.rewards, beta)
+    assert total_variation(trained.values, best) < 1e-5

@@ -133,7 +133,9 @@ def test_a_reference_swapped_under_a_run_is_refused(config, world):
         run(config(), f"--reference.path={world / 'other'}")
 
 
-def test_stored_reference_logps_are_reused_only_for_the_same_reference_data_and_precision(config, capsys, tmp_path):
+def test_stored_reference_logps_are_reused_only_for_the_same_reference_data_and_precision(
+    config, capsys, tmp_path
+):
     def out(*overrides: str) -> str:
         import shutil
 

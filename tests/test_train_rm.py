@@ -1,6 +1,7 @@
 """train_rm.py as a whole: the loss is what its docstring says, and the model it leaves opens elsewhere."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,9 @@ def test_the_lm_loss_at_the_start_is_that_of_the_language_model(config, world):
     assert before["eval/lm_loss"] == pytest.approx(sft["eval/loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("override", ["--loss.margin=1.0", "--loss.label_smoothing=0.2", "--loss.center_weight=0.5"])
+@pytest.mark.parametrize(
+    "override", ["--loss.margin=1.0", "--loss.label_smoothing=0.2", "--loss.center_weight=0.5"]
+)
 def test_every_loss_key_changes_the_loss(config, tmp_path, override):
     plain = run(config(), f"--run.out={tmp_path / 'plain'}")[0]["eval/loss"]
     changed = run(config(), override, f"--run.out={tmp_path / 'changed'}")[0]["eval/loss"]
@@ -72,7 +75,16 @@ def test_final_gives_the_same_scores_in_transformers(config, world, tmp_path):
     transformers = pytest.importorskip("transformers")
     run(config())
     final = tmp_path / "out" / "final"
-    score(["--reward-model", str(final), "--data", str(world / "pairs.jsonl.gz"), "--out", str(tmp_path / "s.jsonl")])
+    score(
+        [
+            "--reward-model",
+            str(final),
+            "--data",
+            str(world / "pairs.jsonl.gz"),
+            "--out",
+            str(tmp_path / "s.jsonl"),
+        ]
+    )
     ours = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
     from minidpo.data import read_preferences
@@ -81,7 +93,28 @@ def test_final_gives_the_same_scores_in_transformers(config, world, tmp_path):
     pair = Tokenizer.from_directory(final).encode_pair(next(read_preferences(world / "pairs.jsonl.gz")))
     with torch.no_grad():
         for ending, name in ((pair.chosen, "chosen_reward"), (pair.rejected, "rejected_reward")):
-            assert theirs(torch.tensor([pair.prompt + ending])).logits.item() == pytest.approx(ours[name], abs=1e-5)
+            assert theirs(torch.tensor([pair.prompt + ending])).logits.item() == pytest.approx(
+                ours[name], abs=1e-5
+            )
+
+
+def test_a_batch_padded_by_the_saved_tokenizer_scores_the_same_though_the_base_model_pads_with_eos(
+    config, world, tmp_path
+):
+    transformers = pytest.importorskip("transformers")
+    model = tmp_path / "pads_with_eos"
+    shutil.copytree(world / "model", model)
+    for name, change in (("config.json", {"pad_token_id": 2}), ("tokenizer_config.json", {"pad_token": "</s>"})):
+        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | change))
+    run(config(), f"--model.path={model}")
+    final = tmp_path / "out" / "final"
+    texts = ["\n\nHuman: a cat?\n\nAssistant: yes</s>", "\n\nHuman: no?\n\nAssistant: a dog sleeps well</s>"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
+    with torch.no_grad():
+        alone = torch.cat([theirs(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+        batch = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits
+    torch.testing.assert_close(batch, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_the_reward_head_is_the_seeds_and_has_no_bias(config, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minidpo.chat import TEMPLATES
 from minidpo.data import DataReport, read_preferences
 from minidpo.device import autocast, choose_device, row_length
 from minidpo.errors import UserError
@@ -35,6 +36,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--max-length", type=int, help="longest prompt + ending scored (default: the model's)"
     )
+    parser.add_argument(
+        "--template",
+        default="model",
+        choices=TEMPLATES,
+        help="how messages become text (default: the model's own)",
+    )
     parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens one forward pass holds")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
@@ -48,7 +55,7 @@ def main(arguments: list[str]) -> None:
     limit = options.max_length or model.config.max_length
     if not 2 <= limit <= model.config.max_length:
         raise UserError(f"--max-length {limit} must be from 2 to the model's {model.config.max_length}")
-    pairs = _read_whole(Path(options.data), Tokenizer.from_directory(directory), limit)
+    pairs = _read_whole(Path(options.data), Tokenizer.from_directory(directory), limit, options.template)
     micro_tokens = max(options.micro_tokens, int(pairs.lengths.sum(axis=1).max()))
 
     def logps(of: torch.nn.Module, name: str) -> dict[str, np.ndarray]:
@@ -96,9 +103,9 @@ def all_rewards(
     return rewards
 
 
-def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int) -> PairTokens:
+def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: str) -> PairTokens:
     report = DataReport()
-    texts = read_preferences(path, report, drop_identical=False)
+    texts = read_preferences(path, report, drop_identical=False, template=tokenizer.chat_template(template))
     pairs = PairTokens.from_pairs(
         tokenize_pairs(texts, tokenizer, max_length, report=report, truncate=False, drop_identical=False)
     )

@@ -1,0 +1,49 @@
+"""`python -m minidpo data`: the report with which every run opens, alone: what would be trained on.
+
+Records read and dropped (by reason, with the first line numbers), truncated prompts and endings, length percentiles,
+and the endings' share of all tokens. Nothing is kept unless --cache names a directory.
+"""
+
+import argparse
+from pathlib import Path
+
+from minidpo.chat import TEMPLATES
+from minidpo.config import DataSection
+from minidpo.data import DataReport
+from minidpo.dataset import stream_pairs, tokenized
+from minidpo.metrics import say
+from minidpo.tokenizer import Tokenizer
+
+
+def main(arguments: list[str]) -> None:
+    default = DataSection()
+    parser = argparse.ArgumentParser(prog="python -m minidpo data", description=__doc__)
+    parser.add_argument(
+        "files", metavar="FILE", nargs="+", help="preference files (.jsonl or .json, plain or .gz)"
+    )
+    parser.add_argument(
+        "--model", metavar="DIR", required=True, help="whose tokenizer and chat template to use"
+    )
+    parser.add_argument("--max-length", type=int, default=default.max_length, help="as data.max_length")
+    parser.add_argument("--max-prompt-length", type=int, help="as data.max_prompt_length")
+    parser.add_argument("--template", default=default.template, choices=TEMPLATES, help="as data.template")
+    parser.add_argument("--skip-bad", action="store_true", help="as data.skip_bad")
+    parser.add_argument("--cache", metavar="DIR", help="as data.cache: keep the token ids for runs to read")
+    options = parser.parse_args(arguments)
+
+    data = DataSection(
+        train=options.files,
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length or min(default.max_prompt_length, options.max_length - 1),
+        template=options.template,
+        skip_bad=options.skip_bad,
+    )
+    tokenizer = Tokenizer.from_directory(options.model)
+    if options.cache:
+        with tokenized("train", data.train, data, tokenizer, Path(options.cache)):
+            return
+    report = DataReport()
+    for _ in stream_pairs("train", data.train, data, tokenizer, report):
+        pass  # only counted: a report of any number of pairs needs no memory for them
+    for line in report.lines():
+        say(line)
