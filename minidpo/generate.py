@@ -62,10 +62,9 @@ def generate(
     completions: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(prompts), batch_size):
         members = by_length[start : start + batch_size]
-        for i, tokens in zip(
-            members, _one_batch(model, [prompts[i] for i in members], sampling, eos_id, generator)
-        ):
-            completions[i] = tokens
+        tokens = _one_batch(model, [prompts[i] for i in members], sampling, eos_id, generator)
+        for i, row in zip(members, tokens, strict=True):
+            completions[i] = row
         progress(len(members))
     return completions
 

@@ -95,7 +95,7 @@ def _load_weights(
     for file in sorted(set(files.values())):
         with _open_safetensors(file) as handle:
             for name in (name for name, home in files.items() if home == file and name in expected):
-                if name not in handle.keys():  # noqa: SIM118 (not a dict)
+                if name not in handle.keys():
                     raise UserError(f"{file}: tensor {name!r} is not in it, though the index says so")
                 shape = tuple(handle.get_slice(name).get_shape())
                 if shape != expected[name]:

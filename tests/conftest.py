@@ -14,9 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A directory with model/ (random Llama, its tokenizer), other/ (other weights) and pairs.jsonl.gz (HH)."""
-    from tiny import tiny_model, write_tokenizer
-
     from minidpo.weights import save_model
+    from tiny import tiny_model, write_tokenizer
 
     directory = tmp_path_factory.mktemp("world")
     draw = random.Random(0)

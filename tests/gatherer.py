@@ -9,13 +9,13 @@ from types import ModuleType
 
 import numpy as np
 import torch
-from battery import close
-from refusals import value_error
 from torch import Tensor
 
+from battery import close
 from minidpo.model import ModelConfig, Transformer
 from minidpo.packing import PairTokens, Wanted, pack_row
 from minidpo.tokenizer import TokenPair
+from refusals import value_error
 
 F64 = torch.float64
 

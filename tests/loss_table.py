@@ -34,7 +34,6 @@ from equations import (
     simpo_rewards,
     simpo_z,
 )
-
 from minidpo.losses import bradley_terry_loss, center_penalty, dpo_loss, ipo_loss, sft_loss, simpo_loss
 
 # log pi/pi_ref: -10 + 12 = 2 on the chosen, -20 + 18 = -2 on the rejected; over lengths 4 and 5: 0.5, -0.4.

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import gradients, tiny_model, tiny_reward_model, write_tokenizer
 from torch import Tensor
 
 from minidpo.data import PreferencePair
@@ -18,6 +17,7 @@ from minidpo.logprobs import response_logps
 from minidpo.packing import PairTokens, Wanted, pack_row
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import save_model, save_reward_model
+from tiny import gradients, tiny_model, tiny_reward_model, write_tokenizer
 
 LOGPS = Wanted(chosen_logps=True, rejected_logps=True)
 WORDS = "the a cat dog sees likes small red house tree and not because 12 7 yes no sun moon well".split()

@@ -3,9 +3,10 @@
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
+
 from battery import Loss
 from equations import LENGTHS, POLICY, REFERENCE
-from torch import Tensor
 
 
 def value_error(function: Callable, arguments: dict, says: Iterable[str]) -> None:

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import random_pairs, tiny_model
 
 from minidpo.attention import (
     Segment,
@@ -17,6 +16,7 @@ from minidpo.attention import (
 )
 from minidpo.packing import PackedRow, PairTokens, Wanted, pack_row
 from minidpo.tokenizer import TokenPair
+from tiny import random_pairs, tiny_model
 
 LOGPS = Wanted(chosen_logps=True, rejected_logps=True)
 EVERYTHING = Wanted(chosen_logps=True, rejected_logps=True, rewards=True)

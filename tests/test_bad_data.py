@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_model, write_tokenizer
 
 import train_dpo
 from minidpo import formats, records
@@ -17,6 +16,7 @@ from minidpo.chat import ChatTemplate
 from minidpo.data import DataReport, PreferencePair, read_preferences
 from minidpo.errors import UserError, exit_on_user_error
 from minidpo.weights import save_model
+from tiny import tiny_model, write_tokenizer
 
 QUESTION = "\n\nHuman: Is 2 + 2 four?\n\nAssistant:"
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}

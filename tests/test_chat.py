@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import write_tokenizer
 
 from minidpo.chat import TemplateError
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
 from minidpo.tokenizer import Tokenizer
+from tiny import write_tokenizer
 
 jinja2 = pytest.importorskip("jinja2")
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import EOS, tiny_model
 
 from minidpo.commands.sample import main as sample
 from minidpo.errors import UserError
 from minidpo.generate import Sampling, draw, generate
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model
+from tiny import EOS, tiny_model
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")

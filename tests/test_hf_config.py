@@ -3,10 +3,10 @@
 import json
 
 import pytest
-from tiny import tiny_model
 
 from minidpo.errors import UserError
 from minidpo.weights import load_model, save_model
+from tiny import tiny_model
 
 
 @pytest.fixture

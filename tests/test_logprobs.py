@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import padded_rows, random_pairs, tiny_model
 
 from minidpo.logprobs import response_logps, sequence_logps, sum_by_ending, token_logps
 from minidpo.packing import PairTokens, Wanted, pack_row
+from tiny import padded_rows, random_pairs, tiny_model
 
 LOGPS = Wanted(chosen_logps=True, rejected_logps=True)
 

@@ -6,18 +6,18 @@ loss promises stands below.
 
 import math
 
-import battery
 import numpy as np
 import pytest
-import refusals
 import torch
-from battery import Loss
-from equations import LENGTHS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from loss_table import LOSSES, dpo
 
+import battery
+import refusals
+from battery import Loss
+from equations import LENGTHS
+from loss_table import LOSSES, dpo
 from minidpo.losses import bradley_terry_loss, center_penalty, dpo_loss, ipo_loss, sft_loss, simpo_loss
 
 PAIRS, EXAMPLES = 32, 80  # 2,560 generated pairs a loss

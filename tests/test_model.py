@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import gradients, random_pairs, relative_difference, tiny_config, tiny_model
 
 from minidpo.logprobs import response_logps
 from minidpo.model import Llama3Rope, RMSNorm, Transformer, rotary_frequencies, rotate
 from minidpo.packing import PairTokens, Wanted, pack_row
 from minidpo.weights import load_model, save_model
+from tiny import gradients, random_pairs, relative_difference, tiny_config, tiny_model
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260k"
 

@@ -11,14 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 import battery
 import gatherer
-import pytest
 import refusals
 from loss_table import LOSSES
-from mutations import GATHERER_MUTATIONS, LOSS_MUTATIONS
-
 from minidpo import logprobs, losses
+from mutations import GATHERER_MUTATIONS, LOSS_MUTATIONS
 
 CAUGHT = (AssertionError, ValueError, RuntimeError)
 # Finite differences are left out: slow, and the closed forms already catch everything they would.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny import tiny_model
 
 from minidpo.config import OptimSection
 from minidpo.optim import learning_rate, make_optimizer
+from tiny import tiny_model
 
 
 def rates(steps: int, **settings) -> list[float]:

@@ -5,14 +5,14 @@ The example is robust DPO (Chowdhury et al. 2024): no part of minidpo, kept here
 
 from dataclasses import replace
 
-import battery
 import numpy as np
 import pytest
+from torch import Tensor
+
+import battery
 from battery import Loss, Point
 from equations import POLICY, REFERENCE, SUM_SHIFTS, dpo_z, log_sigmoid, logratio_rewards
 from loss_table import PAIR, SETTLED, dpo
-from torch import Tensor
-
 from minidpo.commands.exact_train import AllPairs, train_to_convergence
 from minidpo.commands.exact_world import make_world, optimal_policy, total_variation
 from minidpo.losses import PreferenceLoss, dpo_loss

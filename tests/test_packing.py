@@ -8,6 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from minidpo.logprobs import response_logps
+from minidpo.losses import dpo_loss
+from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws
+from minidpo.reward import RewardModel
+from minidpo.tokenizer import TokenPair
 from tiny import (
     EOS,
     gradients,
@@ -18,12 +24,6 @@ from tiny import (
     tiny_model,
     tiny_reward_model,
 )
-
-from minidpo.logprobs import response_logps
-from minidpo.losses import dpo_loss
-from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws
-from minidpo.reward import RewardModel
-from minidpo.tokenizer import TokenPair
 
 LOGPS = Wanted(chosen_logps=True, rejected_logps=True)
 REWARDS = Wanted(rewards=True)

@@ -9,6 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+from minidpo.logprobs import response_logps
+from minidpo.losses import bradley_terry_loss, center_penalty, dpo_loss, ipo_loss, sft_loss, simpo_loss
+from minidpo.packing import PairTokens, Wanted, pack_row
+from minidpo.weights import load_model, load_reward_model
 from peers import (
     LOGPS,
     OurPair,
@@ -22,11 +27,6 @@ from peers import (
     reward_metrics,
     reward_trainer,
 )
-
-from minidpo.logprobs import response_logps
-from minidpo.losses import bradley_terry_loss, center_penalty, dpo_loss, ipo_loss, sft_loss, simpo_loss
-from minidpo.packing import PairTokens, Wanted, pack_row
-from minidpo.weights import load_model, load_reward_model
 
 pytestmark = pytest.mark.slow
 BETA = 0.1

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_dpo
 from safetensors.torch import load_file
 
+import train_dpo
 from minidpo.errors import RunStopped, UserError
 from minidpo.weights import load_model
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import train_rm
 from safetensors.torch import load_file
 
+import train_rm
 from minidpo.commands.score import main as score
 from minidpo.weights import load_model, load_reward_model
 
@@ -104,7 +104,10 @@ def test_a_batch_padded_by_the_saved_tokenizer_scores_the_same_though_the_base_m
     transformers = pytest.importorskip("transformers")
     model = tmp_path / "pads_with_eos"
     shutil.copytree(world / "model", model)
-    for name, change in (("config.json", {"pad_token_id": 2}), ("tokenizer_config.json", {"pad_token": "</s>"})):
+    for name, change in (
+        ("config.json", {"pad_token_id": 2}),
+        ("tokenizer_config.json", {"pad_token": "</s>"}),
+    ):
         (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | change))
     run(config(), f"--model.path={model}")
     final = tmp_path / "out" / "final"

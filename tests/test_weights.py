@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import EOS, naive_rewards, padded_rows, random_pairs, tiny_model, tiny_reward_model
 
 from minidpo.errors import UserError
 from minidpo.model import Llama3Rope
 from minidpo.packing import PairTokens, Wanted, pack_row
 from minidpo.weights import load_model, load_reward_model, model_fingerprint, save_model, save_reward_model
+from tiny import EOS, naive_rewards, padded_rows, random_pairs, tiny_model, tiny_reward_model
 
 TOKENS = torch.arange(40).view(2, 20)
 EVERYTHING = dict(
