@@ -163,33 +163,35 @@ def preference(
     loss: PreferenceLossSection, policy: Tensor, reference: Tensor | None, lengths: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The configured loss of each pair (B,), and what to watch. policy, reference, lengths: (B, 2), sft (B, 1)."""
-    logps_and_lengths = {
-        "logps/chosen": policy[:, 0],
-        "response_length/chosen": lengths[:, 0],
-    }
     if loss.name == "sft":
         losses = sft_loss(policy[:, 0], lengths[:, 0])
-        return losses, {"loss": losses} | logps_and_lengths
-    logps_and_lengths |= {"logps/rejected": policy[:, 1], "response_length/rejected": lengths[:, 1]}
-    chosen_lengths, rejected_lengths = lengths.unbind(dim=1) if loss.length_normalize else (None, None)
+        return losses, {"loss": losses, "logps/chosen": policy[:, 0], "response_length/chosen": lengths[:, 0]}
+    policy_chosen_logps, policy_rejected_logps = policy.unbind(dim=1)
+    chosen_lengths, rejected_lengths = lengths.unbind(dim=1)
     if loss.name == "simpo":
         result = simpo_loss(
-            *policy.unbind(dim=1), *lengths.unbind(dim=1), loss.beta, loss.gamma, loss.label_smoothing
-        )
-    elif loss.name == "ipo":
-        result = ipo_loss(
-            *policy.unbind(dim=1), *reference.unbind(dim=1), loss.beta, chosen_lengths, rejected_lengths
-        )
-    else:
-        result = dpo_loss(
-            *policy.unbind(dim=1),
-            *reference.unbind(dim=1),
-            loss.beta,
-            loss.label_smoothing,
+            policy_chosen_logps,
+            policy_rejected_logps,
             chosen_lengths,
             rejected_lengths,
+            loss.beta,
+            loss.gamma,
+            loss.label_smoothing,
         )
-    return result.losses, watch(result) | logps_and_lengths
+    else:
+        reference_chosen_logps, reference_rejected_logps = reference.unbind(dim=1)
+        logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+        per_token = (chosen_lengths, rejected_lengths) if loss.length_normalize else (None, None)
+        if loss.name == "ipo":
+            result = ipo_loss(*logps, loss.beta, *per_token)
+        else:
+            result = dpo_loss(*logps, loss.beta, loss.label_smoothing, *per_token)
+    return result.losses, watch(result) | {
+        "logps/chosen": policy_chosen_logps,
+        "logps/rejected": policy_rejected_logps,
+        "response_length/chosen": chosen_lengths,
+        "response_length/rejected": rejected_lengths,
+    }
 
 
 def watch(result: PreferenceLoss) -> dict[str, Tensor]:
