@@ -68,11 +68,15 @@ def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
 
 
 def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums of consecutive runs: values (S,) are those of ending 0, then ending 1, ...; lengths (E,) -> (E,)."""
+    """Sums of consecutive runs: values (S,) are those of ending 0, then ending 1, ...; lengths (E,) -> (E,).
+
+    Added up in float64: hundreds of float32 terms on the way to -1000 nats would cost the fourth decimal.
+    """
     ending = torch.repeat_interleave(
         torch.arange(len(lengths), device=values.device), lengths, output_size=len(values)
     )
-    return torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, ending, values)
+    sums = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
+    return sums.index_add(0, ending, values.double()).to(values.dtype)
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):

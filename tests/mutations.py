@@ -312,10 +312,10 @@ GATHERER_MUTATIONS = {
     "hidden, output_weight = hidden.to(dtype), output_weight.to(dtype)": {"float32 under autocast": "pass"},
     "in (torch.bfloat16, torch.float16)": {"bf16 not raised": "in (torch.float16,)"},
     # endings of a packed row
-    ".index_add(0, ending, values)": {
-        "endings shifted by one": ".index_add(0, ending.roll(1), values)",
-        "endings of the other sign": ".index_add(0, ending, values, alpha=-1)",
-        "endings detached": ".index_add(0, ending, values.detach())",
+    ".index_add(0, ending, values.double())": {
+        "endings shifted by one": ".index_add(0, ending.roll(1), values.double())",
+        "endings of the other sign": ".index_add(0, ending, values.double(), alpha=-1)",
+        "endings detached": ".index_add(0, ending, values.double().detach())",
     },
     ".view(row.pairs, -1)": {
         "chosen and rejected swapped": ".view(row.pairs, -1).flip(1)",
