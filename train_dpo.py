@@ -18,19 +18,25 @@ from torch import Tensor
 
 from minidpo import device as devices
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
-from minidpo.config import PreferenceConfig, PreferenceLossSection, load_config, to_dict, to_toml
-from minidpo.dataset import load_pairs
+from minidpo.config import (
+    NEEDS_REFERENCE,
+    PreferenceConfig,
+    PreferenceLossSection,
+    load_config,
+    to_dict,
+    to_toml,
+)
+from minidpo.dataset import load_pairs, require_fit
 from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
 from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
-from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_steps
+from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model, model_fingerprint
-
-NEEDS_REFERENCE = ("dpo", "ipo")
 
 
 def main(arguments: list[str]) -> None:
@@ -39,7 +45,6 @@ def main(arguments: list[str]) -> None:
     out, model_path = Path(run.out), Path(config.model.path)
     reference_path = Path(config.reference.path or config.model.path)
     device = devices.choose_device(run.device, run.threads)
-    torch.manual_seed(run.seed)
 
     # --- data and policy
     policy = load_model(model_path, device=device)
@@ -54,6 +59,7 @@ def main(arguments: list[str]) -> None:
     # --- take up an earlier run of this directory, if there is one and it is this run
     fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
     if loss.name in NEEDS_REFERENCE:
+        require_fit("reference", read_config(reference_path), tokenizer, config.data.max_length)
         fingerprints["reference"] = model_fingerprint(reference_path)
     identity = run_identity(to_dict(config), fingerprints)
     first_step = resume(out, policy, optimizer, identity)
@@ -65,7 +71,10 @@ def main(arguments: list[str]) -> None:
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
     if first_step >= steps:
-        say(f"nothing left to do: step {first_step} of {steps} is done, see {out / 'final'}")
+        # Written again: a run that was killed after its last checkpoint has no final/, or a shorter run's.
+        say(
+            f"nothing left to do: step {first_step} of {steps} is done, {save_final(out, policy, model_path)}"
+        )
         return
 
     # --- the frozen reference: log-probs of every pair once, or a second model alongside
@@ -74,6 +83,7 @@ def main(arguments: list[str]) -> None:
         stored = stored_logps(
             out / "reference.safetensors",
             reference_path,
+            fingerprints["reference"],
             {"train": train, "held_out": held_out},
             optim.micro_tokens,
             device,
@@ -141,7 +151,8 @@ def main(arguments: list[str]) -> None:
 
             done = step + 1
             if done == 1 or done % run.log_every == 0 or done == steps:
-                values = {"step": done, "epoch": done * optim.batch_size / len(train)}
+                drawn = min(done * optim.batch_size, total_draws(len(train), optim.epochs))
+                values = {"step": done, "epoch": drawn / len(train)}
                 values |= averages.means() | {"lr": lr, "grad_norm": grad_norm.item()}
                 values["tokens_per_s"] = tokens[batch].sum() / (time.monotonic() - step_started)
                 metrics.write(values)
@@ -153,9 +164,9 @@ def main(arguments: list[str]) -> None:
                 saved = save_checkpoint(
                     out, done, policy, optimizer, identity, run.keep_checkpoints, model_path
                 )
-            if stop and done < steps:
-                say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
-                return
+                if stop and done < steps:
+                    say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
+                    return
     say(f"done: {save_final(out, policy, model_path)}")
 
 

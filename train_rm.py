@@ -24,7 +24,7 @@ from minidpo.errors import RunStopped, exit_on_user_error
 from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
-from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_steps
+from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
 from minidpo.reference import pairs_fingerprint
 from minidpo.reward import RewardModel
 from minidpo.tokenizer import Tokenizer
@@ -65,7 +65,8 @@ def main(arguments: list[str]) -> None:
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
     if first_step >= steps:
-        say(f"nothing left to do: step {first_step} of {steps} is done, see {out / 'final'}")
+        # Written again: a run that was killed after its last checkpoint has no final/, or a shorter run's.
+        say(f"nothing left to do: step {first_step} of {steps} is done, {save_final(out, model, model_path)}")
         return
 
     wanted = Wanted(chosen_logps=loss.lm_weight > 0, rewards=True)
@@ -139,7 +140,8 @@ def main(arguments: list[str]) -> None:
 
             done = step + 1
             if done == 1 or done % run.log_every == 0 or done == steps:
-                values = {"step": done, "epoch": done * optim.batch_size / len(train)}
+                drawn = min(done * optim.batch_size, total_draws(len(train), optim.epochs))
+                values = {"step": done, "epoch": drawn / len(train)}
                 values |= averages.means() | {"lr": lr, "grad_norm": grad_norm.item()}
                 values["tokens_per_s"] = tokens[batch].sum() / (time.monotonic() - step_started)
                 metrics.write(values)
@@ -151,9 +153,9 @@ def main(arguments: list[str]) -> None:
                 saved = save_checkpoint(
                     out, done, model, optimizer, identity, run.keep_checkpoints, model_path
                 )
-            if stop and done < steps:
-                say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
-                return
+                if stop and done < steps:
+                    say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
+                    return
     say(f"done: {save_final(out, model, model_path)}")
 
 

@@ -15,7 +15,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128  # FlexAttention's block size: it skips what is masked in blocks of so many queries and keys
+SMALLEST_HEAD = 16  # its CUDA kernel takes no smaller head size
 
 
 class Segment(NamedTuple):
@@ -98,18 +101,41 @@ def shared_prompt_mask(queries: TokenPlaces, keys: TokenPlaces) -> BlockMask:
         own_text = (keys.ending[k] == 0) | (keys.ending[k] == queries.ending[q])
         return same_pair & not_later & own_text
 
-    return create_block_mask(
-        may_attend, None, None, len(queries.pair), len(keys.pair), device=keys.pair.device.type
+    # Blocks that can hold an allowed pair of tokens, from each block's range of pairs and positions alone:
+    # create_block_mask would first write out the whole (N, N) rule, gigabytes at 16,384 tokens.
+    (q_first, q_last), (k_first, k_last) = _block_ranges(queries.pair), _block_ranges(keys.pair)
+    (_, q_latest), (k_earliest, _) = _block_ranges(queries.position), _block_ranges(keys.position)
+    some = (q_first[:, None] <= k_last) & (k_first <= q_last[:, None]) & (k_earliest <= q_latest[:, None])
+    columns = (
+        (~some).to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
+    )  # the blocks that count come first
+    return BlockMask.from_kv_blocks(
+        some.sum(dim=1, dtype=torch.int32)[None, None],
+        columns[None, None],
+        BLOCK_SIZE=BLOCK,
+        mask_mod=may_attend,
+        seq_lengths=(len(queries.pair), len(keys.pair)),
     )
+
+
+def _block_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Least and greatest of every `BLOCK` values: (N,) -> two of (blocks,). The last block repeats the last value."""
+    whole = torch.cat((values, values[-1:].expand(-len(values) % BLOCK)))
+    return whole.view(-1, BLOCK).amin(dim=1), whole.view(-1, BLOCK).amax(dim=1)
 
 
 def masked_attention(mask: BlockMask) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     """The rule as one FlexAttention call under `mask`, in the dtype of v (bf16 under autocast)."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (heads.to(v.dtype).transpose(0, 1)[None] for heads in (q, k, v))  # (1, H, N, E)
-        attended = _flex_attention(q.device.type)(q, k, v, block_mask=mask, enable_gqa=True)
-        return attended[0].transpose(0, 1)
+        size = v.shape[-1]
+        widen = (0, max(0, SMALLEST_HEAD - size))  # with zeros, which add nothing to a score
+        q, k, v = (
+            F.pad(heads.to(v.dtype), widen).transpose(0, 1)[None] for heads in (q, k, v)
+        )  # (1, H, N, E)
+        flex = _flex_attention(q.device.type)
+        attended = flex(q, k, v, block_mask=mask, scale=size**-0.5, enable_gqa=True)
+        return attended[0, ..., :size].transpose(0, 1)
 
     return attend
 

@@ -20,11 +20,11 @@ def key(default: Any, about: str, check: Callable[[Any], bool] | None = None, mu
 
 
 def positive(value: float) -> bool:
-    return value > 0
+    return 0 < value < float("inf")
 
 
 def not_negative(value: float) -> bool:
-    return value >= 0
+    return 0 <= value < float("inf")
 
 
 def fraction(value: float) -> bool:
@@ -84,6 +84,7 @@ LOSS_READS = {
     "simpo": {"beta", "gamma", "label_smoothing"},
     "sft": set(),
 }
+NEEDS_REFERENCE = ("dpo", "ipo")
 
 
 @dataclass
@@ -118,7 +119,12 @@ class OptimSection:
 @dataclass
 class RunSection:
     out: str = key("", "directory of this run", bool, "the path of a directory for the results")
-    seed: int = key(0, "of the data order, the held-out split and a new reward head", not_negative, ">= 0")
+    seed: int = key(
+        0,
+        "of the data order, the held-out split and a new reward head",
+        lambda n: 0 <= n < 2**63,
+        "from 0 to 2^63 - 1",
+    )
     device: str = key("auto", "auto: cuda if there is one, else cpu", **one_of("auto", "cpu", "cuda"))
     dtype: str = key("bf16", "bf16: autocast over float32 weights", **one_of("bf16", "fp32"))
     threads: int = key(0, "CPU threads; 0: PyTorch's choice", not_negative, ">= 0")
@@ -265,7 +271,14 @@ def _check(config: Any) -> None:
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for an ending;"
             f" it must be below data.max_length = {config.data.max_length}"
         )
+    if config.data.eval and config.data.eval_pairs != DataSection().eval_pairs:
+        raise UserError(
+            f"data.eval_pairs = {config.data.eval_pairs} has no meaning beside data.eval, whose files are used whole;"
+            " leave it out"
+        )
     if isinstance(config.loss, PreferenceLossSection):
+        if config.loss.name not in NEEDS_REFERENCE and config.reference != ReferenceSection():
+            raise UserError(f"[reference] has no meaning for loss.name = {config.loss.name!r}; leave it out")
         for f in dataclasses.fields(config.loss):
             used = f.name == "name" or f.name in LOSS_READS[config.loss.name]
             if not used and getattr(config.loss, f.name) != f.default:

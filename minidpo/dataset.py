@@ -36,16 +36,7 @@ def load_pairs(
     cache: where token ids are kept between starts unless data.cache names a place; None: nowhere.
     Raises UserError where limits do not fit the model or the micro-batch.
     """
-    if data.max_length > model.max_length:
-        raise UserError(
-            f"data.max_length = {data.max_length}, but the model takes {model.max_length} tokens"
-            " (max_position_embeddings or sliding_window in its config.json)"
-        )
-    if tokenizer.vocab_size > model.vocab_size:
-        raise UserError(
-            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model's embedding {model.vocab_size} rows;"
-            " they do not belong together"
-        )
+    require_fit("model", model, tokenizer, data.max_length)
     cache = Path(data.cache) if data.cache else cache
     with ExitStack() as stores:  # token ids go to the cache when it is left: after the last refusal
         # Eval files come first, for they are short: what is wrong with them is said before the long ones are read.
@@ -122,6 +113,20 @@ def require_margins(pairs: PairTokens) -> None:
             f"loss.margin_from_data: {without.sum()} of {len(pairs)} pairs have no margin"
             f" ({pairs.records(np.flatnonzero(without)[:5])}); give each record a number `margin`, or numbers"
             " `score_chosen` and `score_rejected`"
+        )
+
+
+def require_fit(role: str, model: ModelConfig, tokenizer: Tokenizer, max_length: int) -> None:
+    """Raises UserError where `model`, named by its role, cannot take texts of max_length or the tokenizer's ids."""
+    if max_length > model.max_length:
+        raise UserError(
+            f"texts of up to {max_length} tokens (max_length), but the {role} takes {model.max_length}"
+            " (max_position_embeddings or sliding_window in its config.json)"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has ids up to {tokenizer.vocab_size - 1}, the {role}'s embedding {model.vocab_size} rows;"
+            " they do not belong together"
         )
 
 

@@ -13,7 +13,7 @@ def choose_device(name: str, threads: int = 0) -> torch.device:
     if threads:
         torch.set_num_threads(threads)
     if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device = 'cuda', but PyTorch sees no CUDA device; use 'cpu' or 'auto'")
+        raise UserError("device 'cuda' is asked for, but PyTorch sees no CUDA device; use 'cpu' or 'auto'")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -4,15 +4,11 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
 from minidpo.files import replacing_file
-
-Item = TypeVar("Item")
 
 
 def say(line: str) -> None:
@@ -45,7 +41,8 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
+            # Without a checkpoint nothing is taken up: what a killed first start wrote goes too.
+            lines = [line for line in path.read_text().splitlines() if 0 < last_step >= _step(line)]
             with replacing_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
 
@@ -69,12 +66,6 @@ class Progress:
         self.done = 0
         self._start = self._shown = time.monotonic()
         self._live = sys.stderr.isatty()
-
-    def over(self, items: Iterable[Item]) -> Iterator[Item]:
-        for item in items:
-            yield item
-            self.advance(1)
-        self.close()
 
     def advance(self, count: int) -> None:
         self.done += count

@@ -10,6 +10,7 @@ states are wanted; the rest of the row never reaches the last layer's MLP or the
 Dimensions: B pairs, N tokens of a row, S selected rows, E = endings a pair (1 or 2).
 """
 
+from bisect import bisect_left, insort
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -76,7 +77,7 @@ class PackedRow:
 def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
     """Lay `pairs` out as one row.
 
-    With `pad_to` the row has that fixed length and its queries one of eight (for CUDA, where a new shape means a
+    With `pad_to` the row has that fixed length and its queries one of about eight (for CUDA, where a new shape means a
     new compilation): every padding token is a pair of its own that nothing else can see.
     """
     tokens, pair_of, ending_of, position = [], [], [], []
@@ -175,19 +176,18 @@ def total_draws(pairs: int, epochs: float) -> int:
 
 
 def micro_batches(rows: np.ndarray, tokens: np.ndarray, micro_tokens: int) -> Iterator[np.ndarray]:
-    """Cut a batch into few packed rows of at most `micro_tokens`: the longest pair first, each where it fits first.
+    """Cut a batch into few packed rows of at most `micro_tokens`: the longest pair first, each where it fits tightest.
 
     rows: pair numbers; tokens: how many tokens each of them lays out. A pair longer than micro_tokens gets a row
     of its own (the scripts refuse such a setting at the start).
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: list[tuple[int, int]] = []  # (free tokens, bin), the tightest first
     for i in np.argsort(-tokens, kind="stable"):
-        fits = next((b for b, free in enumerate(room) if tokens[i] <= free), None)
-        if fits is None:
+        tightest = bisect_left(room, (int(tokens[i]), 0))
+        free, fits = room.pop(tightest) if tightest < len(room) else (micro_tokens, len(bins))
+        if fits == len(bins):
             bins.append([])
-            room.append(micro_tokens)
-            fits = len(bins) - 1
         bins[fits].append(int(rows[i]))
-        room[fits] -= int(tokens[i])
+        insort(room, (free - int(tokens[i]), fits))
     return iter([np.array(members) for members in bins])

@@ -5,6 +5,8 @@ of all they depend on; another reference, other data or another precision, and t
 """
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,8 @@ from minidpo.files import fingerprint, replacing_file
 from minidpo.logprobs import response_logps
 from minidpo.metrics import Progress, say
 from minidpo.model import Transformer
-from minidpo.packing import PairTokens, Wanted, micro_batches, pack_row
-from minidpo.weights import load_model, model_fingerprint
+from minidpo.packing import PackedRow, PairTokens, Wanted, micro_batches, pack_row
+from minidpo.weights import load_model
 
 BOTH_ENDINGS = Wanted(chosen_logps=True, rejected_logps=True)
 
@@ -53,46 +55,70 @@ def load_reference(directory: str | Path, device: torch.device) -> Transformer:
 def stored_logps(
     file: Path,
     directory: str | Path,
+    reference_fingerprint: str,
     sets: dict[str, PairTokens],
     micro_tokens: int,
     device: torch.device,
     dtype: str,
 ) -> dict[str, np.ndarray]:
-    """Reference log-probs (pairs, 2) of each set: read from `file` if its fingerprint fits, else computed and stored."""
-    identity = fingerprint(model_fingerprint(directory), dtype, *map(pairs_fingerprint, sets.values()))
+    """Reference log-probs (pairs, 2) of each set: those in `file` whose fingerprint fits, the others computed.
+
+    reference_fingerprint: of the model in `directory`, as `model_fingerprint` gives it.
+    """
+    identities = {
+        name: fingerprint(reference_fingerprint, dtype, pairs_fingerprint(pairs))
+        for name, pairs in sets.items()
+    }
+    logps: dict[str, np.ndarray] = {}
     if file.exists():
         try:
             with safe_open(file, framework="numpy") as stored:
-                if (stored.metadata() or {}).get("fingerprint") == identity:
-                    say(f"reference log-probs: read from {file}")
-                    return {name: stored.get_tensor(name) for name in sets}
+                known = stored.metadata() or {}
+                logps = {
+                    name: stored.get_tensor(name) for name in sets if known.get(name) == identities[name]
+                }
         except (SafetensorError, OSError):
             say(f"reference log-probs: {file} is torn and is computed again")
-    model = load_reference(directory, device)
-    logps = {
-        name: all_logps(model, pairs, micro_tokens, device, dtype, f"reference log-probs, {name}")
-        for name, pairs in sets.items()
-    }
-    with replacing_file(file) as temporary:
-        save_file(logps, temporary, metadata={"fingerprint": identity})
+    if logps:
+        say(f"reference log-probs of {' and '.join(logps)}: read from {file}")
+    if missing := [name for name in sets if name not in logps]:
+        model = load_reference(directory, device)
+        for name in missing:
+            label = f"reference log-probs, {name}"
+            logps[name] = all_logps(model, sets[name], micro_tokens, device, dtype, label)
+        with replacing_file(file) as temporary:
+            save_file(logps, temporary, metadata=identities)
     return logps
 
 
-@torch.no_grad()
 def all_logps(
     model: Transformer, pairs: PairTokens, micro_tokens: int, device: torch.device, dtype: str, label: str
 ) -> np.ndarray:
     """Summed log-probs of both endings of every pair under `model`: (pairs, 2) float32, nats."""
-    logps = np.zeros((len(pairs), 2), dtype=np.float32)
+    compute = partial(response_logps, model)
+    return of_every_pair(compute, BOTH_ENDINGS, pairs, micro_tokens, device, dtype, label)
+
+
+@torch.no_grad()
+def of_every_pair(
+    compute: Callable[[PackedRow], Tensor],
+    wanted: Wanted,
+    pairs: PairTokens,
+    micro_tokens: int,
+    device: torch.device,
+    dtype: str,
+    label: str,
+) -> np.ndarray:
+    """compute(row) -> (B, 2) over all pairs, without gradients, with a progress line: (pairs, 2) float32."""
+    values = np.zeros((len(pairs), 2), dtype=np.float32)
     progress = Progress(label, len(pairs), "pairs")
-    every = np.arange(len(pairs))
-    for members in micro_batches(every, pairs.lengths.sum(axis=1), micro_tokens):
-        row = pack_row(pairs.select(members), BOTH_ENDINGS, row_length(device, micro_tokens)).to(device)
+    for members in micro_batches(np.arange(len(pairs)), pairs.lengths.sum(axis=1), micro_tokens):
+        row = pack_row(pairs.select(members), wanted, row_length(device, micro_tokens)).to(device)
         with autocast(device, dtype):
-            logps[members] = response_logps(model, row).float().cpu().numpy()
+            values[members] = compute(row).float().cpu().numpy()
         progress.advance(len(members))
     progress.close()
-    return logps
+    return values
 
 
 def pairs_fingerprint(pairs: PairTokens) -> str:

@@ -112,6 +112,20 @@ def test_flex_attention_equals_segment_attention_in_the_whole_model(wanted):
     torch.testing.assert_close(with_padding[: len(segments)], segments, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("pairs", "pad_to"), [(25, 0), (40, 0), (25, 640)])
+def test_no_allowed_pair_of_tokens_lies_in_a_skipped_block_and_most_others_are_skipped(pairs, pad_to):
+    rng = np.random.default_rng(0)
+    row = pack_row(PairTokens.from_pairs(random_pairs(rng, pairs, (5, 20), (2, 12))), LOGPS, pad_to)
+    for places in (row.places, row.places.at(row.queries)):
+        computed = (
+            shared_prompt_mask(places, row.places).to_dense()[0, 0].bool()
+        )  # (query blocks, key blocks)
+        tokens = computed.repeat_interleave(128, 0).repeat_interleave(128, 1)
+        rule = brute_force_rule(row)[row.queries] if places is not row.places else brute_force_rule(row)
+        assert not (rule & ~tokens[: len(rule), : rule.shape[1]]).any()
+    assert shared_prompt_mask(row.places, row.places).to_dense().float().mean() < 0.7
+
+
 def test_what_the_padding_holds_is_seen_by_nobody():
     model = tiny_model()
     row = pack_row(PairTokens.from_pairs(random_pairs(np.random.default_rng(0), 3)), LOGPS, pad_to=128)

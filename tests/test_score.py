@@ -75,6 +75,19 @@ def test_micro_tokens_change_nothing_but_rounding(world, tmp_path):
         assert a["reference_chosen_logps"] != a["chosen_logps"]
 
 
+def test_what_cannot_work_is_refused_before_any_scoring(world, tmp_path):
+    common = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz")]
+    for arguments, says in (
+        (["--out", str(tmp_path / "no" / "s.jsonl")], "a file in a directory that exists"),
+        (["--out", str(tmp_path / "s.jsonl"), "--max-length", "0"], "at least 2"),
+        (["--out", str(tmp_path / "s.jsonl"), "--max-length", "999"], "the model takes 256"),
+        (["--out", str(tmp_path / "s.jsonl"), "--reference", "nowhere"], "nowhere"),
+    ):
+        with pytest.raises(UserError, match=says):
+            score([*common, *arguments])
+    assert not list(tmp_path.iterdir())
+
+
 def test_nothing_is_written_when_the_data_cannot_be_read(world, tmp_path):
     data = tmp_path / "bad.jsonl"
     data.write_text('{"prompt": "a", "chosen": "b"}\n')

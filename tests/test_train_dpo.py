@@ -2,6 +2,8 @@
 
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -117,6 +119,40 @@ def test_the_same_command_after_the_end_says_so_and_touches_nothing(config, tmp_
     run(config())
     assert "nothing left to do" in capsys.readouterr().out
     assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_final_is_finished_by_the_same_command(config, tmp_path):
+    run(config(), f"--run.out={tmp_path / 'whole'}")
+    run(config(), "--optim.max_steps=2")  # leaves a final/ of step 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "save_final", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(config())
+    run(config())
+    left, right = final(tmp_path / "out"), load_file(tmp_path / "out/checkpoints/step-4/model.safetensors")
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
+def test_a_first_start_killed_before_any_checkpoint_leaves_no_line_twice(config, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_dpo, "batch_rows", lambda *_: sys.exit("killed"))
+        with pytest.raises(SystemExit):
+            run(config())
+    assert [m["step"] for m in run(config())] == [0, 1, 2, 3, 4, 4]
+
+
+def test_the_epoch_of_the_last_step_is_what_was_asked_for_though_its_batch_is_short(config):
+    metrics = run(config(), "--optim.batch_size=20", "--optim.max_steps=0")
+    assert steps(metrics)[-1]["epoch"] == 1.0
+
+
+def test_a_reference_that_cannot_take_the_texts_is_refused(config, world, tmp_path):
+    short = tmp_path / "short"
+    shutil.copytree(world / "other", short)
+    fields = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(fields | {"max_position_embeddings": 32}))
+    with pytest.raises(UserError, match="up to 64 tokens .* the reference takes 32"):
+        run(config(), f"--reference.path={short}")
 
 
 @pytest.mark.parametrize("override", ["--loss.beta=0.2", "--optim.lr=2e-3", "--data.max_length=48"])

@@ -58,6 +58,14 @@ def main(arguments: list[str]) -> None:
             )
     started = time.monotonic()
     out = Path(options.out)
+    seed_file = out / "seed"
+    if seed_file.exists() and seed_file.read_text().strip() != str(options.seed):
+        raise UserError(
+            f"--seed {options.seed}: {out} holds the world of seed {seed_file.read_text().strip()}, and runs on it;"
+            " give another --out, or delete it"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    seed_file.write_text(f"{options.seed}\n")
 
     print(f"Writing a world of questions and answers, and a random model, to {out}")
     write_world(out, options.seed)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from minidpo.dataset import require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
 from minidpo.files import require_file
@@ -32,13 +33,19 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--n {options.n}; at least 1 sample is needed")
     if options.prompts_file:
         file = require_file(Path(options.prompts_file), "a text file with one prompt a line is needed")
-        texts = [_unescape(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        try:
+            texts = [_unescape(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text ({error})") from None
+        if not texts:
+            raise UserError(f"{file}: no prompt in it; one a line is needed")
     elif options.human is not None:
         texts = [f"\n\nHuman: {options.human}\n\nAssistant:"]
     else:
         texts = [_unescape(options.prompt)]
     model = load_model(options.model, device=choose_device(options.device))
     tokenizer = Tokenizer.from_directory(options.model)
+    require_fit("model", model.config, tokenizer, 1)
     try:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
         prompts = [tokenizer.encode(text) for text in texts for _ in range(options.n)]

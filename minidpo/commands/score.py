@@ -8,17 +8,18 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from minidpo.chat import TEMPLATES
 from minidpo.data import DataReport, read_preferences
-from minidpo.device import autocast, choose_device, row_length
+from minidpo.dataset import require_fit
+from minidpo.device import choose_device
 from minidpo.errors import UserError
 from minidpo.files import replacing_file
-from minidpo.metrics import Progress, say
-from minidpo.packing import PairTokens, Wanted, micro_batches, pack_row
-from minidpo.reference import all_logps
-from minidpo.reward import RewardModel
+from minidpo.hf_config import read_config
+from minidpo.metrics import say
+from minidpo.model import Transformer
+from minidpo.packing import PairTokens, Wanted
+from minidpo.reference import all_logps, of_every_pair
 from minidpo.tokenizer import Tokenizer, tokenize_pairs
 from minidpo.weights import load_model, load_reward_model
 
@@ -48,23 +49,37 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.reference and options.reward_model:
         raise UserError("--reference goes with --model; a reward model needs none")
+    if not Path(options.out).parent.is_dir() or Path(options.out).is_dir():
+        raise UserError(f"--out {options.out}: a file in a directory that exists is needed")
 
     device = choose_device(options.device)
     directory = Path(options.reward_model or options.model)
     model = (load_reward_model if options.reward_model else load_model)(directory, device=device)
-    limit = options.max_length or model.config.max_length
-    if not 2 <= limit <= model.config.max_length:
-        raise UserError(f"--max-length {limit} must be from 2 to the model's {model.config.max_length}")
-    pairs = _read_whole(Path(options.data), Tokenizer.from_directory(directory), limit, options.template)
+    limit = model.config.max_length if options.max_length is None else options.max_length
+    if limit < 2:
+        raise UserError(f"--max-length {limit}; it must be at least 2")
+    tokenizer = Tokenizer.from_directory(directory)
+    require_fit("model", model.config, tokenizer, limit)
+    if options.reference:
+        require_fit("reference", read_config(Path(options.reference)), tokenizer, limit)
+    pairs = _read_whole(Path(options.data), tokenizer, limit, options.template)
     micro_tokens = max(options.micro_tokens, int(pairs.lengths.sum(axis=1).max()))
 
-    def logps(of: torch.nn.Module, name: str) -> dict[str, np.ndarray]:
-        values = all_logps(of, pairs, micro_tokens, device, options.dtype, f"{name or ''}log-probs")
+    def logps(of: Transformer, name: str) -> dict[str, np.ndarray]:
+        values = all_logps(of, pairs, micro_tokens, device, options.dtype, f"{name}log-probs")
         return {f"{name}chosen_logps": values[:, 0], f"{name}rejected_logps": values[:, 1]}
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
     if options.reward_model:
-        rewards = all_rewards(model, pairs, micro_tokens, device, options.dtype)
+        rewards = of_every_pair(
+            lambda row: model.pair_rewards(row)[0],
+            Wanted(rewards=True),
+            pairs,
+            micro_tokens,
+            device,
+            options.dtype,
+            "rewards",
+        )
         columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
         margins = rewards[:, 0] - rewards[:, 1]
     else:
@@ -83,24 +98,6 @@ def main(arguments: list[str]) -> None:
         f"{len(pairs)} pairs: chosen above rejected in {(margins > 0).mean():.3f}, longer ending chosen in"
         f" {longer.mean():.3f}; written to {options.out}"
     )
-
-
-@torch.no_grad()
-def all_rewards(
-    model: RewardModel, pairs: PairTokens, micro_tokens: int, device: torch.device, dtype: str
-) -> np.ndarray:
-    """Rewards of both endings of every pair: (pairs, 2) float32."""
-    rewards = np.zeros((len(pairs), 2), dtype=np.float32)
-    progress = Progress("rewards", len(pairs), "pairs")
-    for members in micro_batches(np.arange(len(pairs)), pairs.lengths.sum(axis=1), micro_tokens):
-        row = pack_row(pairs.select(members), Wanted(rewards=True), row_length(device, micro_tokens)).to(
-            device
-        )
-        with autocast(device, dtype):
-            rewards[members] = model.pair_rewards(row)[0].cpu().numpy()
-        progress.advance(len(members))
-    progress.close()
-    return rewards
 
 
 def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: str) -> PairTokens:
