@@ -21,10 +21,12 @@ from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final
 from minidpo.config import PreferenceConfig, PreferenceLossSection, load_config, to_dict, to_toml
 from minidpo.dataset import load_pairs
 from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.files import writing
 from minidpo.logprobs import response_logps
 from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
+from minidpo.out_directory import claim
 from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_steps
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
 from minidpo.tokenizer import Tokenizer
@@ -56,9 +58,10 @@ def main(arguments: list[str]) -> None:
     if loss.name in NEEDS_REFERENCE:
         fingerprints["reference"] = model_fingerprint(reference_path)
     identity = run_identity(to_dict(config), fingerprints)
+    claim(out)
     first_step = resume(out, policy, optimizer, identity)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    with writing(out / "config.toml"):
+        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
     metrics = MetricsFile(out / "metrics.jsonl", first_step)
     say(
         f"{loss.name}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} pairs to train on,"
@@ -149,6 +152,8 @@ def main(arguments: list[str]) -> None:
                 say(console_line(values, steps, seconds_left))
             if done == steps or (run.eval_every and done % run.eval_every == 0):
                 evaluate(done)
+            if done == steps:  # before its checkpoint, which says that nothing is left to do
+                final = save_final(out, policy, model_path)
             if stop or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
                     out, done, policy, optimizer, identity, run.keep_checkpoints, model_path
@@ -156,7 +161,7 @@ def main(arguments: list[str]) -> None:
             if stop and done < steps:
                 say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
                 return
-    say(f"done: {save_final(out, policy, model_path)}")
+    say(f"done: {final}")
 
 
 def preference(

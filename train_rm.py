@@ -21,9 +21,11 @@ from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final
 from minidpo.config import RewardConfig, load_config, to_dict, to_toml
 from minidpo.dataset import load_pairs, require_margins
 from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.files import writing
 from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
+from minidpo.out_directory import claim
 from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_steps
 from minidpo.reference import pairs_fingerprint
 from minidpo.reward import RewardModel
@@ -56,9 +58,10 @@ def main(arguments: list[str]) -> None:
     # --- take up an earlier run of this directory, if there is one and it is this run
     fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
     identity = run_identity(to_dict(config), fingerprints)
+    claim(out)
     first_step = resume(out, model, optimizer, identity)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    with writing(out / "config.toml"):
+        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
     metrics = MetricsFile(out / "metrics.jsonl", first_step)
     say(
         f"reward model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} pairs to train on,"
@@ -147,6 +150,8 @@ def main(arguments: list[str]) -> None:
                 say(console_line(values, steps, seconds_left))
             if done == steps or (run.eval_every and done % run.eval_every == 0):
                 evaluate(done)
+            if done == steps:  # before its checkpoint, which says that nothing is left to do
+                final = save_final(out, model, model_path)
             if stop or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
                     out, done, model, optimizer, identity, run.keep_checkpoints, model_path
@@ -154,7 +159,7 @@ def main(arguments: list[str]) -> None:
             if stop and done < steps:
                 say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
                 return
-    say(f"done: {save_final(out, model, model_path)}")
+    say(f"done: {final}")
 
 
 if __name__ == "__main__":

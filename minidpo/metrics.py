@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
-from minidpo.files import replacing_file
+from minidpo.files import replacing_file, writing
 
 Item = TypeVar("Item")
 
@@ -40,17 +40,21 @@ class Averages:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped."""
+    """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped.
+
+    last_step: the checkpoint's; 0 where there is none, and then step 0 is evaluated again: its line goes too.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= last_step]
-            with replacing_file(path) as temporary:
+            kept = last_step or -1
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= kept]
+            with writing(path), replacing_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
 
     def write(self, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
 

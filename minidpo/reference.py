@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from minidpo.device import autocast, row_length
-from minidpo.files import fingerprint, replacing_file
+from minidpo.files import fingerprint, replacing_file, writing
 from minidpo.logprobs import response_logps
 from minidpo.metrics import Progress, say
 from minidpo.model import Transformer
@@ -73,7 +73,7 @@ def stored_logps(
         name: all_logps(model, pairs, micro_tokens, device, dtype, f"reference log-probs, {name}")
         for name, pairs in sets.items()
     }
-    with replacing_file(file) as temporary:
+    with writing(file), replacing_file(file) as temporary:
         save_file(logps, temporary, metadata={"fingerprint": identity})
     return logps
 
