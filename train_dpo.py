@@ -10,6 +10,7 @@ The same command run again goes on from the last checkpoint.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,10 @@ from torch import Tensor
 from minidpo import device as devices
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
 from minidpo.config import PreferenceConfig, PreferenceLossSection, load_config, to_dict, to_toml
-from minidpo.dataset import load_pairs
-from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.dataset import load_pairs, longest_pair
+from minidpo.errors import exit_on_user_error
 from minidpo.files import writing
+from minidpo.guards import MicroTokens, require_finite
 from minidpo.logprobs import response_logps
 from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
@@ -89,16 +91,30 @@ def main(arguments: list[str]) -> None:
 
     wanted = Wanted(chosen_logps=True, rejected_logps=loss.name != "sft")
     tokens = train.lengths[:, : 2 + wanted.rejected].sum(axis=1)  # what each pair lays out
+    room = MicroTokens(optim.micro_tokens, longest_pair(train, held_out))
 
     def compare(pairs: PairTokens, rows: np.ndarray, reference: StoredReference | LiveReference | None):
         """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""
-        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, optim.micro_tokens)).to(
-            device
-        )
+        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, room.tokens)).to(device)
         with devices.autocast(device, run.dtype):
             policy_logps = response_logps(policy, packed)  # (B, 2): chosen, rejected; sft (B, 1)
             reference_logps = reference.logps(rows, packed) if reference else None
         return preference(loss, policy_logps, reference_logps, packed.scored_lengths.view_as(policy_logps))
+
+    def accumulate(batch: np.ndarray) -> Averages:
+        """Add up the gradient of the batch's mean loss, one micro-batch after the other; returns what to watch."""
+        optimizer.zero_grad(set_to_none=True)  # a pass that ran out of memory may have left a part of it
+        averages = Averages()
+        for rows in micro_batches(batch, tokens[batch], room.tokens):
+            losses, watched = compare(train, rows, train_reference)
+            # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
+            (losses.sum() / len(batch)).backward()
+            averages.add(watched)
+        return averages
+
+    @torch.no_grad()
+    def losses_one_by_one(batch: np.ndarray) -> list[float]:
+        return [compare(train, batch[i : i + 1], train_reference)[0].item() for i in range(len(batch))]
 
     def evaluate(step: int) -> None:
         """Loss and metrics over all held-out pairs, to the console and metrics.jsonl."""
@@ -108,7 +124,7 @@ def main(arguments: list[str]) -> None:
         progress = Progress("evaluating", len(held_out), "pairs")
         sizes = held_out.lengths.sum(axis=1)
         with torch.no_grad():
-            for rows in micro_batches(np.arange(len(held_out)), sizes, optim.micro_tokens):
+            for rows in micro_batches(np.arange(len(held_out)), sizes, room.tokens):
                 averages.add(compare(held_out, rows, eval_reference)[1])
                 progress.advance(len(rows))
         progress.clear()
@@ -127,18 +143,17 @@ def main(arguments: list[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
-            averages = Averages()
-            for rows in micro_batches(batch, tokens[batch], optim.micro_tokens):
-                losses, watched = compare(train, rows, train_reference)
-                # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
-                (losses.sum() / len(batch)).backward()
-                averages.add(watched)
+            averages = room.fit(step + 1, partial(accumulate, batch))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
-            if not torch.isfinite(grad_norm):
-                raise RunStopped(
-                    f"step {step + 1}: gradient norm is {grad_norm.item()}, {train.records(batch)};"
-                    f" nothing was updated, the checkpoints in {out} are from before"
-                )
+            require_finite(
+                step + 1,
+                averages.mean("loss"),
+                grad_norm.item(),
+                out,
+                train.select(batch),
+                tokenizer,
+                partial(losses_one_by_one, batch),
+            )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 

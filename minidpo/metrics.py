@@ -35,8 +35,11 @@ class Averages:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._count += count
 
+    def mean(self, name: str) -> float:
+        return self._sums[name].item() / self._count
+
     def means(self) -> dict[str, float]:
-        return {name: total.item() / self._count for name, total in self._sums.items()}
+        return {name: self.mean(name) for name in self._sums}
 
 
 class MetricsFile:

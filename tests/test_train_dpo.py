@@ -158,7 +158,7 @@ def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(config, mo
     monkeypatch.setattr(
         train_dpo, "dpo_loss", lambda *a: real(*a)._replace(losses=real(*a).losses * float("nan"))
     )
-    with pytest.raises(RunStopped, match=r"step 3: gradient norm is nan, records \["):
+    with pytest.raises(RunStopped, match=r"step 3: loss is nan, records \["):
         run(config(), "--optim.max_steps=4")
     assert (tmp_path / "out" / "checkpoints" / "step-2" / "model.safetensors").read_bytes() == kept
 
