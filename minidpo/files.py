@@ -118,6 +118,6 @@ def fingerprint(*parts: bytes | str | Path) -> str:
             with part.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         else:
-            content = part.encode() if isinstance(part, str) else part
+            content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
