@@ -10,6 +10,7 @@ The same command run again goes on from the last checkpoint.
 """
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,13 +27,16 @@ from minidpo.config import (
     to_dict,
     to_toml,
 )
-from minidpo.dataset import load_pairs, require_fit
-from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.dataset import load_pairs, longest_pair, require_fit
+from minidpo.errors import exit_on_user_error
+from minidpo.files import writing
+from minidpo.guards import MicroTokens, require_finite
 from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
 from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
+from minidpo.out_directory import claim
 from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
 from minidpo.tokenizer import Tokenizer
@@ -62,16 +66,17 @@ def main(arguments: list[str]) -> None:
         require_fit("reference", read_config(reference_path), tokenizer, config.data.max_length)
         fingerprints["reference"] = model_fingerprint(reference_path)
     identity = run_identity(to_dict(config), fingerprints)
+    claim(out)
     first_step = resume(out, policy, optimizer, identity)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    with writing(out / "config.toml"):
+        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
     metrics = MetricsFile(out / "metrics.jsonl", first_step)
     say(
         f"{loss.name}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} pairs to train on,"
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
     if first_step >= steps:
-        # Written again: a run that was killed after its last checkpoint has no final/, or a shorter run's.
+        # Written again, for it may have been moved away since.
         say(
             f"nothing left to do: step {first_step} of {steps} is done, {save_final(out, policy, model_path)}"
         )
@@ -96,16 +101,30 @@ def main(arguments: list[str]) -> None:
 
     wanted = Wanted(chosen_logps=True, rejected_logps=loss.name != "sft")
     tokens = train.lengths[:, : 2 + wanted.rejected].sum(axis=1)  # what each pair lays out
+    room = MicroTokens(optim.micro_tokens, longest_pair(train, held_out))
 
     def compare(pairs: PairTokens, rows: np.ndarray, reference: StoredReference | LiveReference | None):
         """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""
-        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, optim.micro_tokens)).to(
-            device
-        )
+        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, room.tokens)).to(device)
         with devices.autocast(device, run.dtype):
             policy_logps = response_logps(policy, packed)  # (B, 2): chosen, rejected; sft (B, 1)
             reference_logps = reference.logps(rows, packed) if reference else None
         return preference(loss, policy_logps, reference_logps, packed.scored_lengths.view_as(policy_logps))
+
+    def accumulate(batch: np.ndarray) -> Averages:
+        """Add up the gradient of the batch's mean loss, one micro-batch after the other; returns what to watch."""
+        optimizer.zero_grad(set_to_none=True)  # a pass that ran out of memory may have left a part of it
+        averages = Averages()
+        for rows in micro_batches(batch, tokens[batch], room.tokens):
+            losses, watched = compare(train, rows, train_reference)
+            # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
+            (losses.sum() / len(batch)).backward()
+            averages.add(watched)
+        return averages
+
+    @torch.no_grad()
+    def losses_one_by_one(batch: np.ndarray) -> list[float]:
+        return [compare(train, batch[i : i + 1], train_reference)[0].item() for i in range(len(batch))]
 
     def evaluate(step: int) -> None:
         """Loss and metrics over all held-out pairs, to the console and metrics.jsonl."""
@@ -115,7 +134,7 @@ def main(arguments: list[str]) -> None:
         progress = Progress("evaluating", len(held_out), "pairs")
         sizes = held_out.lengths.sum(axis=1)
         with torch.no_grad():
-            for rows in micro_batches(np.arange(len(held_out)), sizes, optim.micro_tokens):
+            for rows in micro_batches(np.arange(len(held_out)), sizes, room.tokens):
                 averages.add(compare(held_out, rows, eval_reference)[1])
                 progress.advance(len(rows))
         progress.clear()
@@ -134,18 +153,17 @@ def main(arguments: list[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
-            averages = Averages()
-            for rows in micro_batches(batch, tokens[batch], optim.micro_tokens):
-                losses, watched = compare(train, rows, train_reference)
-                # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
-                (losses.sum() / len(batch)).backward()
-                averages.add(watched)
+            averages = room.fit(step + 1, partial(accumulate, batch))
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
-            if not torch.isfinite(grad_norm):
-                raise RunStopped(
-                    f"step {step + 1}: gradient norm is {grad_norm.item()}, {train.records(batch)};"
-                    f" nothing was updated, the checkpoints in {out} are from before"
-                )
+            require_finite(
+                step + 1,
+                averages.mean("loss"),
+                grad_norm.item(),
+                out,
+                train.select(batch),
+                tokenizer,
+                partial(losses_one_by_one, batch),
+            )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -160,6 +178,8 @@ def main(arguments: list[str]) -> None:
                 say(console_line(values, steps, seconds_left))
             if done == steps or (run.eval_every and done % run.eval_every == 0):
                 evaluate(done)
+            if done == steps:  # before its checkpoint, which says that nothing is left to do
+                final = save_final(out, policy, model_path)
             if stop or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
                     out, done, policy, optimizer, identity, run.keep_checkpoints, model_path
@@ -167,7 +187,7 @@ def main(arguments: list[str]) -> None:
                 if stop and done < steps:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
                     return
-    say(f"done: {save_final(out, policy, model_path)}")
+    say(f"done: {final}")
 
 
 def preference(

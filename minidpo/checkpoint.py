@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from minidpo.errors import UserError
-from minidpo.files import replacing_directory
+from minidpo.files import remove_directory, replacing_directory, writing
 from minidpo.metrics import say
 from minidpo.model import Transformer
 from minidpo.reward import RewardModel
@@ -31,6 +31,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(
@@ -44,53 +45,49 @@ def save_checkpoint(
 ) -> Path:
     """Write OUT/checkpoints/step-N, then delete all but the `keep` newest. `identity`: see `resume`."""
     path = out / "checkpoints" / f"step-{step}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing_directory(path) as directory:
+    with writing(path), replacing_directory(path) as directory:
         save_model(model, directory)
         copy_tokenizer(tokenizer_from, directory)
         save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
         state = {"step": step, "identity": identity}
         (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    for old in _checkpoints(out)[:-keep]:
-        shutil.rmtree(old)
+    # Not those of later steps: they are torn, or this run would have begun there.
+    for old in [p for p in _checkpoints(out) if _step(p) <= step][:-keep]:
+        remove_directory(old)
     return path
 
 
 def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
-    """Load the newest checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
+    """Load the newest whole checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
 
     identity: setting -> value, for everything that would silently make this another run. Raises UserError that
-    names the first setting in which the checkpoint differs.
+    names the first setting in which the checkpoint differs, and where there are checkpoints but none is whole.
     """
     checkpoints = _checkpoints(out)
-    if not checkpoints:
-        return 0
-    path = checkpoints[-1]
-    try:
-        state = json.loads((path / "state.json").read_text())
-        weights = load_file(path / "model.safetensors")
-        moments = load_file(path / "optimizer.safetensors")
-        was, step = state["identity"], state["step"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{path}: not a whole checkpoint ({error}); remove it to go on from an older one"
-        ) from None
-    for name in sorted(was.keys() | identity.keys()):
-        if was.get(name) != identity.get(name):
-            raise UserError(
-                f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
-                " give the run another run.out, or the old setting"
-            )
-    device = next(model.parameters()).device
-    model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, strict=True)
-    _load_optimizer(model, optimizer, moments)
-    say(f"resuming from {path}")
-    return step
+    expected = _expected_tensors(model)
+    for path in reversed(checkpoints):
+        try:
+            was, weights, moments = _read(path)
+            _require_same_run(path, was, identity)
+            _require_shapes(weights | moments, expected)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            say(f"{path}: not a whole checkpoint ({' '.join(str(error).split())}); it is passed over")
+            continue
+        device = next(model.parameters()).device
+        model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, strict=True)
+        _load_optimizer(model, optimizer, moments)
+        say(f"resuming from {path}")
+        return _step(path)
+    if checkpoints:
+        raise UserError(f"{checkpoints[0].parent}: no checkpoint in it is whole; remove it to start anew")
+    return 0
 
 
 def save_final(out: Path, model: Transformer, tokenizer_from: Path) -> Path:
     """OUT/final: what transformers, or the next script, opens."""
-    with replacing_directory(out / "final") as directory:
+    with writing(out / "final"), replacing_directory(out / "final") as directory:
         if isinstance(model, RewardModel):
             save_reward_model(model, directory)
             copy_tokenizer(tokenizer_from, directory)
@@ -161,9 +158,48 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
 
 def _checkpoints(out: Path) -> list[Path]:
-    """Whole checkpoints, oldest first."""
-    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    return sorted(found, key=lambda p: int(p.name[5:]))
+    """Whole checkpoints, oldest first, unless something else has harmed them."""
+    found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+    return sorted(found, key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Identity, weights and the optimizer's tensors of a checkpoint."""
+    state = json.loads((path / "state.json").read_text())
+    if state["step"] != _step(path):
+        raise ValueError(f"state.json is of step {state['step']!r}")
+    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
+    return dict(state["identity"]), weights, moments
+
+
+def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any]) -> None:
+    for name in sorted(was.keys() | identity.keys()):
+        if was.get(name) != identity.get(name):
+            raise UserError(
+                f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
+                " give the run another run.out, or the old setting"
+            )
+
+
+def _require_shapes(found: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
+    for name in sorted(found.keys() ^ expected.keys()):
+        raise ValueError(f"tensor {name!r} is {'missing' if name in expected else 'unknown'}")
+    for name, tensor in found.items():
+        if (tuple(tensor.shape), tensor.dtype) != expected[name]:
+            raise ValueError(f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}")
+
+
+def _expected_tensors(model: nn.Module) -> dict[str, tuple]:
+    """Name -> (shape, dtype) of what a checkpoint holds: the weights, and what AdamW keeps of each parameter."""
+    expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        expected |= {f"{name}/{key}": (tuple(parameter.shape), parameter.dtype) for key in _MOMENTS}
+        expected[f"{name}/step"] = ((), torch.float32)
+    return expected
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -54,7 +54,7 @@ def load_pairs(
             say(f"held out {len(held_out)} pairs by prompt, {len(train)} left to train on")
         else:
             held_out = train.select(np.zeros(0, dtype=int))
-        longest = max(int(part.lengths.sum(axis=1).max(initial=0)) for part in (train, held_out))
+        longest = longest_pair(train, held_out)
         if longest > optim.micro_tokens:
             raise UserError(
                 f"optim.micro_tokens = {optim.micro_tokens}, but one pair has {longest} tokens; it must be at least that"
@@ -103,6 +103,11 @@ def stream_pairs(
         yield pair
         progress.advance(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
     progress.close()
+
+
+def longest_pair(*sets: PairTokens) -> int:
+    """Tokens of the longest pair, laid out with both endings."""
+    return max(int(pairs.lengths.sum(axis=1).max(initial=0)) for pairs in sets)
 
 
 def require_margins(pairs: PairTokens) -> None:

@@ -25,5 +25,14 @@ def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; by name, for torch takes seconds to import
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"error: {reason} (lower optim.micro_tokens, or set run.activation_checkpointing = true)",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit("interrupted")

@@ -1,11 +1,16 @@
 """Files that are either whole or not there: written beside their place, then renamed into it."""
 
+import ctypes
 import hashlib
 import os
+import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 from minidpo.errors import UserError
 
@@ -13,7 +18,7 @@ from minidpo.errors import UserError
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends well the file there takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, "tmp")
     try:
         yield temporary
         _sync(temporary)
@@ -25,24 +30,69 @@ def replacing_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """Yield a new temporary directory; when the block ends well it takes the place of `path`."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, aside = _beside(path, "tmp"), _beside(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
-        if path.exists():
-            # A directory cannot be renamed over a full one: the old one steps aside first.
-            aside = path.with_name(f".{path.name}.{os.getpid()}.old")
+        _sync(temporary)
+        if not path.exists():
+            os.replace(temporary, path)
+        elif not _exchange(temporary, path):
+            # A directory cannot be renamed over a full one: the old one steps aside first. After a kill between
+            # these two lines it has another name, from which `clear_leftovers` brings it back.
             os.replace(path, aside)
             os.replace(temporary, path)
             shutil.rmtree(aside)
-        else:
-            os.replace(temporary, path)
         _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_directory(path: Path) -> None:
+    """Delete a directory so that a kill half-way leaves no part of it under its name."""
+    doomed = _beside(path, "tmp")
+    os.replace(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Undo what killed processes left half done in `directory`, in which no other process may be at work."""
+    for path in directory.glob(".*"):
+        match = re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", path.name)
+        if match and match[2] == "old" and not (directory / match[1]).exists():
+            os.replace(path, directory / match[1])
+        elif match and path.is_dir():
+            shutil.rmtree(path)
+        elif match:
+            path.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what a full disk or a read-only directory raises while `path` is written into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(
+            f"{path}: cannot be written ({reason}); make room for it, or write elsewhere"
+        ) from None
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two directories in one step, so that both names always lead somewhere; False where that cannot be."""
+    if not sys.platform.startswith("linux"):
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux: Python has no name for it
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
 
 
 def _sync(path: Path) -> None:
@@ -68,6 +118,6 @@ def fingerprint(*parts: bytes | str | Path) -> str:
             with part.open("rb") as file:
                 content = hashlib.file_digest(file, "sha256").digest()
         else:
-            content = part.encode() if isinstance(part, str) else part
+            content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()

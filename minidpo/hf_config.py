@@ -28,13 +28,15 @@ HARMLESS = frozenset("""architectures torch_dtype dtype transformers_version use
     finetuning_task unk_token_id sep_token_id cls_token_id decoder_start_token_id classifier_dropout
     max_length min_length do_sample temperature top_k top_p repetition_penalty""".split())  # fmt: skip
 
+_WIDEST = 2**24  # far above any model; two such sizes still multiply without overflow
+
 
 def read_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a model directory. Raises UserError, naming the field, for what cannot be computed."""
     path = require_file(directory / "config.json", "a Hugging Face model directory is needed")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({error})") from None
     if not isinstance(fields, dict):
         raise UserError(f"{path}: holds a {type(fields).__name__}; a JSON object is needed")
@@ -47,29 +49,32 @@ def read_config(directory: Path) -> ModelConfig:
 def parse_config(fields: dict[str, Any]) -> ModelConfig:
     """ModelConfig from config.json's fields. Raises ValueError that names the field."""
     family = fields.get("model_type")
-    if family not in ARCHITECTURES:
+    if not isinstance(family, str) or family not in ARCHITECTURES:
         raise ValueError(f"model_type {family!r} is not supported; one of {', '.join(ARCHITECTURES)} is")
     for name, value in fields.items():
         if name not in READ | HARMLESS and value not in (None, False, {}, []):
             raise ValueError(f"field {name!r} = {value!r} is not known here and might change the numbers")
     if fields.get("hidden_act", "silu") not in ("silu", "swish"):
         raise ValueError(f"hidden_act {fields['hidden_act']!r} is not supported; 'silu' is")
-    width = _positive(fields, "hidden_size")
-    heads = _positive(fields, "num_attention_heads")
+    width = _positive(fields, "hidden_size", most=_WIDEST)
+    heads = _positive(fields, "num_attention_heads", most=_WIDEST)
     kv_heads = _positive(fields, "num_key_value_heads", heads)
     head_dim = _positive(fields, "head_dim", width // heads)
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    layers = _positive(fields, "num_hidden_layers", most=10_000)
+    if heads * head_dim > _WIDEST:
+        raise ValueError(f"num_attention_heads {heads} times head_dim {head_dim} is above {_WIDEST}")
     if head_dim % 2:
         raise ValueError(f"head_dim {head_dim} is odd; rotary embeddings need an even size")
     theta, scaling = _rope(fields)
-    attention_bias = bool(fields.get("attention_bias"))
+    attention_bias = _flag(fields, "attention_bias")
     return ModelConfig(
         model_type=family,
-        vocab_size=_positive(fields, "vocab_size"),
+        vocab_size=_positive(fields, "vocab_size", most=_WIDEST),
         hidden_size=width,
-        intermediate_size=_positive(fields, "intermediate_size"),
-        num_hidden_layers=_positive(fields, "num_hidden_layers"),
+        intermediate_size=_positive(fields, "intermediate_size", most=_WIDEST),
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
@@ -78,15 +83,15 @@ def parse_config(fields: dict[str, Any]) -> ModelConfig:
         rms_norm_eps=_number(fields, "rms_norm_eps", 1e-6),
         rope_theta=theta,
         rope_scaling=scaling,
-        tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+        tie_word_embeddings=_flag(fields, "tie_word_embeddings"),
         qkv_bias=True if family == "qwen2" else family != "mistral" and attention_bias,
         output_bias=family in ("llama", "qwen3") and attention_bias,
-        mlp_bias=family == "llama" and bool(fields.get("mlp_bias")),
+        mlp_bias=family == "llama" and _flag(fields, "mlp_bias"),
         qk_norm=family == "qwen3",
         initializer_range=_number(fields, "initializer_range", 0.02),
-        bos_token_id=fields.get("bos_token_id"),
-        eos_token_id=_ids(fields.get("eos_token_id")),
-        pad_token_id=fields.get("pad_token_id"),
+        bos_token_id=_id(fields, "bos_token_id"),
+        eos_token_id=_id(fields, "eos_token_id", several=True),
+        pad_token_id=_id(fields, "pad_token_id"),
     )
 
 
@@ -136,8 +141,9 @@ def _classification_pad(config: ModelConfig) -> int | None:
 
 
 def _rope(fields: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
-    parameters = dict(fields.get("rope_parameters") or {})
-    scaling = dict(fields.get("rope_scaling") or {})
+    parameters, scaling = (fields.get(name) or {} for name in ("rope_parameters", "rope_scaling"))
+    if not isinstance(parameters, dict) or not isinstance(scaling, dict):
+        raise ValueError(f"rope_parameters {parameters!r}, rope_scaling {scaling!r}: objects are needed")
     theta = _number(scaling | parameters | fields, "rope_theta", 10000.0)  # transformers' own default
     if (
         "rope_theta" in parameters
@@ -166,9 +172,12 @@ def _rope(fields: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
 
 def _sliding_window(fields: dict[str, Any], family: str) -> int | None:
     """The window below which sliding attention is full attention; None where no layer slides."""
-    slides = family == "mistral" or bool(fields.get("use_sliding_window"))
+    slides = family == "mistral" or _flag(fields, "use_sliding_window")
     if fields.get("layer_types") is not None:
-        kinds = set(fields["layer_types"])
+        kinds = fields["layer_types"]
+        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"layer_types is {kinds!r}; a list of names is needed")
+        kinds = set(kinds)
         if kinds - {"full_attention", "sliding_attention"}:
             raise ValueError(f"layer_types {sorted(kinds)} is not supported; full and sliding attention are")
         slides = slides and "sliding_attention" in kinds or family == "mistral"
@@ -178,21 +187,33 @@ def _sliding_window(fields: dict[str, Any], family: str) -> int | None:
     return _positive(fields, "sliding_window", 4096)
 
 
-def _positive(fields: dict[str, Any], name: str, default: int | None = None) -> int:
+def _positive(fields: dict[str, Any], name: str, default: int | None = None, most: int = 2**31) -> int:
     value = fields.get(name)
     if value is None and default is not None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} is {value!r}; a whole number above 0 is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise ValueError(f"{name} is {value!r}; a whole number from 1 to {most} is needed")
     return value
 
 
 def _number(fields: dict[str, Any], name: str, default: float | None = None) -> float:
     value = fields.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e300:
         raise ValueError(f"{name} is {value!r}; a number above 0 is needed")
     return float(value)
 
 
-def _ids(value: Any) -> int | tuple[int, ...] | None:
+def _flag(fields: dict[str, Any], name: str) -> bool:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; true or false is needed")
+    return bool(value)
+
+
+def _id(fields: dict[str, Any], name: str, several: bool = False) -> Any:
+    """A token id or none; with `several` also a tuple of them."""
+    value = fields.get(name)
+    ids = value if several and isinstance(value, list) else [value]
+    if not all(i is None or isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise ValueError(f"{name} is {value!r}; a token id is needed")
     return tuple(value) if isinstance(value, list) else value

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from minidpo.files import replacing_file
+from minidpo.files import replacing_file, writing
 
 
 def say(line: str) -> None:
@@ -31,23 +31,29 @@ class Averages:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._count += count
 
+    def mean(self, name: str) -> float:
+        return self._sums[name].item() / self._count
+
     def means(self) -> dict[str, float]:
-        return {name: total.item() / self._count for name, total in self._sums.items()}
+        return {name: self.mean(name) for name in self._sums}
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped."""
+    """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped.
+
+    last_step: the checkpoint's; 0 where there is none, and then step 0 is evaluated again: its line goes too.
+    """
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
         if path.exists():
-            # Without a checkpoint nothing is taken up: what a killed first start wrote goes too.
-            lines = [line for line in path.read_text().splitlines() if 0 < last_step >= _step(line)]
-            with replacing_file(path) as temporary:
+            kept = last_step or -1
+            lines = [line for line in path.read_text().splitlines() if _step(line) <= kept]
+            with writing(path), replacing_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in lines))
 
     def write(self, values: dict[str, float]) -> None:
-        with self.path.open("a") as file:
+        with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
 
 

@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from minidpo.device import autocast, row_length
-from minidpo.files import fingerprint, replacing_file
+from minidpo.files import fingerprint, replacing_file, writing
 from minidpo.logprobs import response_logps
 from minidpo.metrics import Progress, say
 from minidpo.model import Transformer
@@ -86,7 +86,7 @@ def stored_logps(
         for name in missing:
             label = f"reference log-probs, {name}"
             logps[name] = all_logps(model, sets[name], micro_tokens, device, dtype, label)
-        with replacing_file(file) as temporary:
+        with writing(file), replacing_file(file) as temporary:
             save_file(logps, temporary, metadata=identities)
     return logps
 

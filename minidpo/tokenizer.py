@@ -80,7 +80,14 @@ class Tokenizer:
             raise UserError(f"{file}: no such file; a model directory with a fast tokenizer has one")
         try:
             core = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises nothing more precise
+            core.encode("a")
+            if not core.get_vocab(with_added_tokens=True):
+                raise ValueError("its vocabulary is empty")
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except (
+            BaseException
+        ) as error:  # the library raises nothing more precise, and its panics are no Exception
             raise UserError(
                 f"{file}: not a tokenizer that loads ({one_line(error)}); fetch it again"
             ) from None

@@ -24,7 +24,7 @@ def find_eos(directory: Path, vocabulary: dict[str, int]) -> int:
         named = named[0] if isinstance(named, list) and named else named  # the others only stop generation
         if named is not None:
             eos_id = vocabulary.get(named) if isinstance(named, str) else named
-            if not isinstance(eos_id, int) or eos_id not in vocabulary.values():
+            if type(eos_id) is not int or eos_id not in vocabulary.values():
                 raise UserError(f"{file}: {key} {named!r} is not in tokenizer.json; name a token that is")
             return eos_id
     raise UserError(f"{directory / CONFIG}: no eos_token; name the token that ends a text")
@@ -75,7 +75,7 @@ def _read_json(file: Path) -> dict:
         return {}
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: broken JSON ({one_line(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: a JSON {type(content).__name__} where an object should be; fetch it again")

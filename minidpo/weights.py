@@ -11,11 +11,12 @@ from torch import Tensor
 from minidpo.errors import UserError
 from minidpo.files import fingerprint, replacing_file
 from minidpo.hf_config import format_config, read_config
-from minidpo.model import Transformer
+from minidpo.model import ModelConfig, Transformer
 from minidpo.reward import RewardModel
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def load_model(
@@ -28,6 +29,7 @@ def load_model(
     """
     directory = Path(directory)
     config = read_config(directory)
+    _require_room(config, directory)
     with torch.device("meta"):
         model = Transformer(config)
     _load_weights(model, directory, dtype, device)
@@ -40,6 +42,7 @@ def load_reward_model(
     """A reward model as `save_reward_model` (or transformers' sequence classification, one label) wrote it."""
     directory = Path(directory)
     config = read_config(directory)
+    _require_room(config, directory)
     with torch.device("meta"):
         model = RewardModel(config)
     if "lm_head.weight" not in _weight_files(directory):
@@ -76,6 +79,16 @@ def _save(model: Transformer, tensors: dict[str, Tensor], directory: Path) -> No
         path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
+def _require_room(config: ModelConfig, directory: Path) -> None:
+    """Refuse a config that means more layers than there are tensors, before modules are made for them."""
+    tensors = len(_weight_files(directory))
+    if config.num_hidden_layers > tensors:
+        raise UserError(
+            f"{directory}: config.json means {config.num_hidden_layers} layers (num_hidden_layers), but there are"
+            f" {tensors} tensors"
+        )
+
+
 def _load_weights(
     model: Transformer, directory: Path, dtype: torch.dtype, device: torch.device | str
 ) -> None:
@@ -102,6 +115,11 @@ def _load_weights(
                     raise UserError(
                         f"{file}: tensor {name!r} has shape {shape}; config.json means {expected[name]}"
                     )
+                kind = handle.get_slice(name).get_dtype()
+                if kind not in FLOATS:
+                    raise UserError(
+                        f"{file}: tensor {name!r} holds {kind}; {', '.join(FLOATS)} are read (not quantized weights)"
+                    )
                 tensors[name] = handle.get_tensor(name).to(device, dtype)
     model.load_state_dict(tensors, strict=True, assign=True)
 
@@ -117,7 +135,7 @@ def _weight_files(directory: Path) -> dict[str, Path]:
     try:
         index = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         files = {name: directory / file for name, file in index.items()}
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{directory / INDEX}: not an index of shards ({error!r})") from None
     for file in set(files.values()):
         # By name, not resolved: in Hugging Face's download cache every file is a link to elsewhere.

@@ -48,3 +48,9 @@ def test_resuming_drops_metrics_after_the_checkpoint_and_a_torn_last_line(tmp_pa
 
 def test_durations_read_as_people_say_them():
     assert [duration(s) for s in (8.41, 200, 7500)] == ["8.4s", "3m 20s", "2h 05m"]
+
+
+def test_a_run_without_a_checkpoint_begins_its_metrics_anew(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n')  # will be evaluated again
+    MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
+    assert (tmp_path / "metrics.jsonl").read_text() == ""

@@ -194,7 +194,7 @@ def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(config, mo
     monkeypatch.setattr(
         train_dpo, "dpo_loss", lambda *a: real(*a)._replace(losses=real(*a).losses * float("nan"))
     )
-    with pytest.raises(RunStopped, match=r"step 3: gradient norm is nan, records \["):
+    with pytest.raises(RunStopped, match=r"step 3: loss is nan, records \["):
         run(config(), "--optim.max_steps=4")
     assert (tmp_path / "out" / "checkpoints" / "step-2" / "model.safetensors").read_bytes() == kept
 
@@ -242,3 +242,16 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_written(config
     with pytest.raises(UserError, match=says):
         run(config(), override)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_that_dies_while_its_final_model_is_saved_saves_it_when_started_again(
+    config, monkeypatch, tmp_path
+):
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_dpo, "save_final", die)
+        run(config(), "--run.save_every=1")
+    run(config(), "--run.save_every=1")
+    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()

@@ -1,6 +1,10 @@
 """Small random models and pairs for the tests, and the naive computation that the packed one must equal."""
 
 import json
+import os
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -159,3 +163,26 @@ def _score_of_last(model: RewardModel, text: list[int]) -> Tensor:
 
     hidden = model.hidden_states(tokens, positions, [attend] * model.config.num_hidden_layers)
     return hidden[-1] @ model.score.weight[0]
+
+
+def forked(work: Callable[[], object]) -> int:
+    """Run `work` in a forked child to its end; its exit status, negative for the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@contextmanager
+def small_files(limit: int) -> Iterator[None]:
+    """No file can grow past `limit` bytes: a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
