@@ -69,6 +69,12 @@ def test_absurd_sizes_are_refused_before_anything_is_allocated(directory, name, 
         load_model(directory)
 
 
+def test_layers_without_tensors_are_refused_before_modules_are_made(directory):
+    edit(directory / "config.json", num_hidden_layers=9999)
+    with pytest.raises(UserError, match=r"9999 layers \(num_hidden_layers\), but there are \d+ tensors"):
+        load_model(directory)
+
+
 @pytest.mark.parametrize("value", [2**24, 2**31])
 def test_sizes_whose_product_overflows_are_refused(directory, value):
     edit(directory / "config.json", **(dict.fromkeys(SIZES, value) | {"num_hidden_layers": 2}))
