@@ -69,6 +69,10 @@ def main(arguments: list[str]) -> None:
         f"reward model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} pairs to train on,"
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
+    if optim.warmup_steps >= steps:
+        say(
+            f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}: lr never reaches {optim.lr}"
+        )
     if first_step >= steps:
         # Written again, for it may have been moved away since.
         say(f"nothing left to do: step {first_step} of {steps} is done, {save_final(out, model, model_path)}")

@@ -169,7 +169,8 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
         raise SystemExit(0)
     files = [argument for argument in arguments if not argument.startswith("--")]
     if len(files) != 1:
-        raise UserError(f"one configuration file is needed, {len(files)} given; --help lists the keys")
+        extra = f" ({', '.join(files)}; settings are written --section.key=value, with =)" if files else ""
+        raise UserError(f"one configuration file is needed, {len(files)} given{extra}; --help lists the keys")
     config = kind()
     for section, values in _read_toml(Path(files[0])).items():
         if not isinstance(values, dict):

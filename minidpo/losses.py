@@ -10,7 +10,7 @@ Glossary, paper symbol -> argument:
     sigma                the logistic function
 Every function takes one value a pair, shape (B,), and returns one loss a pair, shape (B,), in nats where
 it is a log-likelihood: the caller averages, so that micro-batches can divide by the whole batch's count.
-Divisions by length happen here, not in the gatherer, so what is summed and what is averaged shows on the line.
+Divisions by length happen here, not in logprobs.py, so what is summed and what is averaged shows on the line.
 bf16 and float16 inputs are computed in float32; float32 and float64 keep their type.
 Rewards in the returned tuples are detached: they are for looking at.
 """

@@ -98,7 +98,7 @@ class Progress:
             else ""
         )
         of = f"/{self.total}" if self.total else ""
-        return f"{self.label}: {self.done}{of} {self.unit} in {duration(seconds)} ({rate:.3g} a second{left})"
+        return f"{self.label}: {self.done}{of} {self.unit} in {duration(seconds)} ({rate:{',.0f' if rate >= 10 else '.2g'}} a second{left})"
 
 
 def duration(seconds: float) -> str:

@@ -65,7 +65,7 @@ class DataReport:
         yield f"  truncated {self.truncated_prompts} prompts and {self.truncated_endings} endings"
         for part, lengths in self.lengths.items():
             p5, p50, p95, longest = (round(p) for p in np.percentile(lengths, (5, 50, 95, 100)))
-            yield f"  {part} tokens before any cut: 5% {p5}, median {p50}, 95% {p95}, longest {longest}"
+            yield f"  {part} tokens before any cut: median {p50}, 5th to 95th percentile {p5} to {p95}, longest {longest}"
         if total := self.prompt_tokens + self.ending_tokens:
             yield f"  endings are {self.ending_tokens / total:.0%} of the {total} tokens kept"
 

@@ -103,7 +103,10 @@ def _load_weights(
     if missing := sorted(expected.keys() - found):
         raise UserError(f"{directory}: no tensor {missing[0]!r} among its weights ({len(missing)} missing)")
     if extra := sorted(found - expected.keys()):
-        raise UserError(f"{directory}: tensor {extra[0]!r} has no place in this model ({len(extra)} such)")
+        hint = "; it is a reward model, not a language model" if "score.weight" in extra else ""
+        raise UserError(
+            f"{directory}: tensor {extra[0]!r} has no place in this model ({len(extra)} such){hint}"
+        )
     tensors = {}
     for file in sorted(set(files.values())):
         with _open_safetensors(file) as handle:

@@ -200,7 +200,9 @@ def check_bf16(loss: Loss) -> None:
     full, half = loss.tensors(arguments, torch.float32), loss.tensors(arguments, torch.bfloat16)
     rounded = {n: t.detach().float().requires_grad_() if n in loss.inputs else t for n, t in half.items()}
     in_full, in_half, in_rounded = (loss.losses(t) for t in (full, half, rounded))
-    assert in_half.dtype == torch.float32 and torch.equal(in_half, in_rounded), "bf16 is computed in float32"
+    assert in_half.dtype == torch.float32 and torch.equal(in_half, in_rounded), (
+        "bf16 must be computed in float32: call .float() on half-precision inputs"
+    )
     slopes, slopes_half = loss.gradients(full, in_full), loss.gradients(rounded, in_rounded)
     steepest = {n: np.maximum(abs(slopes[n]), abs(slopes_half[n])) for n in loss.inputs}
     bound = 2.0**-8 * sum(abs(arguments[n]) * steepest[n] for n in loss.inputs) + 1e-5

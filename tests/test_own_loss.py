@@ -18,7 +18,8 @@ from minidpo.commands.exact_world import make_world, optimal_policy, total_varia
 from minidpo.losses import PreferenceLoss, dpo_loss
 
 
-# 1. Write the function. With dpo_loss's signature it also trains wherever dpo_loss does.
+# 1. Write the function. With dpo_loss's signature it also trains wherever dpo_loss does. One that calls none of
+#    minidpo's losses raises bf16 inputs itself: x.float().
 def robust_dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,

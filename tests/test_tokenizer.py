@@ -201,9 +201,9 @@ def test_the_report_counts_tokens_before_and_after_the_cut():
     assert list(report.lines()) == [
         "tokenized 1 pairs, 1 kept, with 1 different prompts",
         "  truncated 1 prompts and 1 endings",
-        "  prompt tokens before any cut: 5% 4, median 4, 95% 4, longest 4",
-        "  chosen tokens before any cut: 5% 2, median 2, 95% 2, longest 2",
-        "  rejected tokens before any cut: 5% 6, median 6, 95% 6, longest 6",
+        "  prompt tokens before any cut: median 4, 5th to 95th percentile 4 to 4, longest 4",
+        "  chosen tokens before any cut: median 2, 5th to 95th percentile 2 to 2, longest 2",
+        "  rejected tokens before any cut: median 6, 5th to 95th percentile 6 to 6, longest 6",
         "  endings are 71% of the 7 tokens kept",
     ]
 

@@ -24,6 +24,7 @@ from minidpo.commands.world import Judgement, ceiling_accuracy, judge
 from minidpo.commands.world_files import write_model, write_world
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
+from minidpo.files import writing
 from minidpo.generate import Sampling, generate
 from minidpo.logprobs import sequence_logps
 from minidpo.model import Transformer
@@ -64,8 +65,9 @@ def main(arguments: list[str]) -> None:
             f"--seed {options.seed}: {out} holds the world of seed {seed_file.read_text().strip()}, and runs on it;"
             " give another --out, or delete it"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    seed_file.write_text(f"{options.seed}\n")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        seed_file.write_text(f"{options.seed}\n")
 
     print(f"Writing a world of questions and answers, and a random model, to {out}")
     write_world(out, options.seed)
@@ -75,9 +77,9 @@ def main(arguments: list[str]) -> None:
     train("train_rm.py", "rm", out, {"model.path": "sft/final"} | preferences)
     train("train_dpo.py", "dpo", out, {"model.path": "sft/final"} | preferences)
     report(out)
-    print(
-        f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}. Next: configs/demo_ipo.toml"
-    )
+    print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}.")
+    if out == Path(OUT):
+        print("Next: python train_dpo.py configs/demo_ipo.toml")
 
 
 def train(script: str, name: str, out: Path, paths: dict[str, str | list[str]]) -> None:

@@ -185,7 +185,9 @@ def gauss_newton(
                 break
             damping *= 3
         else:
-            raise RuntimeError(f"step {taken}: no step lowers the objective from {loss.item()}")
+            raise RuntimeError(
+                f"step {taken}: no step lowers the objective from {loss.item()}; has the loss a kink? It needs second derivatives"
+            )
         weights, damping = parameters_to_vector(parameters).detach(), max(damping / 10, 1e-12)
         if promised < 1e-16:
             return Trained(values, objective(values).item(), taken)

@@ -14,7 +14,7 @@ from minidpo.data import DataReport, read_preferences
 from minidpo.dataset import require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
-from minidpo.files import replacing_file
+from minidpo.files import replacing_file, writing
 from minidpo.hf_config import read_config
 from minidpo.metrics import say
 from minidpo.model import Transformer
@@ -90,7 +90,8 @@ def main(arguments: list[str]) -> None:
             columns |= logps(load_model(options.reference, device=device), "reference_")
             chosen_logratios = columns["chosen_logps"] - columns["reference_chosen_logps"]
             margins = chosen_logratios - (columns["rejected_logps"] - columns["reference_rejected_logps"])
-    with replacing_file(Path(options.out)) as temporary, temporary.open("w") as file:
+    out = Path(options.out)
+    with writing(out), replacing_file(out) as temporary, temporary.open("w") as file:
         for values in zip(*(column.tolist() for column in columns.values()), strict=True):
             file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
     longer = pairs.lengths[:, 1] > pairs.lengths[:, 2]
