@@ -100,6 +100,8 @@ def main(arguments: list[str]) -> None:
         )
         train_reference = StoredReference(stored["train"], device)
         eval_reference = StoredReference(stored["held_out"], device)
+    elif config.reference.path and loss.name not in NEEDS_REFERENCE:
+        say(f"{loss.name} has no reference: {config.reference.path} is not read")
     elif loss.name in NEEDS_REFERENCE:
         train_reference = eval_reference = LiveReference(load_reference(reference_path, device))
 

@@ -272,14 +272,7 @@ def _check(config: Any) -> None:
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for an ending;"
             f" it must be below data.max_length = {config.data.max_length}"
         )
-    if config.data.eval and config.data.eval_pairs != DataSection().eval_pairs:
-        raise UserError(
-            f"data.eval_pairs = {config.data.eval_pairs} has no meaning beside data.eval, whose files are used whole;"
-            " leave it out"
-        )
     if isinstance(config.loss, PreferenceLossSection):
-        if config.loss.name not in NEEDS_REFERENCE and config.reference != ReferenceSection():
-            raise UserError(f"[reference] has no meaning for loss.name = {config.loss.name!r}; leave it out")
         for f in dataclasses.fields(config.loss):
             used = f.name == "name" or f.name in LOSS_READS[config.loss.name]
             if not used and getattr(config.loss, f.name) != f.default:

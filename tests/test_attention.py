@@ -112,7 +112,7 @@ def test_flex_attention_equals_segment_attention_in_the_whole_model(wanted):
     torch.testing.assert_close(with_padding[: len(segments)], segments, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("pairs", "pad_to"), [(25, 0), (40, 0), (25, 768)])
+@pytest.mark.parametrize(("pairs", "pad_to"), [(15, 0), (15, 512)])
 def test_no_allowed_pair_of_tokens_lies_in_a_skipped_block_and_most_others_are_skipped(pairs, pad_to):
     rng = np.random.default_rng(0)
     row = pack_row(PairTokens.from_pairs(random_pairs(rng, pairs, (5, 20), (2, 12))), LOGPS, pad_to)

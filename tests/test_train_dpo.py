@@ -146,6 +146,11 @@ def test_the_epoch_of_the_last_step_is_what_was_asked_for_though_its_batch_is_sh
     assert steps(metrics)[-1]["epoch"] == 1.0
 
 
+def test_a_loss_without_a_reference_says_that_it_does_not_read_one(config, world, capsys):
+    run(config(), "--loss.name=simpo", f"--reference.path={world / 'other'}")
+    assert "simpo has no reference" in capsys.readouterr().out
+
+
 def test_a_reference_that_cannot_take_the_texts_is_refused(config, world, tmp_path):
     short = tmp_path / "short"
     shutil.copytree(world / "other", short)
