@@ -19,14 +19,7 @@ from torch import Tensor
 
 from minidpo import device as devices
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
-from minidpo.config import (
-    NEEDS_REFERENCE,
-    PreferenceConfig,
-    PreferenceLossSection,
-    load_config,
-    to_dict,
-    to_toml,
-)
+from minidpo.config import load_config, to_dict, to_toml
 from minidpo.dataset import load_pairs, longest_pair, require_fit
 from minidpo.errors import exit_on_user_error
 from minidpo.files import writing
@@ -39,6 +32,7 @@ from minidpo.optim import learning_rate, make_optimizer
 from minidpo.out_directory import claim
 from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
+from minidpo.sections import NEEDS_REFERENCE, PreferenceConfig, PreferenceLossSection
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model, model_fingerprint
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from minidpo.config import DataSection, OptimSection
 from minidpo.data import DataReport, read_preferences, split_by_prompt
 from minidpo.errors import UserError
 from minidpo.files import fingerprint
 from minidpo.metrics import Progress, say
 from minidpo.model import ModelConfig
 from minidpo.records import check_path
+from minidpo.sections import DataSection, OptimSection
 from minidpo.token_store import PairTokens, cached_pairs
 from minidpo.tokenizer import Tokenizer, TokenPair, tokenize_pairs
 

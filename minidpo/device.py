@@ -4,8 +4,8 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from minidpo.config import RunSection
 from minidpo.errors import UserError
+from minidpo.sections import RunSection
 
 
 def choose_device(name: str, threads: int = 0) -> torch.device:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import nn
 
-from minidpo.config import OptimSection
+from minidpo.sections import OptimSection
 
 
 def make_optimizer(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:

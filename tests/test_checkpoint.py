@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from minidpo.checkpoint import resume, save_checkpoint, save_final
-from minidpo.config import OptimSection
 from minidpo.errors import UserError
 from minidpo.files import clear_leftovers
 from minidpo.optim import make_optimizer
+from minidpo.sections import OptimSection
 from tiny import forked, small_files, tiny_model
 
 IDENTITY = {"loss.name": "dpo", "run.seed": 0}

@@ -12,11 +12,11 @@ import train_dpo
 import train_rm
 from minidpo import dataset, token_store
 from minidpo.commands.data import main as data_command
-from minidpo.config import DataSection, OptimSection
 from minidpo.dataset import load_pairs, prompt_keys, require_margins, tokenized
 from minidpo.errors import UserError
 from minidpo.hf_config import read_config
 from minidpo.reference import pairs_fingerprint
+from minidpo.sections import DataSection, OptimSection
 from minidpo.token_store import PairTokens
 from minidpo.tokenizer import Tokenizer, TokenPair
 

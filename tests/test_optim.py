@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from minidpo.config import OptimSection
 from minidpo.optim import learning_rate, make_optimizer
+from minidpo.sections import OptimSection
 from tiny import tiny_model
 
 

@@ -8,10 +8,10 @@ import argparse
 from pathlib import Path
 
 from minidpo.chat import TEMPLATES
-from minidpo.config import DataSection
 from minidpo.data import DataReport
 from minidpo.dataset import stream_pairs, tokenized
 from minidpo.metrics import say
+from minidpo.sections import DataSection
 from minidpo.tokenizer import Tokenizer
 
 
