@@ -58,7 +58,8 @@ def main(arguments: list[str]) -> None:
     fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
     if loss.name in NEEDS_REFERENCE:
         require_fit("reference", read_config(reference_path), tokenizer, config.data.max_length)
-        fingerprints["reference"] = model_fingerprint(reference_path)
+        same = reference_path == model_path  # then its weights are not read a second time
+        fingerprints["reference"] = fingerprints["model"] if same else model_fingerprint(reference_path)
     identity = run_identity(to_dict(config), fingerprints)
     claim(out)
     first_step = resume(out, policy, optimizer, identity)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from minidpo.errors import UserError
+from minidpo.errors import UserError, one_line
 from minidpo.files import remove_directory, replacing_directory, writing
 from minidpo.metrics import say
 from minidpo.model import Transformer
@@ -73,7 +73,7 @@ def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, iden
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             if isinstance(error, UserError):
                 raise
-            say(f"{path}: not a whole checkpoint ({' '.join(str(error).split())}); it is passed over")
+            say(f"{path}: not a whole checkpoint ({one_line(error)}); it is passed over")
             continue
         device = next(model.parameters()).device
         model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, strict=True)

@@ -18,6 +18,11 @@ class RunStopped(RuntimeError):
     """A run that must not go on, though nobody typed anything wrong (a non-finite gradient)."""
 
 
+def one_line(error: Exception) -> str:
+    """What an error says, without its line breaks."""
+    return " ".join(str(error).split())
+
+
 def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)`; print a `UserError` or `RunStopped` as one line to stderr and exit."""
     try:

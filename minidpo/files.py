@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from minidpo.errors import UserError
+from minidpo.errors import UserError, one_line
 
 
 @contextmanager
@@ -76,7 +76,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(
             f"{path}: cannot be written ({reason}); make room for it, or write elsewhere"
         ) from None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minidpo.chat import ChatTemplate, Message, TemplateError
+from minidpo.errors import one_line
 
 # With the blank line before it: "Assistant:" anywhere else is something that was said, not a turn.
 ASSISTANT = "\n\nAssistant:"
@@ -158,7 +159,7 @@ def _from_messages(
         text, endings = template.split(prompt, [chosen[0], rejected[0]])
     except TemplateError as error:
         raise BadRecord(
-            " ".join(str(error).split()),
+            one_line(error),
             "; mend the record, or write messages as template = 'hh' or 'chatml'",
         ) from None
     for written in (text, *endings):  # a template may write more of a message than role and content

@@ -18,9 +18,9 @@ import tokenizers
 
 from minidpo.chat import ChatTemplate
 from minidpo.data import DataReport, PreferencePair
-from minidpo.errors import UserError
+from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint
-from minidpo.tokenizer_files import find_eos, one_line
+from minidpo.tokenizer_files import find_eos
 
 NO_PROMPT_TOKEN = "the prompt has no token, so nothing predicts the first token of an ending"
 TOO_LONG = "longer than max_length"

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from minidpo.errors import UserError
+from minidpo.errors import UserError, one_line
 
 CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE = (
     "tokenizer_config.json",
@@ -63,10 +63,6 @@ def special_tokens(directory: Path | None) -> dict[str, str]:
         if key.endswith("_token")
     }
     return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
 
 
 def _read_json(file: Path) -> dict:
