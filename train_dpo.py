@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minidpo import device as devices
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
@@ -26,13 +25,13 @@ from minidpo.files import writing
 from minidpo.guards import MicroTokens, require_finite
 from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
-from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
+from minidpo.objective import preference
 from minidpo.optim import learning_rate, make_optimizer
 from minidpo.out_directory import claim
 from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
-from minidpo.sections import NEEDS_REFERENCE, PreferenceConfig, PreferenceLossSection
+from minidpo.sections import NEEDS_REFERENCE, PreferenceConfig
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model, model_fingerprint
 
@@ -189,52 +188,6 @@ def main(arguments: list[str]) -> None:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
                     return
     say(f"done: {final}")
-
-
-def preference(
-    loss: PreferenceLossSection, policy: Tensor, reference: Tensor | None, lengths: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The configured loss of each pair (B,), and what to watch. policy, reference, lengths: (B, 2), sft (B, 1)."""
-    if loss.name == "sft":
-        losses = sft_loss(policy[:, 0], lengths[:, 0])
-        return losses, {"loss": losses, "logps/chosen": policy[:, 0], "response_length/chosen": lengths[:, 0]}
-    policy_chosen_logps, policy_rejected_logps = policy.unbind(dim=1)
-    chosen_lengths, rejected_lengths = lengths.unbind(dim=1)
-    if loss.name == "simpo":
-        result = simpo_loss(
-            policy_chosen_logps,
-            policy_rejected_logps,
-            chosen_lengths,
-            rejected_lengths,
-            loss.beta,
-            loss.gamma,
-            loss.label_smoothing,
-        )
-    else:
-        reference_chosen_logps, reference_rejected_logps = reference.unbind(dim=1)
-        logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-        per_token = (chosen_lengths, rejected_lengths) if loss.length_normalize else (None, None)
-        if loss.name == "ipo":
-            result = ipo_loss(*logps, loss.beta, *per_token)
-        else:
-            result = dpo_loss(*logps, loss.beta, loss.label_smoothing, *per_token)
-    return result.losses, watch(result) | {
-        "logps/chosen": policy_chosen_logps,
-        "logps/rejected": policy_rejected_logps,
-        "response_length/chosen": chosen_lengths,
-        "response_length/rejected": rejected_lengths,
-    }
-
-
-def watch(result: PreferenceLoss) -> dict[str, Tensor]:
-    """What tells how training goes. Accuracy counts strict wins: 0 while policy and reference are equal."""
-    return {
-        "loss": result.losses,
-        "rewards/chosen": result.chosen_rewards,
-        "rewards/rejected": result.rejected_rewards,
-        "rewards/accuracies": result.chosen_rewards > result.rejected_rewards,
-        "rewards/margins": result.chosen_rewards - result.rejected_rewards,
-    }
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import torch
 
 import train_dpo
 import train_rm
+from minidpo import objective
 from minidpo.errors import RunStopped, exit_on_user_error
 from minidpo.guards import MicroTokens
 from test_train_dpo import final
@@ -22,7 +23,8 @@ def spoilt(monkeypatch):
     """Makes one pair's loss, of the nth call of `name` in `script`, `value`."""
 
     def spoil(script, name: str, nth: int, value: float) -> None:
-        real, calls = getattr(script, name), iter(range(1, 1000))
+        where = objective if script is train_dpo else script
+        real, calls = getattr(where, name), iter(range(1, 1000))
 
         def loss(*arguments):
             result = real(*arguments)
@@ -34,7 +36,7 @@ def spoilt(monkeypatch):
                 else result + spoils
             )
 
-        monkeypatch.setattr(script, name, loss)
+        monkeypatch.setattr(where, name, loss)
 
     return spoil
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_dpo
+from minidpo import objective
 from minidpo.errors import RunStopped, UserError
 from minidpo.weights import load_model
 
@@ -195,9 +196,9 @@ def test_stored_reference_logps_are_reused_only_for_the_same_reference_data_and_
 def test_a_non_finite_gradient_stops_the_run_and_keeps_the_checkpoint(config, monkeypatch, tmp_path):
     run(config(), "--optim.max_steps=2")
     kept = (tmp_path / "out" / "checkpoints" / "step-2" / "model.safetensors").read_bytes()
-    real = train_dpo.dpo_loss
+    real = objective.dpo_loss
     monkeypatch.setattr(
-        train_dpo, "dpo_loss", lambda *a: real(*a)._replace(losses=real(*a).losses * float("nan"))
+        objective, "dpo_loss", lambda *a: real(*a)._replace(losses=real(*a).losses * float("nan"))
     )
     with pytest.raises(RunStopped, match=r"step 3: loss is nan, records \["):
         run(config(), "--optim.max_steps=4")
