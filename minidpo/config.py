@@ -5,7 +5,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from minidpo.distributed import rank
 from minidpo.errors import UserError
+from minidpo.files import writing
 from minidpo.sections import LOSS_READS, PreferenceConfig, PreferenceLossSection, RewardConfig
 
 Config = TypeVar("Config", PreferenceConfig, RewardConfig)
@@ -14,7 +16,8 @@ Config = TypeVar("Config", PreferenceConfig, RewardConfig)
 def load_config(kind: type[Config], arguments: list[str]) -> Config:
     """The configuration that `FILE.toml --section.key=value ...` means. Raises UserError naming file and key."""
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe(kind))
+        if rank() == 0:
+            print(describe(kind))
         raise SystemExit(0)
     files = [argument for argument in arguments if not argument.startswith("--")]
     if len(files) != 1:
@@ -48,6 +51,13 @@ def to_toml(config: Config) -> str:
         lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
         lines += [f"{name} = {_toml_value(value)}" for name, value in values.items()]
     return "\n".join(lines) + "\n"
+
+
+def write_config(config: Config, out: Path) -> None:
+    """OUT/config.toml: the resolved configuration."""
+    if rank() == 0:
+        with writing(out / "config.toml"):
+            (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
 
 def describe(kind: type[Config]) -> str:

@@ -64,7 +64,7 @@ def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
     attends = row.attends(model.config.num_hidden_layers)
     hidden = model.hidden_states(row.tokens, row.places.position, attends, row.queries)
     logps = token_logps(hidden[row.scored], model.output_weight, row.targets)
-    return sum_by_ending(logps, row.scored_lengths).view(row.pairs, -1)
+    return sum_by_ending(logps, row.scored_lengths).view(row.pairs, row.endings)
 
 
 def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:
