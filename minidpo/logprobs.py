@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the definition below depends on torch alone
     from minidpo.model import Transformer
     from minidpo.packing import PackedRow
 
+CHUNK = 1024  # scored tokens whose logits are held at once
+
 
 def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: summed log-probs of the scored tokens of each row, and how many there are.
@@ -42,7 +44,7 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
     return torch.where(scored, token_logps, 0.0).sum(dim=1), counts
 
 
-def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int = 1024) -> Tensor:
+def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int = CHUNK) -> Tensor:
     """log softmax(hidden @ output_weight.T)[target] at every scored position, without storing the logits.
 
     Equal to `sequence_logps`'s inner gather on the same rows, but the (S, V) logits exist only `chunk_size`

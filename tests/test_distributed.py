@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -65,7 +64,10 @@ def largest_difference(one: Path, other: Path) -> float:
     ours, theirs = metrics(one), metrics(other)
     assert [line.keys() for line in ours] == [line.keys() for line in theirs]
     values = [
-        (line[k], twin[k]) for line, twin in zip(ours, theirs, strict=True) for k in line if k != "tokens_per_s"
+        (line[k], twin[k])
+        for line, twin in zip(ours, theirs, strict=True)
+        for k in line
+        if k != "tokens_per_s"
     ]
     found = [abs(a - b) / max(1, abs(b)) for a, b in values]
     weights, expected = (load_file(out / "final" / "model.safetensors") for out in (one, other))
@@ -87,11 +89,13 @@ def test_two_and_four_processes_train_what_one_does(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_reward_model_over_several_processes_is_that_of_one(config, tmp_path):
-    arguments = config(**SETTINGS)
-    train_rm.main([*arguments, f"--run.out={tmp_path / '1'}"])
-    finished(3, "train_rm.py", *arguments, f"--run.out={tmp_path / '3'}")
-    assert largest_difference(tmp_path / "3", tmp_path / "1") < 1e-5
+# bf16: sharded weights are rounded when they are gathered, the embedding too, which one process leaves in float32.
+@pytest.mark.parametrize(("dtype", "processes", "limit"), [("fp32", 3, 1e-5), ("bf16", 2, 0.05)])
+def test_a_reward_model_over_several_processes_is_that_of_one(config, tmp_path, dtype, processes, limit):
+    arguments = config(**SETTINGS, run__dtype=f'"{dtype}"')
+    train_rm.main([*arguments, f"--run.out={tmp_path / 'one'}"])
+    finished(processes, "train_rm.py", *arguments, f"--run.out={tmp_path / 'several'}")
+    assert largest_difference(tmp_path / "several", tmp_path / "one") < limit
 
 
 @pytest.mark.slow
@@ -111,7 +115,9 @@ def test_killing_one_process_ends_all_and_any_number_goes_on(config, tmp_path):
         output = process.communicate(timeout=60)[0]
         print(f"all ended {time.monotonic() - killed:.1f} s after one was killed")
         assert process.returncode != 0 and time.monotonic() - killed < 20
-    assert "error: another of the 2 processes ended; the same command goes on from the last checkpoint" in output
+    assert (
+        "error: another of the 2 processes ended; the same command goes on from the last checkpoint" in output
+    )
     step = max(int(path.name[5:]) for path in (out / "checkpoints").glob("step-*"))
     output = finished(4, "train_dpo.py", *arguments, f"--run.out={out}")
     assert f"resuming from {out / 'checkpoints'}/step-{step}" in output and step < STEPS
