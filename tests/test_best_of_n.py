@@ -96,6 +96,16 @@ def test_the_best_is_printed_and_all_are_written_in_order(best_of_n, prompts):
     assert "log n - (n-1)/n = 0.8094" in text
 
 
+def test_a_sample_is_the_text_that_follows_its_prompt_blanks_included(best_of_n, world, prompts, capsys):
+    samples, _, _ = best_of_n(*prompts, "--seed", "4")
+    plain = ["--model", str(world / "model"), *prompts, "--n", "5", "--max-new-tokens", "6", "--seed", "4"]
+    sample([*plain, "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert any(row["text"] != row["text"].strip() for row in samples)
+    for row in samples:
+        assert f"--- prompt {row['prompt_index']}, sample {row['sample']}\n{row['text']}\n" in printed
+
+
 def test_best_and_worst_are_a_preference_file(best_of_n, prompts, tmp_path):
     samples, pairs, text = best_of_n(*prompts)
     read = list(read_preferences(tmp_path / "best.jsonl"))

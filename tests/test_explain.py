@@ -216,6 +216,7 @@ def test_colour_follows_how_far_the_policy_moved_a_token(explained, pair):
         ([*TEXTS, "--max-length", "999"], "the model takes 256"),
         ([*TEXTS, "--reference", "nowhere"], "nowhere"),
         ([*TEXTS, "--reference", "SMALL"], "they do not belong together"),
+        ([*TEXTS, "--reference", "FOREIGN"], "other ids than the model's"),
         ([*TEXTS, "--beta", "0"], "loss.beta = 0.0; it must be > 0"),
         ([*TEXTS, "--loss", "kto"], "one of dpo, ipo, simpo, sft"),
         ([*TEXTS, "--gamma", "2"], "no meaning for loss.name = 'dpo'"),
@@ -225,6 +226,9 @@ def test_what_cannot_be_explained_is_refused_in_one_line(explained, world, tmp_p
     places = {"DATA": str(world / "pairs.jsonl.gz"), "SMALL": str(tmp_path / "small")}
     write_tokenizer(tmp_path / "small", ["a"])
     save_model(tiny_model(vocab_size=61), tmp_path / "small")
+    places["FOREIGN"] = str(tmp_path / "foreign")
+    write_tokenizer(tmp_path / "foreign", ["Human: a cat"], vocabulary=290)
+    save_model(tiny_model(vocab_size=300), tmp_path / "foreign")
     with pytest.raises(UserError, match=re.escape(says)) as error:
         explained(*[places.get(argument, argument) for argument in arguments])
     assert "\n" not in str(error.value)

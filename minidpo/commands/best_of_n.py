@@ -86,13 +86,14 @@ class Judge:
 def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
     """The pair that one prompt's samples make: highest and lowest reward. None where there is nothing to prefer.
 
-    Blank samples stand back, for no reader takes a blank ending; equal texts have equal rewards but for rounding.
+    Blank samples stand back, for no reader takes a blank ending. Where all rewards are tied, best and worst are both
+    the first; equal texts have equal rewards but for rounding.
     """
     spoken = [sample for sample in samples if sample.text.strip()]
     if not spoken:
         return None
     best, worst = (choose(spoken, key=lambda sample: sample.reward) for choose in (max, min))
-    return None if best.reward == worst.reward or best.text == worst.text else (best, worst)
+    return None if best.text == worst.text else (best, worst)
 
 
 def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:

@@ -88,8 +88,6 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
     limit = config.max_length if options.max_length is None else options.max_length
     tokenizer = Tokenizer.from_directory(options.model)
     require_fit("model", config, tokenizer, limit)
-    if options.reference:
-        require_fit("reference", read_config(Path(options.reference)), tokenizer, limit)
     pair = _read_pair(options, tokenizer)
     try:
         ids = tokenizer.encode_pair(pair)
@@ -101,6 +99,9 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
             f"the pair has {longest} tokens (prompt and longer ending), max_length is {limit}; it is explained"
             " whole or not at all"
         )
+    if options.reference:
+        require_fit("reference", read_config(Path(options.reference)), tokenizer, longest)
+        _require_same_ids(pair, tokenizer, Path(options.reference))
     tokens = -(-sum(map(len, ids[:3])) // 128) * 128  # CUDA wants whole blocks
     row = pack_row(PairTokens.from_pairs([ids]), BOTH_ENDINGS, row_length(device, tokens)).to(device)
     policy = _token_logps(options.model, row, device, options.dtype)  # (S,)
@@ -158,6 +159,17 @@ def _read_pair(options: argparse.Namespace, tokenizer: Tokenizer) -> PreferenceP
     except (BadRecord, Unusable) as reason:
         raise UserError(f"{path}:{line}: {reason}") from None
     return PreferencePair(prompt, chosen, rejected, index, add_special_tokens=special)
+
+
+def _require_same_ids(pair: PreferencePair, tokenizer: Tokenizer, reference: Path) -> None:
+    """An embedding that is large enough may still be of other tokens. Which EOS a directory names does not matter:
+    a base model and its chat model name two. A reference saved without a tokenizer is taken at its word."""
+    if (reference / "tokenizer.json").is_file():
+        text = pair.prompt + pair.chosen
+        if Tokenizer.from_directory(reference).encode(text) != tokenizer.encode(text):
+            raise UserError(
+                f"{reference}: its tokenizer gives this pair other ids than the model's; give a reference of the same family"
+            )
 
 
 @torch.no_grad()
