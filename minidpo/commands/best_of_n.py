@@ -57,30 +57,18 @@ class Judge:
     def rewards(self, samples: Sequence[Sample]) -> list[float]:
         """What `score --reward-model` gives each sample, whose text is an ending of its prompt.
 
-        Samples that follow one another and share a prompt are laid out as the two endings of a pair.
+        A sample stands in a pair with itself: what is computed twice is little beside the sampling.
         """
-        pairs, owners, i = [], [], 0
-        while i < len(samples):
-            j = i + 1 if samples[i + 1 : i + 2] and samples[i + 1].prompt == samples[i].prompt else i
-            pairs.append(PreferencePair(samples[i].prompt, samples[i].text, samples[j].text, i))
-            owners.append((i, j))
-            i = j + 1
-        ids = self._tokenizer.encode_pairs(pairs)
-        longest = max(len(pair.prompt) + max(len(pair.chosen), len(pair.rejected)) for pair in ids)
-        if (
-            longest > self.max_length
-        ):  # with tokens of its own, a text may have more of them than the sampler's
+        ids = self._tokenizer.encode_pairs([PreferencePair(s.prompt, s.text, s.text) for s in samples])
+        longest = max(len(pair.prompt) + len(pair.chosen) for pair in ids)
+        if longest > self.max_length:  # its tokenizer may make more tokens of a sample than the sampler's
             raise UserError(
                 f"a prompt and its sample have {longest} tokens, the reward model takes {self.max_length};"
                 " lower --max-new-tokens"
             )
-        tokens = PairTokens.from_pairs(ids)
-        micro_tokens = max(MICRO_TOKENS, int(tokens.lengths.sum(axis=1).max()))
-        values = all_rewards(self._model, tokens, micro_tokens, self._device, "fp32")
-        rewards = [math.nan] * len(samples)
-        for (first, second), (one, other) in zip(owners, values.tolist(), strict=True):
-            rewards[second], rewards[first] = other, one
-        return rewards
+        pairs = PairTokens.from_pairs(ids)
+        micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
+        return all_rewards(self._model, pairs, micro_tokens, self._device, "fp32")[:, 0].tolist()
 
 
 def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:

@@ -51,10 +51,10 @@ def _heading(e: dict[str, Any], colour: bool) -> Iterator[str]:
 
 def _tokens(tokens: list[dict[str, Any]], colour: bool) -> Iterator[str]:
     yield ""
-    yield f"{'':47}{'log-prob under':^18}  {'':10}{'sum so far under':^20} {'':10}".rstrip()
+    yield f"{'':47}{'log-prob under':^18}  {'':10}{'sum so far':^31}".rstrip()
     yield (
         f"{'pos':>4} {'role':<8} {'token':<{TOKEN_WIDTH}} {'scored':<6} {'policy':>9} {'reference':>9}"
-        f" {'difference':>10} {'policy':>10} {'reference':>10} {'of diff.':>9}"
+        f" {'difference':>10} {'policy':>10} {'reference':>10} {'diff.':>9}"
     )
     prompt = [token for token in tokens if not token["scored"]]
     left_out = len(prompt) - 2 * PROMPT_ENDS
