@@ -9,8 +9,9 @@ COMMANDS = {
     "exact": "every loss trained to its analytic optimum in a world small enough to list",
     "memory": "which model fits on how many GPUs",
     "data": "what a run would be trained on: read, dropped and why, truncated, lengths",
-    "score": "log-probs or rewards of every pair of a preference file",
-    "sample": "completions of a prompt",
+    "explain": "one pair from tokens to loss and gradient weight, to check with a calculator",
+    "score": "log-probs or rewards of every pair of a preference file, accuracy and calibration",
+    "sample": "completions of a prompt; best of n by a reward model, and preferences made of them",
 }
 
 

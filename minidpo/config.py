@@ -71,6 +71,22 @@ def describe(kind: type[Config]) -> str:
     return "\n".join(lines)
 
 
+def check_section(section: str, values: Any) -> None:
+    """Raises UserError that names the key for a value out of range, or one that the chosen loss does not read."""
+    for f in dataclasses.fields(values):
+        value = getattr(values, f.name)
+        if f.metadata["check"] and not f.metadata["check"](value):
+            raise UserError(f"{section}.{f.name} = {_toml_value(value)}; it must be {f.metadata['must']}")
+    if isinstance(values, PreferenceLossSection):
+        for f in dataclasses.fields(values):
+            used = f.name == "name" or f.name in LOSS_READS[values.name]
+            if not used and getattr(values, f.name) != f.default:
+                raise UserError(
+                    f"{section}.{f.name} = {_toml_value(getattr(values, f.name))} has no meaning for"
+                    f" {section}.name = {values.name!r}; leave it out"
+                )
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -122,23 +138,12 @@ def _parse(config: Any, section: str, name: str, text: str) -> Any:
 
 def _check(config: Any) -> None:
     for section, values in vars(config).items():
-        for f in dataclasses.fields(values):
-            value = getattr(values, f.name)
-            if f.metadata["check"] and not f.metadata["check"](value):
-                raise UserError(f"{section}.{f.name} = {_toml_value(value)}; it must be {f.metadata['must']}")
+        check_section(section, values)
     if config.data.max_prompt_length >= config.data.max_length:
         raise UserError(
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for an ending;"
             f" it must be below data.max_length = {config.data.max_length}"
         )
-    if isinstance(config.loss, PreferenceLossSection):
-        for f in dataclasses.fields(config.loss):
-            used = f.name == "name" or f.name in LOSS_READS[config.loss.name]
-            if not used and getattr(config.loss, f.name) != f.default:
-                raise UserError(
-                    f"loss.{f.name} = {_toml_value(getattr(config.loss, f.name))} has no meaning for"
-                    f" loss.name = {config.loss.name!r}; leave it out"
-                )
 
 
 def _toml_value(value: Any) -> str:

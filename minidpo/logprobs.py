@@ -63,10 +63,14 @@ def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
 
     The packed twin of `sequence_logps`: one pass over [prompt | chosen | rejected], logits at scored tokens only.
     """
+    return sum_by_ending(scored_logps(model, row), row.scored_lengths).view(row.pairs, row.endings)
+
+
+def scored_logps(model: "Transformer", row: "PackedRow") -> Tensor:
+    """The terms of `response_logps`: the log-prob of every scored token of a packed row, (S,), nats."""
     attends = row.attends(model.config.num_hidden_layers)
     hidden = model.hidden_states(row.tokens, row.places.position, attends, row.queries)
-    logps = token_logps(hidden[row.scored], model.output_weight, row.targets)
-    return sum_by_ending(logps, row.scored_lengths).view(row.pairs, row.endings)
+    return token_logps(hidden[row.scored], model.output_weight, row.targets)
 
 
 def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:
