@@ -42,7 +42,8 @@ def main(arguments: list[str]) -> None:
                 for checkpointing in (False, True)
             )
             cells.append(f"{plain:.0f} ({checkpointed:.0f})")
-        label = (
-            f"{(layer * config.num_hidden_layers + outside) / 1e9:.2f}B {name if name not in SHAPES else ''}"
-        )
-        say("".join(f"{cell:>15}" for cell in (label.strip(), *cells)))
+        billions = (layer * config.num_hidden_layers + outside) / 1e9
+        lines.append([f"{billions:.2f}B", *cells])
+    say(f"GB a GPU, {options.micro_tokens:,} tokens a pass; in brackets with run.activation_checkpointing\n")
+    for first, *cells in lines:
+        say(f"{first:>7}" + "".join(f"{cell:>13}" for cell in cells))
