@@ -99,6 +99,14 @@ def summed(values: Tensor) -> Tensor:
     return values
 
 
+def gathered(value: Value) -> list[Value]:
+    """Every rank's value, by rank."""
+    values = [value] * ranks()
+    if ranks() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
 def any_rank(flag: bool) -> bool:
     """Whether it is true anywhere: signals reach the processes at different steps, and all must leave at the same."""
     return bool(summed(torch.tensor(int(bool(flag)))))

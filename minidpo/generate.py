@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidpo.attention import causal_attention
+from minidpo.distributed import any_rank
 from minidpo.model import Transformer
 
 
@@ -91,7 +92,7 @@ def _one_batch(
         generated.append(torch.where(alive, drawn, -1))  # -1: this row ended before
         if eos_id is not None:
             alive &= drawn != eos_id
-        if not alive.any():
+        if not any_rank(bool(alive.any())):  # a sharded model is run by all ranks together
             break
         first, tokens = first + tokens.shape[1], drawn[:, None]
     return [[token for token in row if token >= 0] for row in torch.stack(generated, dim=1).tolist()]

@@ -116,9 +116,9 @@ def of_every_pair(
     micro_tokens: int,
     device: torch.device,
     dtype: str,
-    label: str,
+    label: str = "",
 ) -> np.ndarray:
-    """compute(row) -> (B, 2) over all pairs, without gradients, with a progress line: (pairs, 2) float32.
+    """compute(row) -> (B, 2) over all pairs, without gradients: (pairs, 2) float32. A label makes a progress line.
 
     Each rank computes its share and all return the whole.
     """
@@ -129,8 +129,10 @@ def of_every_pair(
         row = pack_row(pairs.select(members), wanted, row_length(device, micro_tokens)).to(device)
         with autocast(device, dtype):
             values[members] = compute(row).float().cpu().numpy()
-        progress.advance(len(members))
-    progress.close()
+        if label:
+            progress.advance(len(members))
+    if label:
+        progress.close()
     return summed(torch.from_numpy(values)).numpy()
 
 

@@ -63,6 +63,15 @@ class DataSection:
 
 
 @dataclass
+class EvalSection:
+    samples: int = key(
+        0, "held-out prompts answered at every evaluation: KL, length, rewards; 0: none", not_negative, ">= 0"
+    )
+    max_new_tokens: int = key(128, "tokens after which a sampled response is cut off", positive, "> 0")
+    reward_model: str = key("", "a reward model's directory: mean reward, win rate against the reference")
+
+
+@dataclass
 class PreferenceLossSection:
     name: str = key("dpo", "dpo, ipo, simpo or sft", **one_of("dpo", "ipo", "simpo", "sft"))
     beta: float = key(0.1, "pull to the reference (dpo, ipo) or reward scale (simpo)", positive, "> 0")
@@ -141,6 +150,7 @@ class PreferenceConfig:
     model: ModelSection = field(default_factory=ModelSection)
     reference: ReferenceSection = field(default_factory=ReferenceSection)
     data: DataSection = field(default_factory=DataSection)
+    eval: EvalSection = field(default_factory=EvalSection)
     loss: PreferenceLossSection = field(default_factory=PreferenceLossSection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)

@@ -14,20 +14,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from minidpo.commands.score import all_rewards
-from minidpo.commands.score_summary import mean_and_error
-from minidpo.dataset import require_fit
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
-from minidpo.formats import PreferencePair
+from minidpo.judge import mean_and_error
 from minidpo.metrics import say
-from minidpo.packing import PairTokens
-from minidpo.tokenizer import Tokenizer
-from minidpo.weights import load_reward_model
-
-MICRO_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -38,37 +29,6 @@ class Sample:
     text: str
     ended: bool
     reward: float = math.nan
-
-
-class Judge:
-    """The reward model of a directory, with its own tokenizer."""
-
-    def __init__(self, directory: str, device: torch.device) -> None:
-        self._device = device
-        self._model = load_reward_model(directory, device=device)
-        self._tokenizer = Tokenizer.from_directory(directory)
-        self.max_length = self._model.config.max_length
-        require_fit("reward model", self._model.config, self._tokenizer, 2)
-
-    def room(self, prompt: str) -> int:
-        """How many tokens of an ending, EOS included, the reward model can read after `prompt`."""
-        return self.max_length - len(self._tokenizer.encode(prompt))
-
-    def rewards(self, samples: Sequence[Sample]) -> list[float]:
-        """What `score --reward-model` gives each sample, whose text is an ending of its prompt.
-
-        A sample stands in a pair with itself: what is computed twice is little beside the sampling.
-        """
-        ids = self._tokenizer.encode_pairs([PreferencePair(s.prompt, s.text, s.text) for s in samples])
-        longest = max(len(pair.prompt) + len(pair.chosen) for pair in ids)
-        if longest > self.max_length:  # its tokenizer may make more tokens of a sample than the sampler's
-            raise UserError(
-                f"a prompt and its sample have {longest} tokens, the reward model takes {self.max_length};"
-                " lower --max-new-tokens"
-            )
-        pairs = PairTokens.from_pairs(ids)
-        micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
-        return all_rewards(self._model, pairs, micro_tokens, self._device, "fp32")[:, 0].tolist()
 
 
 def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:

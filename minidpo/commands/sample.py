@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minidpo.commands.best_of_n import Judge, Sample, show, write_pairs, write_samples
+from minidpo.commands.best_of_n import Sample, show, write_pairs, write_samples
 from minidpo.dataset import require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
 from minidpo.files import require_file, require_place
 from minidpo.formats import ASSISTANT, BadRecord
 from minidpo.generate import Sampling, generate
+from minidpo.judge import Judge, text_after
 from minidpo.metrics import Progress, say
 from minidpo.records import read_records
 from minidpo.tokenizer import Tokenizer
@@ -103,11 +104,9 @@ def _best_of_n(
 ) -> None:
     samples = []
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
-        # In its context: some decoders strip the space with which a text begins.
-        before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *completion])
-        text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(completion)
+        text = text_after(tokenizer, prompt, completion)
         samples.append(Sample(texts[i // options.n], text, completion[-1] == tokenizer.eos_id))
-    rewards = judge.rewards(samples)
+    rewards = judge.rewards([s.prompt for s in samples], [s.text for s in samples])
     samples = [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
     by_prompt = [samples[i : i + options.n] for i in range(0, len(samples), options.n)]
     show(by_prompt)

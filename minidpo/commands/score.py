@@ -9,7 +9,6 @@ import json
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from minidpo.chat import TEMPLATES
 from minidpo.commands.score_summary import groups_of, summary
@@ -19,11 +18,11 @@ from minidpo.device import choose_device
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, require_place, writing
 from minidpo.hf_config import read_config
+from minidpo.judge import all_rewards
 from minidpo.metrics import say
 from minidpo.model import Transformer
-from minidpo.packing import PackedRow, PairTokens, Wanted
-from minidpo.reference import all_logps, of_every_pair
-from minidpo.reward import RewardModel
+from minidpo.packing import PairTokens
+from minidpo.reference import all_logps
 from minidpo.sections import PreferenceLossSection
 from minidpo.tokenizer import Tokenizer, tokenize_pairs
 from minidpo.weights import load_model, load_reward_model
@@ -87,7 +86,7 @@ def main(arguments: list[str]) -> None:
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
     if options.reward_model:
-        rewards = all_rewards(model, pairs, micro_tokens, device, options.dtype)
+        rewards = all_rewards(model, pairs, micro_tokens, device, options.dtype, "rewards")
         columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
         margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"
     else:
@@ -109,17 +108,6 @@ def main(arguments: list[str]) -> None:
     for line in summary(margins, meaning, pairs.lengths[:, 1:], groups, are_logits):
         say(line)
     say(f"{len(pairs)} pairs, one a line, written to {options.out}")
-
-
-def all_rewards(
-    model: RewardModel, pairs: PairTokens, micro_tokens: int, device: torch.device, dtype: str
-) -> np.ndarray:
-    """Rewards of both endings of every pair: (pairs, 2) float32, chosen first."""
-
-    def compute(row: PackedRow) -> torch.Tensor:
-        return model.pair_rewards(row)[0]
-
-    return of_every_pair(compute, Wanted(rewards=True), pairs, micro_tokens, device, dtype, "rewards")
 
 
 def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: str) -> PairTokens:

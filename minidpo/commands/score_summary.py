@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minidpo.errors import UserError
+from minidpo.judge import mean_and_error
 from minidpo.records import read_records
 
 MOST_GROUPS = 50
@@ -36,11 +37,6 @@ def groups_of(path: Path, field: str, index: np.ndarray) -> np.ndarray:
             f"--by {field}: {len(different)} different values; a field with at most {MOST_GROUPS} is needed"
         )
     return np.array(values)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values (n,), and its standard error sqrt(variance / n)."""
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
 
 
 def calibration(margins: np.ndarray) -> tuple[list[tuple[float, int, float, float]], float]:

@@ -1,0 +1,187 @@
+"""What the policy says by itself: sampled responses to held-out prompts, beside those of the reference.
+
+A loss and an accuracy tell how the policy ranks other people's responses, not what it writes. Of y sampled from pi:
+
+    KL(pi || ref) = E sum_t (exp(-d_t) - 1 + d_t),   d_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
+
+Every term is >= 0 and, its context given, has the mean of d_t, for E exp(-d_t) = 1: far less noise than sum_t d_t.
+Source: Schulman 2020, "Approximating KL divergence" (k3). In nats; a response cut at max_new_tokens counts as far as it went.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidpo.dataset import prompt_keys
+from minidpo.device import autocast
+from minidpo.distributed import gathered, rank, ranks
+from minidpo.errors import UserError
+from minidpo.files import replacing_file, writing
+from minidpo.generate import Sampling, generate
+from minidpo.judge import Judge, mean_and_error, text_after
+from minidpo.logprobs import scored_logps, sum_by_ending
+from minidpo.metrics import Progress
+from minidpo.model import Transformer
+from minidpo.packing import PackedRow, PairTokens, Wanted
+from minidpo.reference import load_reference, of_every_pair
+from minidpo.sections import EvalSection
+from minidpo.tokenizer import Tokenizer, TokenPair
+
+MICRO_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One response a prompt, what was sampled and what the judge gave it (None without a judge)."""
+
+    ids: list[list[int]]
+    texts: list[str]
+    ended: np.ndarray  # bool: closed with EOS, not cut off
+    rewards: np.ndarray | None
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens, EOS included."""
+        return np.array([len(ids) for ids in self.ids])
+
+
+class SampledEvaluation:
+    """Samples from policy and reference to the same held-out prompts, at temperature 1: each evaluation's figures.
+
+    Raises UserError where a prompt leaves no room for max_new_tokens in the policy or the reward model.
+    """
+
+    def __init__(
+        self,
+        section: EvalSection,
+        held_out: PairTokens,
+        tokenizer: Tokenizer,
+        policy: Transformer,
+        reference_path: Path,
+        out: Path,
+        device: torch.device,
+        dtype: str,
+        seed: int,
+    ) -> None:
+        self._tokenizer, self._reference_path, self._out = tokenizer, reference_path, out
+        self._device, self._dtype, self._seed = device, dtype, seed
+        self._sampling = Sampling(section.max_new_tokens)
+        self._judge = Judge(section.reward_model, device) if section.reward_model else None
+        first = dict(zip(reversed(prompt_keys(held_out)), reversed(range(len(held_out))), strict=True))
+        rows = sorted(first.values())[: section.samples]  # each prompt once
+        self._prompts = [held_out.ids[start:end].tolist() for start, end in held_out.bounds[rows, :2]]
+        self._prompt_texts = [tokenizer.decode(prompt) for prompt in self._prompts]
+        self._require_room(policy.config.max_length)
+        self._of_reference: Samples | None = None
+
+    def __call__(self, policy: Transformer, step: int) -> dict[str, float]:
+        """Figures of this step, under names without "eval/"; the samples go to OUT/samples/step-N.jsonl."""
+        # Read anew each time: between evaluations its memory is the policy's.
+        reference = load_reference(self._reference_path, self._device, self._dtype)
+        if self._of_reference is None:
+            self._of_reference = self._sample(reference, self._seed, "sampling, reference")
+        # With the seed of the reference's: while the two are equal, so are their samples.
+        samples, base = self._sample(policy, self._seed, "sampling"), self._of_reference
+        divergence = self._divergence(policy, reference, samples)
+        del reference
+        kl, kl_error = mean_and_error(divergence[:, 1])
+        figures = {
+            "kl": kl,
+            "kl_standard_error": kl_error,
+            "kl_per_token": float(divergence[:, 1].sum() / samples.lengths.sum()),
+            "kl_of_log_ratios": float(divergence[:, 0].mean()),
+            "sample_length": float(samples.lengths.mean()),
+            "sample_length_change": float(samples.lengths.mean() - base.lengths.mean()),
+            "ended": float(samples.ended.mean()),
+            "distinct_1": distinct(samples.ids, 1),
+            "distinct_2": distinct(samples.ids, 2),
+        }
+        if samples.rewards is not None and base.rewards is not None:
+            figures["reward"], figures["reward_standard_error"] = mean_and_error(samples.rewards)
+            figures["reward_of_reference"] = float(base.rewards.mean())
+            figures["win_rate"] = float((samples.rewards > base.rewards).mean())
+            figures["tie_rate"] = float((samples.rewards == base.rewards).mean())
+        self._write(step, samples, divergence)
+        return figures
+
+    def _sample(self, model: Transformer, seed: int, label: str) -> Samples:
+        """Each rank samples its share, as many prompts as the others: sharded layers are gathered by all together."""
+        each = -(-len(self._prompts) // ranks())
+        own = [self._prompts[i % len(self._prompts)] for i in range(rank() * each, (rank() + 1) * each)]
+        progress = Progress(label, len(own), "responses")
+        with autocast(self._device, self._dtype):
+            drawn = generate(
+                model, own, self._sampling, self._tokenizer.eos_id, seed + rank(), progress=progress.advance
+            )
+        progress.clear()
+        ids = [row for part in gathered(drawn) for row in part][: len(self._prompts)]
+        texts = [text_after(self._tokenizer, *both) for both in zip(self._prompts, ids, strict=True)]
+        rewards = np.array(self._judge.rewards(self._prompt_texts, texts)) if self._judge else None
+        ended = np.array([row[-1] == self._tokenizer.eos_id for row in ids])
+        return Samples(ids, texts, ended, rewards)
+
+    def _divergence(self, policy: Transformer, reference: Transformer, samples: Samples) -> np.ndarray:
+        """(samples, 2): the sum over tokens of log pi - log pi_ref, and of the low-variance estimate of KL."""
+
+        def compute(row: PackedRow) -> Tensor:
+            return divergence(scored_logps(policy, row), scored_logps(reference, row), row.scored_lengths)
+
+        pairs = PairTokens.from_pairs(
+            TokenPair(prompt, ids, [], i)
+            for i, (prompt, ids) in enumerate(zip(self._prompts, samples.ids, strict=True))
+        )
+        micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
+        wanted = Wanted(chosen_logps=True)
+        return of_every_pair(compute, wanted, pairs, micro_tokens, self._device, self._dtype)
+
+    def _write(self, step: int, samples: Samples, divergence: np.ndarray) -> None:
+        if rank():
+            return
+        file = self._out / "samples" / f"step-{step}.jsonl"
+        rows = []
+        for i, text in enumerate(samples.texts):
+            row = {"prompt": self._prompt_texts[i], "response": text, "tokens": len(samples.ids[i])}
+            row |= {"ended": bool(samples.ended[i]), "log_ratio": float(divergence[i, 0])}
+            if samples.rewards is not None:
+                row["reward"] = float(samples.rewards[i])
+            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
+        with writing(file):
+            file.parent.mkdir(exist_ok=True)
+            with replacing_file(file) as temporary:
+                temporary.write_text("".join(rows), encoding="utf-8")
+
+    def _require_room(self, limit: int) -> None:
+        new = self._sampling.max_new_tokens
+        longest = max(map(len, self._prompts), default=0)
+        if longest + new > limit:
+            raise UserError(
+                f"eval.max_new_tokens = {new} after a prompt of {longest} tokens; the model takes {limit}"
+            )
+        if not self._judge:
+            return
+        # Another tokenizer may cut the same text into more tokens.
+        same = self._judge.tokenizer.identity == self._tokenizer.identity
+        room = min((self._judge.room(text) for text in self._prompt_texts), default=limit)
+        if (new + 1) * (1 if same else 2) > room:
+            raise UserError(
+                f"eval.max_new_tokens = {new}, but eval.reward_model takes {self._judge.max_length} tokens, and its"
+                f" longest prompt leaves {room}"
+            )
+
+
+def divergence(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:
+    """Of sampled tokens (S,), in nats, to (B, 2): sum of d_t, and sum of exp(-d_t) - 1 + d_t."""
+    d = (policy_logps - reference_logps).double()
+    return torch.stack((sum_by_ending(d, lengths), sum_by_ending(torch.expm1(-d) + d, lengths)), dim=1)
+
+
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Different n-grams over all n-grams of the responses' tokens: low where a policy repeats itself (Li et al. 2016)."""
+    counts = Counter(tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1))
+    return len(counts) / max(1, sum(counts.values()))
