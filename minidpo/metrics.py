@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 
 
@@ -38,6 +39,21 @@ class Averages:
         return {name: self.mean(name) for name in self._sums}
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl. A torn last one is passed over: the run was killed, or is writing it now.
+
+    Raises UserError that names the file and the line for any other that is no JSON object with a step.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if _step(line) < math.inf:
+            values.append(json.loads(line))
+        elif number < len(lines):
+            raise UserError(f"{path}:{number}: {line[:40]!r} is no line of metrics; give the file of a run")
+    return values
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped.
 
@@ -59,8 +75,8 @@ class MetricsFile:
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf  # the torn last line of a killed run
 
 
