@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -58,19 +59,50 @@ class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped.
 
     last_step: the checkpoint's; 0 where there is none, and then step 0 is evaluated again: its line goes too.
+    tensorboard: the same numbers in `tensorboard` beside it, written anew from metrics.jsonl at each start, so that
+    no point is there twice and a run may be given it, or have lost it, at any time.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, tensorboard: bool = False) -> None:
         self.path = path
+        kept: list[str] = []
         if path.exists():
-            kept = last_step or -1
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= kept]
+            last = last_step or -1
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= last]
             with writing(path), replacing_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+                temporary.write_text("".join(line + "\n" for line in kept))
+        self._events = EventFile(path.parent / "tensorboard") if tensorboard else None
+        if self._events:
+            self._events.write([json.loads(line) for line in kept])
 
     def write(self, values: dict[str, float]) -> None:
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
+        if self._events:
+            self._events.write([values])
+
+
+class EventFile:
+    """TensorBoard's form of the metrics: a scalar a key and step, grouped by what stands before a key's slash."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # sections.py has seen that it is there
+
+        self._directory = directory
+        with writing(directory):
+            for old in directory.glob("events.out.tfevents.*"):
+                # A TensorBoard that is watching stops at a file that is gone, but reads on after one that ended.
+                os.truncate(old, 0)
+            # purge_step tells it to forget what it has read.
+            self._writer = SummaryWriter(str(directory), purge_step=0)
+
+    def write(self, lines: list[dict[str, float]]) -> None:
+        with writing(self._directory):
+            for values in lines:
+                for name, value in values.items():
+                    if name != "step":
+                        self._writer.add_scalar(name, value, values["step"])
+            self._writer.flush()  # a killed run has lost nothing, as in metrics.jsonl
 
 
 def _step(line: str) -> float:
