@@ -11,7 +11,7 @@ import torch
 
 from minidpo.commands import demo, frontier
 from minidpo.commands.answers import divergences
-from minidpo.commands.frontier import Setting, best_reachable, mean_and_error
+from minidpo.commands.frontier_judge import Setting, best_reachable, mean_and_error
 from minidpo.errors import UserError
 from minidpo.generate import Sampling, generate
 from tiny import EOS, tiny_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from minidpo.commands import plot as command
-from minidpo.commands.figures import COLOURS, MARKS, png_and_svg
+from minidpo.commands.figures import COLOURS, MARKS, drawing, label_points, png_and_svg
 from minidpo.errors import UserError
 
 pytest.importorskip("matplotlib")
@@ -180,3 +180,17 @@ def test_a_directory_that_is_none_is_one_line_and_status_2(tmp_path):
     typed = [sys.executable, "-m", "minidpo", "plot", str(tmp_path / "nowhere")]
     result = subprocess.run(typed, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert result.returncode == 2 and result.stderr.count("\n") == 1
+
+
+def test_labels_cover_neither_points_nor_each_other(tmp_path):
+    """A cross of five points, close together: to the upper right of each there is another."""
+    points = [(x, y, "0.05", "black") for x, y in ((5, 5), (5.3, 5.3), (4.7, 4.7), (5.3, 4.7), (4.7, 5.3))]
+    with drawing([tmp_path / "a.png"], 5, 5) as figure:
+        axes = figure.subplots()
+        axes.plot([0, 10], [0, 10], ".")
+        label_points(axes, points, [(5.5, 5.5)])
+        figure.draw_without_rendering()
+        boxes = [text.get_window_extent() for text in axes.texts]
+        places = axes.transData.transform([point[:2] for point in points])
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert not any(box.contains(*place) for box in boxes for place in places)

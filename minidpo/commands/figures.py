@@ -11,6 +11,7 @@ from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe & Ito 2008, told apart with any colour vision; yellow last, for it is faint on paper. Marks differ too, for
@@ -78,3 +79,36 @@ def drawing(files: list[Path], width: float, height: float) -> Iterator[Figure]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with replacing_file(file) as temporary:
                     figure.savefig(temporary, format=kind, dpi=160, metadata=undated)
+
+
+def label_points(
+    axes: Axes, points: list[tuple[float, float, str, str]], others: list[tuple[float, float]]
+) -> None:
+    """Write each text beside its point, (x, y, text, colour), where it covers no point, none of `others`, no text.
+
+    Ask for it last: it needs the axes as they will be. Where nothing is free a text stands to the upper right.
+    """
+    axes.figure.draw_without_rendering()
+    pixels = axes.figure.dpi / 72  # of one point of text: all below is in points
+
+    def box(at: tuple[float, float], left: float, low: float, right: float, high: float) -> tuple[float, ...]:
+        x, y = axes.transData.transform(at) / pixels
+        return x + left, y + low, x + right, y + high
+
+    taken = [box(point[:2], -6, -6, 6, 6) for point in points] + [
+        box(other, -2, -2, 2, 2) for other in others
+    ]
+    for x, y, text, colour in points:
+        width, height = 5.5 * len(text), 9
+        left, middle = -7 - width, -width / 2
+        places = ((7, 5), (left, 5), (7, -12), (left, -12), (middle, 10), (middle, -18), (middle, 20))
+        boxes = {place: box((x, y), *place, place[0] + width, place[1] + height) for place in places}
+        free = [place for place in places if not any(overlap(boxes[place], other) for other in taken)]
+        place = (free or places)[0]
+        taken.append(boxes[place])
+        axes.annotate(text, (x, y), place, textcoords="offset points", color=colour)
+
+
+def overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Boxes (left, low, right, high)."""
+    return all(one[i] < other[i + 2] and other[i] < one[i + 2] for i in (0, 1))

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minidpo.commands.figures import COLOURS, INK, MARKS, drawing, png_and_svg
-from minidpo.commands.frontier import Point, Setting
+from minidpo.commands.figures import COLOURS, INK, MARKS, drawing, label_points, png_and_svg
+from minidpo.commands.frontier_judge import Point, Setting
 
 NAMES = {"dpo": "DPO", "ipo": "IPO", "simpo": "SimPO"}
 TICKS = (0, 0.1, 0.5, 1, 2, 4, 6, 10, 15, 20, 30, 40)
@@ -35,10 +35,11 @@ def draw(
     """
     files = png_and_svg(name)
     losses = list(dict.fromkeys(setting.loss for setting in runs))
+    labels: list[tuple[float, float, str, str]] = []
     with drawing(files, 7.2, 4.8) as figure:
         axes = figure.subplots()
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-        axes.plot(best["kl"], best["reward"], "--", color=INK, label="the most any policy can earn")
+        axes.plot(best["kl"], best["reward"], "--", color=INK, label="most that a policy can earn, estimated")
         for setting, points in runs.items():
             which = losses.index(setting.loss)
             colour, mark = COLOURS[which], MARKS[which]
@@ -46,29 +47,23 @@ def draw(
             axes.plot([start.kl, *kls], [start.reward, *rewards], color=colour, lw=0.8, alpha=0.5)
             axes.plot(kls[:-1], rewards[:-1], mark, color=colour, markersize=3.5, alpha=0.8)
             end = points[-1]
-            first = setting == next(s for s in runs if s.loss == setting.loss)
-            axes.errorbar(
-                end.kl,
-                end.reward,
-                end.reward_error,
-                end.kl_error,
-                fmt=mark,
-                color=colour,
-                markersize=8,
-                markeredgecolor="white",
-                elinewidth=1,
-                label=NAMES[setting.loss] if first else None,
-                zorder=3,
-            )
+            look = {"fmt": mark, "markersize": 8, "markeredgecolor": "white", "elinewidth": 1, "zorder": 3}
+            if setting == next(s for s in runs if s.loss == setting.loss):  # one entry of the legend a loss
+                numbers = "beta" if setting.gamma is None else "beta, gamma"
+                look["label"] = f"{NAMES[setting.loss]} ({numbers})"
+            axes.errorbar(end.kl, end.reward, end.reward_error, end.kl_error, color=colour, **look)
             text = f"{setting.beta:g}" + ("" if setting.gamma is None else f", {setting.gamma:g}")
-            axes.annotate(text, (end.kl, end.reward), (7, 5), textcoords="offset points", color=colour)
-        axes.plot(start.kl, start.reward, "*", color=INK, markersize=11, label="SFT, the reference", zorder=4)
+            labels.append((end.kl, end.reward, text, colour))
+        star = {"marker": "*", "markersize": 11, "color": INK, "ls": "", "zorder": 4, "clip_on": False}
+        axes.plot(start.kl, start.reward, label="SFT, the reference", **star)
         farthest = max(p.kl for points in runs.values() for p in points)
         axes.set_xticks([tick for tick in TICKS if tick <= 1.1 * farthest])
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlim(left=0)
         axes.set_xlabel("KL from the reference, nats a response (square-root scale)")
         axes.set_ylabel("true reward of sampled answers, nats")
-        axes.set_title("What a loss earns for how far it goes; numbers: beta, or beta, gamma")
-        axes.legend(loc="lower right")
+        axes.set_title("What each loss earns for how far it goes from the reference")
+        axes.legend(loc="upper right")
+        on_the_way = [(p.kl, p.reward) for points in runs.values() for p in points[:-1]]
+        label_points(axes, labels, on_the_way + list(zip(best["kl"], best["reward"], strict=True)))
     return files
