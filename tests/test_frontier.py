@@ -195,6 +195,14 @@ def test_a_demo_given_to_a_quick_frontier_is_refused():
         frontier.main(["--quick", "--demo", "runs/demo"])
 
 
+def test_a_demo_directory_that_is_none_is_one_line(world, tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "sft").mkdir()
+    (tmp_path / "sft" / "final").symlink_to(world / "model")
+    with pytest.raises(UserError, match="prompts.test.jsonl: no such file; .* the demo has written"):
+        frontier.main(["--demo", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
 def test_without_matplotlib_one_line_names_the_extra_before_anything_is_trained(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(UserError, match=r"pip install 'minidpo\[plot\]'"):

@@ -22,7 +22,7 @@ from minidpo.commands.world import Judgement, ceiling_accuracy
 from minidpo.commands.world_files import write_model, write_world
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
-from minidpo.files import writing
+from minidpo.files import require_file, writing
 from minidpo.metrics import read_metrics
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model
@@ -144,7 +144,8 @@ def report(out: Path) -> None:
 
 
 def unseen_prompts(out: Path) -> list[str]:
-    return [json.loads(line)["prompt"] for line in (out / "prompts.test.jsonl").read_text().splitlines()]
+    file = require_file(out / "prompts.test.jsonl", f"{out} must be a directory that the demo has written")
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
 
 
 def held_out(run: Path) -> dict[str, float]:
