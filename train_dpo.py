@@ -15,13 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch.nn.utils import clip_grad_norm_
 
 from minidpo import device as devices
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
-from minidpo.config import load_config, to_dict, to_toml
+from minidpo.config import load_config, to_dict, write_config
 from minidpo.dataset import load_pairs, longest_pair, require_fit
+from minidpo.distributed import any_rank, first_before_others, launch, rank, ranks, shard, whole
 from minidpo.errors import exit_on_user_error
-from minidpo.files import writing
 from minidpo.guards import MicroTokens, require_finite
 from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
@@ -44,9 +45,13 @@ def main(arguments: list[str]) -> None:
     device = devices.choose_device(run.device, run.threads)
 
     # --- data and policy
-    policy = load_model(model_path, device=device)
+    sharded = partial(
+        shard, device=device, dtype=run.dtype
+    )  # over the processes of torchrun, if there are several
+    policy = load_model(model_path, device=device, prepare=sharded)
     tokenizer = Tokenizer.from_directory(model_path)
-    train, held_out = load_pairs(config.data, optim, tokenizer, policy.config, run.seed, out / "tokens")
+    with first_before_others():
+        train, held_out = load_pairs(config.data, optim, tokenizer, policy.config, run.seed, out / "tokens")
     policy.activation_checkpointing = run.activation_checkpointing
     if run.compile:
         policy.compile_layers()
@@ -62,8 +67,7 @@ def main(arguments: list[str]) -> None:
     identity = run_identity(to_dict(config), fingerprints)
     claim(out)
     first_step = resume(out, policy, optimizer, identity)
-    with writing(out / "config.toml"):
-        (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+    write_config(config, out)
     metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)
     say(
         f"{loss.name}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} pairs to train on,"
@@ -97,10 +101,14 @@ def main(arguments: list[str]) -> None:
     elif config.reference.path and loss.name not in NEEDS_REFERENCE:
         say(f"{loss.name} has no reference: {config.reference.path} is not read")
     elif loss.name in NEEDS_REFERENCE:
-        train_reference = eval_reference = LiveReference(load_reference(reference_path, device))
+        train_reference = eval_reference = LiveReference(load_reference(reference_path, device, run.dtype))
 
     wanted = Wanted(chosen_logps=True, rejected_logps=loss.name != "sft")
     tokens = train.lengths[:, : 2 + wanted.rejected].sum(axis=1)  # what each pair lays out
+    place = (
+        rank(),
+        ranks(),
+    )  # of this process among those of the run; each takes its share of the micro-batches
     room = MicroTokens(optim.micro_tokens, longest_pair(train, held_out))
 
     def compare(pairs: PairTokens, rows: np.ndarray, reference: StoredReference | LiveReference | None):
@@ -115,12 +123,12 @@ def main(arguments: list[str]) -> None:
         """Add up the gradient of the batch's mean loss, one micro-batch after the other; returns what to watch."""
         optimizer.zero_grad(set_to_none=True)  # a pass that ran out of memory may have left a part of it
         averages = Averages()
-        for rows in micro_batches(batch, tokens[batch], room.tokens):
+        for rows in micro_batches(batch, tokens[batch], room.tokens, *place):
             losses, watched = compare(train, rows, train_reference)
             # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
             (losses.sum() / len(batch)).backward()
             averages.add(watched)
-        return averages
+        return averages.over_all_ranks()
 
     @torch.no_grad()
     def losses_one_by_one(batch: np.ndarray) -> list[float]:
@@ -131,14 +139,16 @@ def main(arguments: list[str]) -> None:
         if not len(held_out):
             return
         averages = Averages()
-        progress = Progress("evaluating", len(held_out), "pairs")
-        sizes = held_out.lengths.sum(axis=1)
+        own = micro_batches(np.arange(len(held_out)), held_out.lengths.sum(axis=1), room.tokens, *place)
+        progress = Progress("evaluating", sum(map(len, own)), "pairs")
         with torch.no_grad():
-            for rows in micro_batches(np.arange(len(held_out)), sizes, room.tokens):
+            for rows in own:
                 averages.add(compare(held_out, rows, eval_reference)[1])
                 progress.advance(len(rows))
         progress.clear()
-        values = {"step": step} | {f"eval/{name}": mean for name, mean in averages.means().items()}
+        values = {"step": step} | {
+            f"eval/{name}": mean for name, mean in averages.over_all_ranks().means().items()
+        }
         metrics.write(values)
         say(console_line(values, steps, 0, "eval/"))
 
@@ -154,11 +164,12 @@ def main(arguments: list[str]) -> None:
                 group["lr"] = lr
             batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
             averages = room.fit(step + 1, partial(accumulate, batch))
-            grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
+            grad_norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
+            grad_norm = whole(grad_norm).item()
             require_finite(
                 step + 1,
                 averages.mean("loss"),
-                grad_norm.item(),
+                grad_norm,
                 out,
                 train.select(batch),
                 tokenizer,
@@ -171,7 +182,7 @@ def main(arguments: list[str]) -> None:
             if done == 1 or done % run.log_every == 0 or done == steps:
                 drawn = min(done * optim.batch_size, total_draws(len(train), optim.epochs))
                 values = {"step": done, "epoch": drawn / len(train)}
-                values |= averages.means() | {"lr": lr, "grad_norm": grad_norm.item()}
+                values |= averages.means() | {"lr": lr, "grad_norm": grad_norm}
                 values["tokens_per_s"] = tokens[batch].sum() / (time.monotonic() - step_started)
                 metrics.write(values)
                 seconds_left = (time.monotonic() - started) / (done - first_pass) * (steps - done)
@@ -180,15 +191,16 @@ def main(arguments: list[str]) -> None:
                 evaluate(done)
             if done == steps:  # before its checkpoint, which says that nothing is left to do
                 final = save_final(out, policy, model_path)
-            if stop or done == steps or (run.save_every and done % run.save_every == 0):
+            stopping = any_rank(stop)
+            if stopping or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
                     out, done, policy, optimizer, identity, run.keep_checkpoints, model_path
                 )
-                if stop and done < steps:
+                if stopping and done < steps:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
                     return
     say(f"done: {final}")
 
 
 if __name__ == "__main__":
-    exit_on_user_error(main)
+    exit_on_user_error(launch(main))

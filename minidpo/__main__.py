@@ -9,9 +9,11 @@ COMMANDS = {
     "exact": "every loss trained to its analytic optimum in a world small enough to list",
     "frontier": "true reward against KL for DPO, IPO and SimPO: the DPO paper's Figure 2, on a CPU",
     "plot": "how a run went, or how several compare, as a figure",
+    "memory": "which model fits on how many GPUs",
     "data": "what a run would be trained on: read, dropped and why, truncated, lengths",
-    "score": "log-probs or rewards of every pair of a preference file",
-    "sample": "completions of a prompt",
+    "explain": "one pair from tokens to loss and gradient weight, to check with a calculator",
+    "score": "log-probs or rewards of every pair of a preference file, accuracy and calibration",
+    "sample": "completions of a prompt; best of n by a reward model, and preferences made of them",
 }
 
 

@@ -70,6 +70,8 @@ def segment_attention(segments: list[Segment]) -> Callable[[Tensor, Tensor, Tens
     parts = [len(segment.keys) for segment in segments]
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if not segments:  # a row of no pairs: nothing to attend to, but gradients (of zero) must flow
+            return q + (k.sum() + v.sum()).to(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
             k_parts, v_parts = (iter(_at(heads.to(q.dtype), keys)) for heads in (k, v))
             return torch.cat([

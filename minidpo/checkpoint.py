@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from minidpo.distributed import let_go, rank
 from minidpo.errors import UserError, one_line
 from minidpo.files import remove_directory, replacing_directory, writing
 from minidpo.metrics import say
 from minidpo.model import Transformer
 from minidpo.reward import RewardModel
-from minidpo.weights import save_model, save_reward_model
+from minidpo.tensor_files import read_tensors, take_part, tensor_files, write_tensors
+from minidpo.weights import classification_tensors, save_model, save_reward_model
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -45,10 +46,15 @@ def save_checkpoint(
 ) -> Path:
     """Write OUT/checkpoints/step-N, then delete all but the `keep` newest. `identity`: see `resume`."""
     path = out / "checkpoints" / f"step-{step}"
+    let_go(model)
+    moments = _optimizer_tensors(model, optimizer)
+    if rank():
+        take_part(model.state_dict() | moments)
+        return path
     with writing(path), replacing_directory(path) as directory:
         save_model(model, directory)
         copy_tokenizer(tokenizer_from, directory)
-        save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+        write_tensors(directory, moments, "optimizer")
         state = {"step": step, "identity": identity}
         (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     # Not those of later steps: they are torn, or this run would have begun there.
@@ -64,19 +70,17 @@ def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, iden
     names the first setting in which the checkpoint differs, and where there are checkpoints but none is whole.
     """
     checkpoints = _checkpoints(out)
-    expected = _expected_tensors(model)
     for path in reversed(checkpoints):
         try:
-            was, weights, moments = _read(path)
-            _require_same_run(path, was, identity)
-            _require_shapes(weights | moments, expected)
+            _require_same_run(path, _read_identity(path), identity)
+            weights = _read(path, "model", model.state_dict())
+            moments = _read(path, "optimizer", _expected_moments(model))
+        except _AnotherRun:
+            raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
-            if isinstance(error, UserError):
-                raise
             say(f"{path}: not a whole checkpoint ({one_line(error)}); it is passed over")
             continue
-        device = next(model.parameters()).device
-        model.load_state_dict({name: tensor.to(device) for name, tensor in weights.items()}, strict=True)
+        model.load_state_dict(weights, strict=True)
         _load_optimizer(model, optimizer, moments)
         say(f"resuming from {path}")
         return _step(path)
@@ -87,6 +91,10 @@ def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, iden
 
 def save_final(out: Path, model: Transformer, tokenizer_from: Path) -> Path:
     """OUT/final: what transformers, or the next script, opens."""
+    let_go(model)
+    if rank():
+        take_part(classification_tensors(model) if isinstance(model, RewardModel) else model.state_dict())
+        return out / "final"
     with writing(out / "final"), replacing_directory(out / "final") as directory:
         if isinstance(model, RewardModel):
             save_reward_model(model, directory)
@@ -167,44 +175,46 @@ def _step(checkpoint: Path) -> int:
     return int(checkpoint.name[5:])
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Identity, weights and the optimizer's tensors of a checkpoint."""
+def _read_identity(path: Path) -> dict[str, Any]:
     state = json.loads((path / "state.json").read_text())
     if state["step"] != _step(path):
         raise ValueError(f"state.json is of step {state['step']!r}")
-    weights, moments = load_file(path / "model.safetensors"), load_file(path / "optimizer.safetensors")
-    return dict(state["identity"]), weights, moments
+    return dict(state["identity"])
+
+
+def _read(path: Path, stem: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of STEM.safetensors, which must be those expected, in their shapes and dtypes."""
+    files = tensor_files(path, stem)
+    for name in sorted(files.keys() ^ expected.keys()):
+        raise ValueError(f"tensor {name!r} is {'missing' if name in expected else 'unknown'}")
+    return read_tensors(files, expected)
+
+
+class _AnotherRun(UserError):
+    """A checkpoint of other settings."""
 
 
 def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any]) -> None:
     for name in sorted(was.keys() | identity.keys()):
         if was.get(name) != identity.get(name):
-            raise UserError(
+            raise _AnotherRun(
                 f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
                 " give the run another run.out, or the old setting"
             )
 
 
-def _require_shapes(found: dict[str, torch.Tensor], expected: dict[str, tuple]) -> None:
-    for name in sorted(found.keys() ^ expected.keys()):
-        raise ValueError(f"tensor {name!r} is {'missing' if name in expected else 'unknown'}")
-    for name, tensor in found.items():
-        if (tuple(tensor.shape), tensor.dtype) != expected[name]:
-            raise ValueError(f"tensor {name!r} is {tensor.dtype} of shape {tuple(tensor.shape)}")
-
-
-def _expected_tensors(model: nn.Module) -> dict[str, tuple]:
-    """Name -> (shape, dtype) of what a checkpoint holds: the weights, and what AdamW keeps of each parameter."""
-    expected = {name: (tuple(t.shape), t.dtype) for name, t in model.state_dict().items()}
+def _expected_moments(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What AdamW keeps of each parameter: tensors of the shapes (and the sharding) that a checkpoint must hold."""
+    expected = {}
     for name, parameter in model.named_parameters():
-        expected |= {f"{name}/{key}": (tuple(parameter.shape), parameter.dtype) for key in _MOMENTS}
-        expected[f"{name}/step"] = ((), torch.float32)
+        expected |= {f"{name}/{key}": parameter for key in _MOMENTS}
+        expected[f"{name}/step"] = torch.zeros((), device=parameter.device)
     return expected
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     return {
-        f"{name}/{key}": value.contiguous().cpu()
+        f"{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }

@@ -5,7 +5,9 @@ import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from minidpo.distributed import rank
 from minidpo.errors import UserError
+from minidpo.files import writing
 from minidpo.sections import LOSS_READS, PreferenceConfig, PreferenceLossSection, RewardConfig
 
 Config = TypeVar("Config", PreferenceConfig, RewardConfig)
@@ -14,7 +16,8 @@ Config = TypeVar("Config", PreferenceConfig, RewardConfig)
 def load_config(kind: type[Config], arguments: list[str]) -> Config:
     """The configuration that `FILE.toml --section.key=value ...` means. Raises UserError naming file and key."""
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(describe(kind))
+        if rank() == 0:
+            print(describe(kind))
         raise SystemExit(0)
     files = [argument for argument in arguments if not argument.startswith("--")]
     if len(files) != 1:
@@ -50,6 +53,13 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_config(config: Config, out: Path) -> None:
+    """OUT/config.toml: the resolved configuration."""
+    if rank() == 0:
+        with writing(out / "config.toml"):
+            (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+
+
 def describe(kind: type[Config]) -> str:
     """Every key with its default and a line about it."""
     lines = ["usage: python SCRIPT CONFIG.toml [--section.key=value ...]", ""]
@@ -59,6 +69,22 @@ def describe(kind: type[Config]) -> str:
             default = _toml_value(getattr(values, f.name))
             lines.append(f"  {f.name + ' = ' + default:<30} {f.metadata['about']}")
     return "\n".join(lines)
+
+
+def check_section(section: str, values: Any) -> None:
+    """Raises UserError that names the key for a value out of range, or one that the chosen loss does not read."""
+    for f in dataclasses.fields(values):
+        value = getattr(values, f.name)
+        if f.metadata["check"] and not f.metadata["check"](value):
+            raise UserError(f"{section}.{f.name} = {_toml_value(value)}; it must be {f.metadata['must']}")
+    if isinstance(values, PreferenceLossSection):
+        for f in dataclasses.fields(values):
+            used = f.name == "name" or f.name in LOSS_READS[values.name]
+            if not used and getattr(values, f.name) != f.default:
+                raise UserError(
+                    f"{section}.{f.name} = {_toml_value(getattr(values, f.name))} has no meaning for"
+                    f" {section}.name = {values.name!r}; leave it out"
+                )
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -112,23 +138,12 @@ def _parse(config: Any, section: str, name: str, text: str) -> Any:
 
 def _check(config: Any) -> None:
     for section, values in vars(config).items():
-        for f in dataclasses.fields(values):
-            value = getattr(values, f.name)
-            if f.metadata["check"] and not f.metadata["check"](value):
-                raise UserError(f"{section}.{f.name} = {_toml_value(value)}; it must be {f.metadata['must']}")
+        check_section(section, values)
     if config.data.max_prompt_length >= config.data.max_length:
         raise UserError(
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for an ending;"
             f" it must be below data.max_length = {config.data.max_length}"
         )
-    if isinstance(config.loss, PreferenceLossSection):
-        for f in dataclasses.fields(config.loss):
-            used = f.name == "name" or f.name in LOSS_READS[config.loss.name]
-            if not used and getattr(config.loss, f.name) != f.default:
-                raise UserError(
-                    f"loss.{f.name} = {_toml_value(getattr(config.loss, f.name))} has no meaning for"
-                    f" loss.name = {config.loss.name!r}; leave it out"
-                )
 
 
 def _toml_value(value: Any) -> str:

@@ -1,9 +1,11 @@
 """Where a run computes and in what precision."""
 
+import os
 from contextlib import AbstractContextManager
 
 import torch
 
+from minidpo.distributed import ranks
 from minidpo.errors import UserError
 from minidpo.sections import RunSection
 
@@ -14,7 +16,18 @@ def choose_device(name: str, threads: int = 0) -> torch.device:
         torch.set_num_threads(threads)
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is asked for, but PyTorch sees no CUDA device; use 'cpu' or 'auto'")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if not ranks() > 1:
+        return torch.device("cuda")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if device.index >= torch.cuda.device_count():
+        raise UserError(
+            f"process {device.index} of this machine has no GPU of its own ({torch.cuda.device_count()} there);"
+            " start one process a GPU (--nproc_per_node), or set run.device = cpu"
+        )
+    torch.cuda.set_device(device)
+    return device
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
@@ -33,4 +46,5 @@ def describe(device: torch.device, run: RunSection) -> str:
         if device.type == "cuda"
         else f"{torch.get_num_threads()} CPU threads"
     )
-    return f"{name}, {'bf16 over float32 weights' if run.dtype == 'bf16' else 'float32'}"
+    many = f"{ranks()} processes, each on " if ranks() > 1 else ""
+    return f"{many}{name}, {'bf16 over float32 weights' if run.dtype == 'bf16' else 'float32'}"

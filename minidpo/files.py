@@ -82,6 +82,12 @@ def writing(path: Path) -> Iterator[None]:
         ) from None
 
 
+def require_place(option: str, path: str | Path) -> None:
+    """Raises `UserError` that names the option unless a file could be written at `path`: said before the work."""
+    if not Path(path).parent.is_dir() or Path(path).is_dir():
+        raise UserError(f"{option} {path}: a file in a directory that exists is needed")
+
+
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
 

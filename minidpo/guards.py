@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from minidpo.distributed import rank, ranks
 from minidpo.errors import RunStopped
 from minidpo.files import replacing_file, writing
 from minidpo.metrics import say
@@ -37,7 +38,12 @@ class MicroTokens:
             try:
                 return work()
             except torch.OutOfMemoryError:
-                pass
+                if ranks() > 1:  # the others wait in the middle of their pass
+                    raise RunStopped(
+                        f"step {step}: out of GPU memory on rank {rank()} with {self.tokens} tokens a pass; lower"
+                        " optim.micro_tokens or set run.activation_checkpointing = true, and the same command goes"
+                        " on from the last checkpoint"
+                    ) from None
             # Only here, where the exception is gone and no longer holds the tensors of the pass that failed.
             self._halve(step)
 
@@ -77,8 +83,9 @@ def require_finite(
     file = out / f"bad_batch-step-{step}.json"
     batch = {"step": step, "loss": _plain(loss), "grad_norm": _plain(grad_norm)}
     batch["pairs"] = [described(pairs, row, value, tokenizer) for row, value in enumerate(pair_losses())]
-    with writing(file), replacing_file(file) as temporary:
-        temporary.write_text(json.dumps(batch, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if rank() == 0:
+        with writing(file), replacing_file(file) as temporary:
+            temporary.write_text(json.dumps(batch, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     raise RunStopped(
         f"step {step}: {what}, {pairs.records(np.arange(len(pairs)))}; nothing was updated, the checkpoints in"
         f" {out} are from before, and the batch is in {file}"

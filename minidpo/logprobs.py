@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the definition below depends on torch alone
     from minidpo.model import Transformer
     from minidpo.packing import PackedRow
 
+CHUNK = 1024  # scored tokens whose logits are held at once
+
 
 def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
     """The definition: summed log-probs of the scored tokens of each row, and how many there are.
@@ -42,7 +44,7 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
     return torch.where(scored, token_logps, 0.0).sum(dim=1), counts
 
 
-def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int = 1024) -> Tensor:
+def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int = CHUNK) -> Tensor:
     """log softmax(hidden @ output_weight.T)[target] at every scored position, without storing the logits.
 
     Equal to `sequence_logps`'s inner gather on the same rows, but the (S, V) logits exist only `chunk_size`
@@ -61,10 +63,14 @@ def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
 
     The packed twin of `sequence_logps`: one pass over [prompt | chosen | rejected], logits at scored tokens only.
     """
+    return sum_by_ending(scored_logps(model, row), row.scored_lengths).view(row.pairs, row.endings)
+
+
+def scored_logps(model: "Transformer", row: "PackedRow") -> Tensor:
+    """The terms of `response_logps`: the log-prob of every scored token of a packed row, (S,), nats."""
     attends = row.attends(model.config.num_hidden_layers)
     hidden = model.hidden_states(row.tokens, row.places.position, attends, row.queries)
-    logps = token_logps(hidden[row.scored], model.output_weight, row.targets)
-    return sum_by_ending(logps, row.scored_lengths).view(row.pairs, -1)
+    return token_logps(hidden[row.scored], model.output_weight, row.targets)
 
 
 def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from minidpo.distributed import rank, summed
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 
 
 def say(line: str) -> None:
-    print(line, flush=True)
+    if rank() == 0:
+        print(line, flush=True)
 
 
 class Averages:
@@ -33,8 +36,16 @@ class Averages:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
         self._count += count
 
+    def over_all_ranks(self) -> "Averages":
+        """These sums and counts, added up over the processes of the run."""
+        device = next(iter(self._sums.values())).device
+        count = torch.tensor(self._count, dtype=torch.float64, device=device)
+        *sums, self._count = summed(torch.stack([*self._sums.values(), count])).unbind()
+        self._sums = dict(zip(self._sums, sums, strict=True))
+        return self
+
     def mean(self, name: str) -> float:
-        return self._sums[name].item() / self._count
+        return float(self._sums[name] / self._count)
 
     def means(self) -> dict[str, float]:
         return {name: self.mean(name) for name in self._sums}
@@ -65,17 +76,22 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int, tensorboard: bool = False) -> None:
         self.path = path
+        self._events: EventFile | None = None
+        if rank() != 0:
+            return
         kept: list[str] = []
         if path.exists():
             last = last_step or -1
             kept = [line for line in path.read_text().splitlines() if _step(line) <= last]
             with writing(path), replacing_file(path) as temporary:
                 temporary.write_text("".join(line + "\n" for line in kept))
-        self._events = EventFile(path.parent / "tensorboard") if tensorboard else None
-        if self._events:
+        if tensorboard:
+            self._events = EventFile(path.parent / "tensorboard")
             self._events.write([json.loads(line) for line in kept])
 
     def write(self, values: dict[str, float]) -> None:
+        if rank() != 0:
+            return
         with writing(self.path), self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         if self._events:
@@ -119,7 +135,7 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self._start = self._shown = time.monotonic()
-        self._live = sys.stderr.isatty()
+        self._live = rank() == 0 and sys.stderr.isatty()
 
     def advance(self, count: int) -> None:
         self.done += count
@@ -135,7 +151,8 @@ class Progress:
 
     def close(self) -> None:
         end = "\r\033[K" if self._live else ""
-        print(end + self._line(time.monotonic()), file=sys.stderr, flush=True)
+        if rank() == 0:
+            print(end + self._line(time.monotonic()), file=sys.stderr, flush=True)
 
     def _line(self, now: float) -> str:
         seconds = max(now - self._start, 1e-9)

@@ -111,6 +111,8 @@ class Transformer(nn.Module):
         the last layer's queries and MLP are not computed elsewhere: only its keys and values need every token.
         """
         x = self.model.embed_tokens(tokens)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.float()  # already, but for sharded weights, which may be gathered in bf16
         rotation = self.model.rotation(positions)
         last = self.config.num_hidden_layers - 1
         for i, (layer, attend) in enumerate(zip(self.model.layers, attends, strict=True)):
@@ -237,7 +239,8 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        normed = F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
         # Handed on in the matmuls' dtype: autocast would otherwise cast it again for each of q, k, v, gate, up.
         device = x.device.type
-        return normed.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else normed
+        return normed.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype)

@@ -5,6 +5,7 @@ import fcntl
 import os
 from pathlib import Path
 
+from minidpo.distributed import first_before_others, rank
 from minidpo.errors import UserError
 from minidpo.files import clear_leftovers, writing
 from minidpo.metrics import say
@@ -13,10 +14,16 @@ _PARTS = (".", "checkpoints", "tokens")
 
 
 def claim(out: Path) -> None:
-    """Take `out` for this process until it ends, however it ends, and clear away what a killed one left there.
+    """Take `out` for this run until it ends, however it ends, and clear away what a killed one left there.
 
-    Raises UserError where another process is at work in it, or where it cannot be written.
+    Of several processes rank 0 holds it. Raises UserError where another process is at work in it, or where it cannot be written.
     """
+    with first_before_others():
+        if rank() == 0:
+            _lock(out)
+
+
+def _lock(out: Path) -> None:
     file = out / ".lock"
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -11,8 +11,8 @@ Dimensions: B pairs, N tokens of a row, S selected rows, E = endings a pair (1 o
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from heapq import heappop, heappush
 
 import numpy as np
 import torch
@@ -53,6 +53,7 @@ class PackedRow:
     segments: list[Segment]  # attention of all rows
     query_segments: list[Segment]  # attention of the queries alone, for the last layer
     pairs: int
+    endings: int  # scored ones of each pair
 
     def to(self, device: torch.device) -> "PackedRow":
         if device.type == "cpu":
@@ -135,10 +136,11 @@ def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
         scored=_tensor(scored),
         targets=_tensor(targets),
         scored_lengths=torch.tensor(scored_lengths, dtype=torch.int64),
-        last=torch.tensor(last, dtype=torch.int64).view(len(pairs), -1),
+        last=torch.tensor(last, dtype=torch.int64).view(len(pairs), 2 * wanted.rewards),
         segments=segments,
         query_segments=query_segments,
         pairs=len(pairs),
+        endings=wanted.chosen_logps + wanted.rejected_logps,
     )
 
 
@@ -175,19 +177,49 @@ def total_draws(pairs: int, epochs: float) -> int:
     return max(1, round(pairs * epochs))
 
 
-def micro_batches(rows: np.ndarray, tokens: np.ndarray, micro_tokens: int) -> Iterator[np.ndarray]:
-    """Cut a batch into few packed rows of at most `micro_tokens`: the longest pair first, each where it fits tightest.
+def micro_batches(
+    rows: np.ndarray, tokens: np.ndarray, micro_tokens: int, rank: int = 0, ranks: int = 1
+) -> list[np.ndarray]:
+    """Cut a batch into few packed rows of at most `micro_tokens`; those of rank `rank`, as many for each of `ranks`.
 
     rows: pair numbers; tokens: how many tokens each of them lays out. A pair longer than micro_tokens gets a row
-    of its own (the scripts refuse such a setting at the start).
+    of its own (the scripts refuse such a setting at the start). Where there are more ranks than pairs some micro-batches
+    are empty: sharded parameters are gathered by all ranks together, so each must make as many passes.
     """
+    bins = _best_fit(tokens, micro_tokens)
+    if ranks > 1:
+        count = -(-max(len(bins), 1) // ranks) * ranks
+        while (level := _leveled(tokens, micro_tokens, count)) is None:
+            count += ranks
+        bins = level[rank::ranks]
+    return [rows[members] for members in bins]
+
+
+def _best_fit(tokens: np.ndarray, micro_tokens: int) -> list[list[int]]:
+    """The longest first, each where it fits tightest: few bins."""
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), the tightest first
-    for i in np.argsort(-tokens, kind="stable"):
+    for i in np.argsort(-tokens, kind="stable").tolist():
         tightest = bisect_left(room, (int(tokens[i]), 0))
         free, fits = room.pop(tightest) if tightest < len(room) else (micro_tokens, len(bins))
         if fits == len(bins):
             bins.append([])
-        bins[fits].append(int(rows[i]))
+        bins[fits].append(i)
         insort(room, (free - int(tokens[i]), fits))
-    return iter([np.array(members) for members in bins])
+    return bins
+
+
+def _leveled(tokens: np.ndarray, micro_tokens: int, count: int) -> list[list[int]] | None:
+    """The longest first, each where there is most room: `count` bins of like size, so that no rank waits for another.
+
+    None where a bin would hold more than micro_tokens and a pair with company.
+    """
+    bins: list[list[int]] = [[] for _ in range(count)]
+    filled = [(0, b) for b in range(count)]
+    for i in np.argsort(-tokens, kind="stable").tolist():
+        total, least = heappop(filled)
+        if bins[least] and total + int(tokens[i]) > micro_tokens:
+            return None
+        bins[least].append(i)
+        heappush(filled, (total + int(tokens[i]), least))
+    return bins

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 from torch import Tensor
 
 from minidpo.device import autocast, row_length
+from minidpo.distributed import from_first, let_go, rank, ranks, shard, summed
 from minidpo.files import fingerprint, replacing_file, writing
 from minidpo.logprobs import response_logps
 from minidpo.metrics import Progress, say
@@ -44,12 +45,15 @@ class LiveReference:
 
     @torch.no_grad()
     def logps(self, rows: np.ndarray, packed) -> Tensor:
-        return response_logps(self._model, packed)
+        logps = response_logps(self._model, packed)
+        let_go(self._model)
+        return logps
 
 
-def load_reference(directory: str | Path, device: torch.device) -> Transformer:
-    """The reference from its own directory, never from a resumed policy; frozen."""
-    return load_model(directory, device=device).requires_grad_(False)
+def load_reference(directory: str | Path, device: torch.device, dtype: str) -> Transformer:
+    """The reference from its own directory, never from a resumed policy; frozen. dtype: "bf16" or "fp32"."""
+    prepare = partial(shard, device=device, dtype=dtype)
+    return load_model(directory, device=device, prepare=prepare).requires_grad_(False)
 
 
 def stored_logps(
@@ -69,26 +73,31 @@ def stored_logps(
         name: fingerprint(reference_fingerprint, dtype, pairs_fingerprint(pairs))
         for name, pairs in sets.items()
     }
-    logps: dict[str, np.ndarray] = {}
-    if file.exists():
-        try:
-            with safe_open(file, framework="numpy") as stored:
-                known = stored.metadata() or {}
-                logps = {
-                    name: stored.get_tensor(name) for name in sets if known.get(name) == identities[name]
-                }
-        except (SafetensorError, OSError):
-            say(f"reference log-probs: {file} is torn and is computed again")
+    logps = from_first(_read(file, identities) if rank() == 0 and file.exists() else {})
     if logps:
         say(f"reference log-probs of {' and '.join(logps)}: read from {file}")
     if missing := [name for name in sets if name not in logps]:
-        model = load_reference(directory, device)
+        model = load_reference(directory, device, dtype)
         for name in missing:
             label = f"reference log-probs, {name}"
             logps[name] = all_logps(model, sets[name], micro_tokens, device, dtype, label)
-        with writing(file), replacing_file(file) as temporary:
-            save_file(logps, temporary, metadata=identities)
+        if rank() == 0:
+            with writing(file), replacing_file(file) as temporary:
+                save_file(logps, temporary, metadata=identities)
     return logps
+
+
+def _read(file: Path, identities: dict[str, str]) -> dict[str, np.ndarray]:
+    """The sets in `file` that have these identities."""
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            known = stored.metadata() or {}
+            return {
+                name: stored.get_tensor(name) for name in identities if known.get(name) == identities[name]
+            }
+    except (SafetensorError, OSError):
+        say(f"reference log-probs: {file} is torn and is computed again")
+        return {}
 
 
 def all_logps(
@@ -109,16 +118,20 @@ def of_every_pair(
     dtype: str,
     label: str,
 ) -> np.ndarray:
-    """compute(row) -> (B, 2) over all pairs, without gradients, with a progress line: (pairs, 2) float32."""
+    """compute(row) -> (B, 2) over all pairs, without gradients, with a progress line: (pairs, 2) float32.
+
+    Each rank computes its share and all return the whole.
+    """
     values = np.zeros((len(pairs), 2), dtype=np.float32)
-    progress = Progress(label, len(pairs), "pairs")
-    for members in micro_batches(np.arange(len(pairs)), pairs.lengths.sum(axis=1), micro_tokens):
+    own = micro_batches(np.arange(len(pairs)), pairs.lengths.sum(axis=1), micro_tokens, rank(), ranks())
+    progress = Progress(label, sum(map(len, own)), "pairs")
+    for members in own:
         row = pack_row(pairs.select(members), wanted, row_length(device, micro_tokens)).to(device)
         with autocast(device, dtype):
             values[members] = compute(row).float().cpu().numpy()
         progress.advance(len(members))
     progress.close()
-    return values
+    return summed(torch.from_numpy(values)).numpy()
 
 
 def pairs_fingerprint(pairs: PairTokens) -> str:

@@ -1,6 +1,7 @@
 """The reward model: the transformer and one Linear(hidden, 1, bias=False) on the last token of each ending."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minidpo.logprobs import sum_by_ending, token_logps
@@ -17,11 +18,7 @@ class RewardModel(Transformer):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
-        self.initialize_score()
-
-    def initialize_score(self) -> None:
-        """N(0, 1 / (hidden + 1)), as Stiennon et al. 2020: rewards of a fresh head are of order 1."""
-        nn.init.normal_(self.score.weight, std=(self.config.hidden_size + 1) ** -0.5)
+        self.score.weight = nn.Parameter(fresh_score(config.hidden_size))
 
     @classmethod
     def from_language_model(cls, language_model: Transformer) -> "RewardModel":
@@ -30,9 +27,7 @@ class RewardModel(Transformer):
         with torch.device("meta"):
             model = cls(config)
         model.model, model.lm_head = language_model.model, language_model.lm_head
-        weight = language_model.output_weight
-        model.score = nn.Linear(config.hidden_size, 1, bias=False, device=weight.device, dtype=weight.dtype)
-        model.initialize_score()
+        model.score.weight = nn.Parameter(fresh_score(config.hidden_size).to(language_model.output_weight))
         return model
 
     def pair_rewards(self, row: PackedRow) -> tuple[Tensor, Tensor | None]:
@@ -44,10 +39,15 @@ class RewardModel(Transformer):
             row.tokens, row.places.position, row.attends(self.config.num_hidden_layers), row.queries
         )
         # One product of width 1: float32, for bf16 rewards step by 1/128 near 1.
-        last = hidden[row.last].to(self.score.weight.dtype)  # (B, 2, D)
+        weight = self.score.weight.to(torch.promote_types(self.score.weight.dtype, torch.float32))
         with torch.autocast(hidden.device.type, enabled=False):
-            rewards = self.score(last).squeeze(-1)
-        if not len(row.scored):
+            rewards = F.linear(hidden[row.last].to(weight.dtype), weight).squeeze(-1)  # (B, 2)
+        if not row.endings:
             return rewards, None
         logps = token_logps(hidden[row.scored], self.output_weight, row.targets)
         return rewards, sum_by_ending(logps, row.scored_lengths)
+
+
+def fresh_score(hidden_size: int) -> Tensor:
+    """A new head (1, D): N(0, 1 / (hidden + 1)), as Stiennon et al. 2020: its rewards are of order 1."""
+    return torch.randn(1, hidden_size) * (hidden_size + 1) ** -0.5

@@ -2,12 +2,15 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minidpo.commands.score import main as score
+from minidpo.commands.score_summary import calibration
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
 from minidpo.tokenizer import Tokenizer
@@ -94,3 +97,114 @@ def test_nothing_is_written_when_the_data_cannot_be_read(world, tmp_path):
     with pytest.raises(UserError, match=r"bad.jsonl:1: no key 'rejected'"):
         scores(tmp_path, "--model", str(world / "model"), "--data", str(data))
     assert not (tmp_path / "scores.jsonl").exists()
+
+
+# --- the summary ------------------------------------------------------------------------------------------------
+
+
+def printed(capsys, tmp_path: Path, *arguments: str) -> tuple[list[dict], str]:
+    capsys.readouterr()
+    rows = scores(tmp_path, *arguments)
+    return rows, capsys.readouterr().out
+
+
+def test_accuracy_and_margin_come_with_their_standard_errors(world, tmp_path, capsys):
+    common = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz")]
+    rows, text = printed(capsys, tmp_path, *common, "--reference", str(world / "other"), "--beta", "0.7")
+    margins = [
+        0.7 * (r["chosen_logps"] - r["reference_chosen_logps"])
+        - 0.7 * (r["rejected_logps"] - r["reference_rejected_logps"])
+        for r in rows
+    ]
+    n = len(margins)
+    p, mean = sum(m > 0 for m in margins) / n, sum(margins) / n
+    spread = sum((m - mean) ** 2 for m in margins) / n
+    assert 0 < p < 1
+    assert f"{p:.3f} ± {(p * (1 - p) / n) ** 0.5:.3f}" in text
+    found = re.search(r"^  all .* (-?\d+\.\d{4}) ± (\d+\.\d{4})$", text, re.M)
+    assert [float(number) for number in found.groups()] == pytest.approx(
+        [mean, (spread / n) ** 0.5], abs=2e-4
+    )
+    assert "beta 0.7" in text
+    assert "expected calibration error" in text
+    assert "beta 0.1" in printed(capsys, tmp_path, *common, "--reference", str(world / "other"))[1]
+    assert "calibration error" not in printed(capsys, tmp_path, *common)[1]  # log-probs alone are no reward
+
+
+def test_a_model_equal_to_its_reference_has_accuracy_0_and_the_ties_are_told(world, tmp_path, capsys):
+    model = str(world / "model")
+    common = ["--model", model, "--reference", model, "--data", str(world / "pairs.jsonl.gz")]
+    text = printed(capsys, tmp_path, *common)[1]
+    assert re.search(r"^  all +40   0.000 ± 0.000", text, re.M)
+    assert "(40 margins are 0 and count as wrong)" in text
+
+
+def test_by_splits_the_pairs_by_a_field_of_their_records(world, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    prompt = {"prompt": "\n\nHuman: a\n\nAssistant:"}
+    records = [
+        prompt | {"chosen": " a" * k, "rejected": " b", "chat": chat, "id": k}
+        for k, chat in enumerate(["help", "harm", "help", None, 3], start=1)
+    ]
+    records.insert(1, prompt | {"chosen": " ", "rejected": "b", "chat": "dropped"})
+    del records[4]["chat"]
+    data.write_text("\n".join(map(json.dumps, records)))
+    common = ["--model", str(world / "model"), "--data", str(data)]
+    rows, text = printed(capsys, tmp_path, *common, "--by", "chat")
+    better = {row["index"]: row["chosen_logps"] > row["rejected_logps"] for row in rows}
+    groups = dict(re.findall(r"^  (\S+) +(\d+   \d\.\d{3}) ±", text, re.M))
+    assert groups["help"] == f"2   {(better[0] + better[3]) / 2:.3f}"
+    assert groups["harm"] == f"1   {better[2]:.3f}"
+    assert groups["(none)"] == f"1   {better[4]:.3f}"
+    assert groups["3"] == f"1   {better[5]:.3f}"
+    assert "dropped" not in groups
+    with pytest.raises(UserError, match="--by topic: no scored record of .* has such a field"):
+        scores(tmp_path, *common, "--by", "topic")
+    data.write_text(
+        "".join(json.dumps(prompt | {"chosen": " a", "rejected": " b", "id": k}) + "\n" for k in range(51))
+    )
+    with pytest.raises(UserError, match="--by id: 51 different values"):
+        scores(tmp_path, *common, "--by", "id")
+
+
+def test_the_longer_ending_is_a_baseline_that_tells_its_ties(world, tmp_path, capsys):
+    data = tmp_path / "pairs.jsonl"
+    texts = [(" yes and yes", " no"), (" yes", " yes and yes"), (" yes", " yes"), (" no", " no")]
+    data.write_text("".join(json.dumps({"prompt": "a", "chosen": c, "rejected": r}) + "\n" for c, r in texts))
+    text = printed(capsys, tmp_path, "--model", str(world / "model"), "--data", str(data))[1]
+    assert re.search(r"longer ending +4   0.500 ± 0.177    2 ties, each counted as half", text)
+    assert re.search(r"a coin +0.500", text)
+
+
+def test_calibration_finds_a_calibrated_model_calibrated_and_a_boastful_one_not():
+    """Labels drawn with the model's own probabilities: observed follows predicted. Margins tripled: it does not."""
+    draw = np.random.default_rng(0)
+    logits = draw.normal(0, 1.5, 40_000)
+    margins = np.where(draw.random(40_000) < 1 / (1 + np.exp(-logits)), logits, -logits)
+    table, error = calibration(margins)
+    assert sum(n for _, n, _, _ in table) == 40_000
+    for low, n, predicted, observed in table:
+        assert low <= predicted <= low + 0.05
+        assert abs(observed - predicted) < 4 * (0.25 / n) ** 0.5
+    assert error < 0.01
+    assert calibration(3 * margins)[1] > 0.1
+
+
+def test_calibration_by_hand():
+    """Two pairs in a bin, one right: predicted 0.62, observed 0.5; a tie is half right; a sure one stays in the last bin."""
+    logit = np.log(0.62 / 0.38)
+    table, error = calibration(np.array([logit, -logit, 0.0, 800.0]))
+    assert table == [
+        (0.5, 1, pytest.approx(0.5), 0.5),
+        (0.6, 2, pytest.approx(0.62), 0.5),
+        (0.95, 1, pytest.approx(1.0), 1.0),
+    ]
+    assert error == pytest.approx(0.5 * 0.12)
+
+
+def test_beta_without_a_reference_is_refused(world, tmp_path):
+    common = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz")]
+    with pytest.raises(UserError, match="--beta goes with --reference"):
+        scores(tmp_path, *common, "--beta", "0.1")
+    with pytest.raises(UserError, match="--beta nan; it must be > 0"):
+        scores(tmp_path, *common, "--reference", str(world / "other"), "--beta", "nan")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from minidpo import tensor_files
 from minidpo.errors import UserError
 from minidpo.model import Llama3Rope
 from minidpo.packing import PairTokens, Wanted, pack_row
@@ -204,3 +205,18 @@ def shard(directory) -> None:
         save_file(part, directory / file)
         weight_map |= dict.fromkeys(part, file)
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_large_model_is_written_in_shards_that_open_here_and_in_transformers(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 20_000)
+    model = tiny_model()
+    save_model(model, tmp_path)
+    files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    # The largest tensor alone may exceed the limit; otherwise none does, but for its header.
+    assert max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 22_000
+    ours = load_model(tmp_path).state_dict()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in model.state_dict().items())
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(theirs[name], tensor) for name, tensor in model.state_dict().items())

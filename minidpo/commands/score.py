@@ -1,6 +1,7 @@
 """`python -m minidpo score`: what a model thinks of every pair of a preference file, one JSON line a pair.
 
 Nothing is truncated: a pair that does not fit max_length is left out and counted, so every number is of a whole text.
+Printed is what the set shows as a whole: accuracy with its standard error, mean margin, calibration, two baselines.
 """
 
 import argparse
@@ -8,18 +9,22 @@ import json
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from minidpo.chat import TEMPLATES
+from minidpo.commands.score_summary import groups_of, summary
 from minidpo.data import DataReport, read_preferences
 from minidpo.dataset import require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
-from minidpo.files import replacing_file, writing
+from minidpo.files import replacing_file, require_place, writing
 from minidpo.hf_config import read_config
 from minidpo.metrics import say
 from minidpo.model import Transformer
-from minidpo.packing import PairTokens, Wanted
+from minidpo.packing import PackedRow, PairTokens, Wanted
 from minidpo.reference import all_logps, of_every_pair
+from minidpo.reward import RewardModel
+from minidpo.sections import PreferenceLossSection
 from minidpo.tokenizer import Tokenizer, tokenize_pairs
 from minidpo.weights import load_model, load_reward_model
 
@@ -33,6 +38,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--data", metavar="FILE", required=True, help="preference file (.jsonl, .jsonl.gz)")
     parser.add_argument(
         "--out", metavar="FILE", required=True, help="where the scores go, one JSON line a pair"
+    )
+    parser.add_argument(
+        "--by", metavar="FIELD", help="accuracy also for each value of this field of the records"
+    )
+    parser.add_argument(
+        "--beta", type=float, help="with --reference: reward = beta * log-ratio in the summary (default: 0.1)"
     )
     parser.add_argument(
         "--max-length", type=int, help="longest prompt + ending scored (default: the model's)"
@@ -49,8 +60,12 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.reference and options.reward_model:
         raise UserError("--reference goes with --model; a reward model needs none")
-    if not Path(options.out).parent.is_dir() or Path(options.out).is_dir():
-        raise UserError(f"--out {options.out}: a file in a directory that exists is needed")
+    if options.beta is not None and not options.reference:
+        raise UserError("--beta goes with --reference: without one there is no log-ratio to scale")
+    beta = PreferenceLossSection().beta if options.beta is None else options.beta
+    if not 0 < beta < float("inf"):
+        raise UserError(f"--beta {beta}; it must be > 0 and finite")
+    require_place("--out", options.out)
 
     device = choose_device(options.device)
     directory = Path(options.reward_model or options.model)
@@ -63,6 +78,7 @@ def main(arguments: list[str]) -> None:
     if options.reference:
         require_fit("reference", read_config(Path(options.reference)), tokenizer, limit)
     pairs = _read_whole(Path(options.data), tokenizer, limit, options.template)
+    groups = groups_of(Path(options.data), options.by, pairs.index) if options.by else None
     micro_tokens = max(options.micro_tokens, int(pairs.lengths.sum(axis=1).max()))
 
     def logps(of: Transformer, name: str) -> dict[str, np.ndarray]:
@@ -71,34 +87,39 @@ def main(arguments: list[str]) -> None:
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
     if options.reward_model:
-        rewards = of_every_pair(
-            lambda row: model.pair_rewards(row)[0],
-            Wanted(rewards=True),
-            pairs,
-            micro_tokens,
-            device,
-            options.dtype,
-            "rewards",
-        )
+        rewards = all_rewards(model, pairs, micro_tokens, device, options.dtype)
         columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
-        margins = rewards[:, 0] - rewards[:, 1]
+        margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"
     else:
         columns |= logps(model, "")
         columns |= {"chosen_length": pairs.lengths[:, 1], "rejected_length": pairs.lengths[:, 2]}
         margins = columns["chosen_logps"] - columns["rejected_logps"]
+        meaning = "log pi(chosen) - log pi(rejected), nats; without --reference no reward and no calibration"
         if options.reference:
             columns |= logps(load_model(options.reference, device=device), "reference_")
             chosen_logratios = columns["chosen_logps"] - columns["reference_chosen_logps"]
-            margins = chosen_logratios - (columns["rejected_logps"] - columns["reference_rejected_logps"])
+            rejected_logratios = columns["rejected_logps"] - columns["reference_rejected_logps"]
+            margins = beta * (chosen_logratios - rejected_logratios)
+            meaning = f"beta * (log-ratio of chosen - log-ratio of rejected), beta {beta:g}"
     out = Path(options.out)
     with writing(out), replacing_file(out) as temporary, temporary.open("w") as file:
         for values in zip(*(column.tolist() for column in columns.values()), strict=True):
             file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
-    longer = pairs.lengths[:, 1] > pairs.lengths[:, 2]
-    say(
-        f"{len(pairs)} pairs: chosen above rejected in {(margins > 0).mean():.3f}, longer ending chosen in"
-        f" {longer.mean():.3f}; written to {options.out}"
-    )
+    are_logits = bool(options.reward_model or options.reference)
+    for line in summary(margins, meaning, pairs.lengths[:, 1:], groups, are_logits):
+        say(line)
+    say(f"{len(pairs)} pairs, one a line, written to {options.out}")
+
+
+def all_rewards(
+    model: RewardModel, pairs: PairTokens, micro_tokens: int, device: torch.device, dtype: str
+) -> np.ndarray:
+    """Rewards of both endings of every pair: (pairs, 2) float32, chosen first."""
+
+    def compute(row: PackedRow) -> torch.Tensor:
+        return model.pair_rewards(row)[0]
+
+    return of_every_pair(compute, Wanted(rewards=True), pairs, micro_tokens, device, dtype, "rewards")
 
 
 def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: str) -> PairTokens:

@@ -1,0 +1,155 @@
+"""Best of n: several samples a prompt, ranked by a reward model; the best is kept, or best and worst make a pair.
+
+    sample         one completion, and what the reward model gives it: what `score --reward-model` would
+    best, worst    of one prompt's samples, by reward
+
+Moving from the policy to its best of n costs at most log n - (n-1)/n nats of KL (Beirami et al. 2024, who prove the
+bound for what Stiennon et al. 2020 gave as the value).
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minidpo.commands.score import all_rewards
+from minidpo.commands.score_summary import mean_and_error
+from minidpo.dataset import require_fit
+from minidpo.errors import UserError
+from minidpo.files import replacing_file, writing
+from minidpo.formats import PreferencePair
+from minidpo.metrics import say
+from minidpo.packing import PairTokens
+from minidpo.tokenizer import Tokenizer
+from minidpo.weights import load_reward_model
+
+MICRO_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One completion. ended: whether the model closed it with EOS, or max_new_tokens cut it off."""
+
+    prompt: str
+    text: str
+    ended: bool
+    reward: float = math.nan
+
+
+class Judge:
+    """The reward model of a directory, with its own tokenizer."""
+
+    def __init__(self, directory: str, device: torch.device) -> None:
+        self._device = device
+        self._model = load_reward_model(directory, device=device)
+        self._tokenizer = Tokenizer.from_directory(directory)
+        self.max_length = self._model.config.max_length
+        require_fit("reward model", self._model.config, self._tokenizer, 2)
+
+    def room(self, prompt: str) -> int:
+        """How many tokens of an ending, EOS included, the reward model can read after `prompt`."""
+        return self.max_length - len(self._tokenizer.encode(prompt))
+
+    def rewards(self, samples: Sequence[Sample]) -> list[float]:
+        """What `score --reward-model` gives each sample, whose text is an ending of its prompt.
+
+        A sample stands in a pair with itself: what is computed twice is little beside the sampling.
+        """
+        ids = self._tokenizer.encode_pairs([PreferencePair(s.prompt, s.text, s.text) for s in samples])
+        longest = max(len(pair.prompt) + len(pair.chosen) for pair in ids)
+        if longest > self.max_length:  # its tokenizer may make more tokens of a sample than the sampler's
+            raise UserError(
+                f"a prompt and its sample have {longest} tokens, the reward model takes {self.max_length};"
+                " lower --max-new-tokens"
+            )
+        pairs = PairTokens.from_pairs(ids)
+        micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
+        return all_rewards(self._model, pairs, micro_tokens, self._device, "fp32")[:, 0].tolist()
+
+
+def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
+    """The pair that one prompt's samples make: highest and lowest reward. None where there is nothing to prefer.
+
+    Blank samples stand back, for no reader takes a blank ending. Where all rewards are tied, best and worst are both
+    the first; equal texts have equal rewards but for rounding.
+    """
+    spoken = [sample for sample in samples if sample.text.strip()]
+    if not spoken:
+        return None
+    best, worst = (choose(spoken, key=lambda sample: sample.reward) for choose in (max, min))
+    return None if best.text == worst.text else (best, worst)
+
+
+def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
+    """One JSON line a sample: prompt_index, sample, best, and the fields of `Sample`."""
+    _write(
+        path,
+        (
+            {"prompt_index": p, "sample": k, "best": k == _best(samples)} | asdict(sample)
+            for p, samples in enumerate(prompts)
+            for k, sample in enumerate(samples)
+        ),
+    )
+
+
+def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
+    """A preference file of best and worst, {"prompt", "chosen", "rejected"} with their scores; the rest is told."""
+    pairs = [pair for samples in prompts if (pair := best_and_worst(samples))]
+    if not pairs:
+        raise UserError(f"--pairs-out {path}: no prompt has two samples of different reward; raise --n")
+    _write(
+        path,
+        (
+            {
+                "prompt": best.prompt,
+                "chosen": best.text,
+                "rejected": worst.text,
+                "score_chosen": best.reward,
+                "score_rejected": worst.reward,
+            }
+            for best, worst in pairs
+        ),
+    )
+    say(
+        f"{len(pairs)} pairs of best and worst written to {path}; {len(prompts) - len(pairs)} prompts skipped,"
+        " whose samples are all equal, tied or blank"
+    )
+
+
+def show(prompts: Sequence[Sequence[Sample]]) -> None:
+    """The best sample of every prompt, then what choosing came to."""
+    n = len(prompts[0])
+    for p, samples in enumerate(prompts):
+        rewards = [sample.reward for sample in samples]
+        best = samples[_best(samples)]
+        say(
+            f"--- prompt {p}, best of {n}: reward {best.reward:.4f} (mean {np.mean(rewards):.4f}, worst {min(rewards):.4f})"
+        )
+        say(best.text)
+    rewards = np.array([[sample.reward for sample in samples] for samples in prompts])
+    every, best = mean_and_error(rewards.mean(axis=1)), mean_and_error(rewards.max(axis=1))
+    cut = sum(not sample.ended for samples in prompts for sample in samples)
+    say(f"--- {len(prompts)} prompts, {n} samples each; mean ± standard error over prompts")
+    say(
+        f"reward of a sample {every[0]:.4f} ± {every[1]:.4f}, of the best of {n} {best[0]:.4f} ± {best[1]:.4f}"
+    )
+    say(
+        f"KL of the best of {n} from the model: at most log n - (n-1)/n = {math.log(n) - (n - 1) / n:.4f} nats a prompt"
+    )
+    if cut:
+        say(
+            f"{cut} of {rewards.size} samples were cut off at --max-new-tokens, and are scored as if they ended there"
+        )
+
+
+def _best(samples: Sequence[Sample]) -> int:
+    return max(range(len(samples)), key=lambda k: samples[k].reward)
+
+
+def _write(path: Path, rows: Iterator[dict]) -> None:
+    with writing(path), replacing_file(path) as temporary, temporary.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

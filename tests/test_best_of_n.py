@@ -1,0 +1,203 @@
+"""Best of n: the reward model's own scores choose, and best and worst make a preference file that trains."""
+
+import json
+import re
+
+import pytest
+
+from minidpo.commands.best_of_n import Sample, best_and_worst, write_pairs
+from minidpo.commands.sample import main as sample
+from minidpo.commands.score import main as score
+from minidpo.data import read_preferences
+from minidpo.errors import UserError
+from minidpo.weights import save_reward_model
+from tiny import tiny_reward_model, write_tokenizer
+
+
+@pytest.fixture(scope="session")
+def reward_model(world) -> str:
+    """With a tokenizer of its own: rewards are of texts, not of the sampler's ids."""
+    texts = [pair.prompt + pair.rejected for pair in read_preferences(world / "pairs.jsonl.gz")]
+    write_tokenizer(world / "judge", texts, vocabulary=280)
+    save_reward_model(tiny_reward_model(5, vocab_size=280), world / "judge")
+    return str(world / "judge")
+
+
+@pytest.fixture
+def best_of_n(world, reward_model, tmp_path, capsys):
+    """Samples and writes both files; returns the samples, the pairs file and what was printed."""
+
+    def run(*arguments: str, n: int = 5) -> tuple[list[dict], list[dict], str]:
+        out, pairs = tmp_path / "samples.jsonl", tmp_path / "best.jsonl"
+        capsys.readouterr()
+        sample(
+            [
+                "--model",
+                str(world / "model"),
+                "--reward-model",
+                reward_model,
+                "--n",
+                str(n),
+                "--device",
+                "cpu",
+            ]
+            + ["--max-new-tokens", "6", "--out", str(out), "--pairs-out", str(pairs), *arguments]
+        )
+        rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (out, pairs)]
+        return rows[0], rows[1], capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Three prompts in the forms that --data reads."""
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "\\n\\nHuman: a cat?\\n\\nAssistant:"}\n\n{"prompt": "the dog", "chosen": 3}\n'
+                    '{"chosen": "\\n\\nHuman: yes\\n\\nAssistant: no", "rejected": "else"}\n')  # fmt: skip
+    return ["--data", str(path)]
+
+
+def test_the_rewards_are_those_of_score_for_the_same_texts(best_of_n, prompts, reward_model, tmp_path):
+    samples, _, _ = best_of_n(*prompts)
+    assert len(samples) == 15
+    spoken = [row for row in samples if row["text"].strip()]
+    data, out = tmp_path / "all.jsonl", tmp_path / "scores.jsonl"
+    data.write_text(
+        "".join(
+            json.dumps({"prompt": r["prompt"], "chosen": r["text"], "rejected": " x"}) + "\n" for r in spoken
+        )
+    )
+    score(["--reward-model", reward_model, "--data", str(data), "--out", str(out), "--device", "cpu"])
+    theirs = [json.loads(line)["chosen_reward"] for line in out.read_text().splitlines()]
+    assert [row["reward"] for row in spoken] == pytest.approx(theirs, abs=1e-5)
+    assert len({round(reward, 4) for reward in theirs}) > 10
+
+
+def test_the_best_is_printed_and_all_are_written_in_order(best_of_n, prompts):
+    samples, _, text = best_of_n(*prompts)
+    assert [(row["prompt_index"], row["sample"]) for row in samples] == [
+        (p, k) for p in range(3) for k in range(5)
+    ]
+    assert [row["prompt"] for row in samples[::5]] == [
+        "\n\nHuman: a cat?\n\nAssistant:",
+        "the dog",
+        "\n\nHuman: yes\n\nAssistant:",
+    ]
+    best_rewards = []
+    for p in range(3):
+        mine = samples[5 * p : 5 * p + 5]
+        best = max(mine, key=lambda row: row["reward"])
+        assert [row for row in mine if row["best"]] == [best]
+        assert f"--- prompt {p}, best of 5: reward {best['reward']:.4f}" in text
+        assert best["text"] in text
+        best_rewards.append(best["reward"])
+    assert f"of the best of 5 {sum(best_rewards) / 3:.4f} ±" in text
+    assert "log n - (n-1)/n = 0.8094" in text
+
+
+def test_a_sample_is_the_text_that_follows_its_prompt_blanks_included(best_of_n, world, prompts, capsys):
+    samples, _, _ = best_of_n(*prompts, "--seed", "4")
+    plain = ["--model", str(world / "model"), *prompts, "--n", "5", "--max-new-tokens", "6", "--seed", "4"]
+    sample([*plain, "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert any(row["text"] != row["text"].strip() for row in samples)
+    for row in samples:
+        assert f"--- prompt {row['prompt_index']}, sample {row['sample']}\n{row['text']}\n" in printed
+
+
+def test_best_and_worst_are_a_preference_file(best_of_n, prompts, tmp_path):
+    samples, pairs, text = best_of_n(*prompts)
+    read = list(read_preferences(tmp_path / "best.jsonl"))
+    assert len(read) == len(pairs) == 3
+    assert "3 pairs of best and worst" in text
+    for p, pair in enumerate(read):
+        mine = [row for row in samples[5 * p : 5 * p + 5] if row["text"].strip()]
+        ranked = sorted(mine, key=lambda row: row["reward"])
+        assert (pair.prompt, pair.chosen, pair.rejected) == (
+            mine[0]["prompt"],
+            ranked[-1]["text"],
+            ranked[0]["text"],
+        )
+        assert pair.margin == pytest.approx(ranked[-1]["reward"] - ranked[0]["reward"])
+
+
+def test_prompts_with_nothing_to_prefer_are_skipped_and_counted(
+    best_of_n, prompts, world, reward_model, tmp_path
+):
+    """Greedy samples are all equal. With some prompts equal and some not, the others are still written."""
+    with pytest.raises(UserError, match="no prompt has two samples of different reward"):
+        best_of_n(*prompts, "--temperature", "0")
+    a, b, blank = (
+        Sample("p", text, True, reward) for text, reward in ((" a", 1.0), (" b", 2.0), (" \n", 9.0))
+    )
+    assert best_and_worst([a, blank, b, a]) == (b, a)
+    tied = Sample("p", " c", True, 1.0)
+    assert best_and_worst([a, tied]) is None
+    assert best_and_worst([a, a, blank]) is None
+    assert best_and_worst([blank, blank]) is None
+    rounded = Sample("p", " a", True, 1.0 + 1e-7)
+    assert best_and_worst([a, rounded]) is None
+    write_pairs(tmp_path / "some.jsonl", [[a, b], [a, tied], [a, a]])
+    assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 1
+
+
+def test_samples_that_were_cut_off_are_told(best_of_n, prompts):
+    samples, _, text = best_of_n(*prompts)
+    cut = sum(not row["ended"] for row in samples)
+    assert cut > 0
+    assert re.search(rf"^{cut} of 15 samples were cut off", text, re.M)
+
+
+def test_prompts_that_leave_no_room_are_left_out_and_told(best_of_n, tmp_path):
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "a cat " * 200}) + '\n{"prompt": "a cat"}\n')
+    samples, _, text = best_of_n("--data", str(data))
+    assert {row["prompt"] for row in samples} == {"a cat"}
+    assert "1 of 2 prompts left out" in text
+    data.write_text(json.dumps({"prompt": "a cat " * 200}) + "\n")
+    with pytest.raises(UserError, match="no prompt leaves room for --max-new-tokens 6"):
+        best_of_n("--data", str(data))
+
+
+def test_without_a_reward_model_every_sample_of_every_record_is_printed(world, prompts, capsys):
+    sample(
+        ["--model", str(world / "model"), *prompts, "--n", "2", "--max-new-tokens", "3", "--device", "cpu"]
+    )
+    assert capsys.readouterr().out.count("--- prompt") == 6
+
+
+@pytest.mark.parametrize(
+    ("record", "says"),
+    [
+        ('{"chosen": "no turn in it"}', ":1: no prompt in text"),
+        ('{"prompt": [{"role": "user", "content": "a"}]}', ":1: no prompt in text"),
+        ('{"prompt": ""}', ":1: no prompt in text"),
+        ('{"prompt": "\\ud800"}', "give whole characters"),
+        ("{", ":1: broken JSON"),
+        ("", "no record in the file"),
+    ],
+)
+def test_a_record_without_a_prompt_is_refused_with_its_line(best_of_n, tmp_path, record, says):
+    (tmp_path / "p.jsonl").write_text(record)
+    with pytest.raises(UserError, match=says):
+        best_of_n("--data", str(tmp_path / "p.jsonl"))
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+
+
+def test_options_that_do_not_go_together_are_refused(world, best_of_n, tmp_path):
+    prompt = ["--prompt", "a"]
+    for arguments, says in (
+        (["--out", str(tmp_path / "no" / "s.jsonl")], "--out .*: a file in a directory that exists"),
+        (["--pairs-out", str(tmp_path)], "--pairs-out .*: a file in a directory that exists"),
+        (["--pairs-out", str(tmp_path / "samples.jsonl")], "give two files"),
+        (["--reward-model", "nowhere"], "nowhere"),
+        (["--reward-model", str(world / "model")], "score.weight"),
+    ):
+        with pytest.raises(UserError, match=says):
+            best_of_n(*prompt, *arguments)
+    with pytest.raises(UserError, match="--n is 1; give at least 2"):
+        best_of_n(*prompt, n=1)
+    with pytest.raises(UserError, match="--pairs-out goes with --reward-model"):
+        sample(["--model", str(world / "model"), *prompt, "--pairs-out", str(tmp_path / "p.jsonl")])
+    assert not list(tmp_path.iterdir())
