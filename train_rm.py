@@ -66,7 +66,7 @@ def main(arguments: list[str]) -> None:
     claim(out)
     first_step = resume(out, model, optimizer, identity)
     write_config(config, out)
-    metrics = MetricsFile(out / "metrics.jsonl", first_step)
+    metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)
     say(
         f"reward model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} pairs to train on,"
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"

@@ -7,6 +7,8 @@ from minidpo.errors import UserError, exit_on_user_error
 COMMANDS = {
     "demo": "a small world, a reward model and DPO from nothing, in minutes on a CPU",
     "exact": "every loss trained to its analytic optimum in a world small enough to list",
+    "frontier": "true reward against KL for DPO, IPO and SimPO: the DPO paper's Figure 2, on a CPU",
+    "plot": "how a run went, or how several compare, as a figure",
     "memory": "which model fits on how many GPUs",
     "data": "what a run would be trained on: read, dropped and why, truncated, lengths",
     "explain": "one pair from tokens to loss and gradient weight, to check with a calculator",

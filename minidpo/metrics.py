@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minidpo.distributed import rank, summed
+from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 
 
@@ -49,30 +51,80 @@ class Averages:
         return {name: self.mean(name) for name in self._sums}
 
 
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl. A torn last one is passed over: the run was killed, or is writing it now.
+
+    Raises UserError that names the file and the line for any other that is no JSON object with a step.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if _step(line) < math.inf:
+            values.append(json.loads(line))
+        elif number < len(lines):
+            raise UserError(f"{path}:{number}: {line[:40]!r} is no line of metrics; give the file of a run")
+    return values
+
+
 class MetricsFile:
     """metrics.jsonl: one JSON object a logged step. On resume, lines later than the checkpoint are dropped.
 
     last_step: the checkpoint's; 0 where there is none, and then step 0 is evaluated again: its line goes too.
+    tensorboard: the same numbers in `tensorboard` beside it, written anew from metrics.jsonl at each start, so that
+    no point is there twice and a run may be given it, or have lost it, at any time.
     """
 
-    def __init__(self, path: Path, last_step: int) -> None:
+    def __init__(self, path: Path, last_step: int, tensorboard: bool = False) -> None:
         self.path = path
-        if rank() == 0 and path.exists():
-            kept = last_step or -1
-            lines = [line for line in path.read_text().splitlines() if _step(line) <= kept]
+        self._events: EventFile | None = None
+        if rank() != 0:
+            return
+        kept: list[str] = []
+        if path.exists():
+            last = last_step or -1
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= last]
             with writing(path), replacing_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
+                temporary.write_text("".join(line + "\n" for line in kept))
+        if tensorboard:
+            self._events = EventFile(path.parent / "tensorboard")
+            self._events.write([json.loads(line) for line in kept])
 
     def write(self, values: dict[str, float]) -> None:
-        if rank() == 0:
-            with writing(self.path), self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+        if rank() != 0:
+            return
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        if self._events:
+            self._events.write([values])
+
+
+class EventFile:
+    """TensorBoard's form of the metrics: a scalar a key and step, grouped by what stands before a key's slash."""
+
+    def __init__(self, directory: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # sections.py has seen that it is there
+
+        self._directory = directory
+        with writing(directory):
+            for old in directory.glob("events.out.tfevents.*"):
+                # A TensorBoard that is watching stops at a file that is gone, but reads on after one that ended.
+                os.truncate(old, 0)
+            # purge_step tells it to forget what it has read.
+            self._writer = SummaryWriter(str(directory), purge_step=0)
+
+    def write(self, lines: list[dict[str, float]]) -> None:
+        with writing(self._directory):
+            for values in lines:
+                for name, value in values.items():
+                    if name != "step":
+                        self._writer.add_scalar(name, value, values["step"])
+            self._writer.flush()  # a killed run has lost nothing, as in metrics.jsonl
 
 
 def _step(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError):
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return math.inf  # the torn last line of a killed run
 
 

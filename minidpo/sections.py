@@ -31,6 +31,16 @@ def smoothing(value: float) -> bool:
     return 0 <= value < 0.5
 
 
+def tensorboard_is_there(wanted: bool) -> bool:
+    """Asked before a run does anything: minutes of data and reference later is too late to hear of it."""
+    try:
+        if wanted:
+            import torch.utils.tensorboard  # noqa: F401  (refuses a tensorboard that is none, or too old)
+    except ImportError:
+        return False
+    return True
+
+
 def one_of(*names: str) -> dict[str, Any]:
     return {"check": names.__contains__, "must": "one of " + ", ".join(names)}
 
@@ -139,6 +149,12 @@ class RunSection:
     )
     save_every: int = key(0, "steps between checkpoints; 0: only at the end", not_negative, ">= 0")
     keep_checkpoints: int = key(1, "newest checkpoints kept", positive, "> 0")
+    tensorboard: bool = key(
+        False,
+        "write metrics to OUT/tensorboard too",
+        tensorboard_is_there,
+        "false where the package tensorboard is missing: pip install tensorboard",
+    )
     compile: bool = key(False, "torch.compile the layers")
     activation_checkpointing: bool = key(
         False, "recompute layers in backward: less memory, a third more time"

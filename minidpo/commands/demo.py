@@ -16,33 +16,25 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
-
-from minidpo.commands.world import Judgement, ceiling_accuracy, judge
+from minidpo.commands.answers import answer, divergences
+from minidpo.commands.world import Judgement, ceiling_accuracy
 from minidpo.commands.world_files import write_model, write_world
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
-from minidpo.files import writing
-from minidpo.generate import Sampling, generate
-from minidpo.logprobs import sequence_logps
-from minidpo.model import Transformer
+from minidpo.files import require_file, writing
+from minidpo.metrics import read_metrics
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model
 
 ROOT = Path(__file__).resolve().parents[2]  # of the repository: the scripts and configs lie there
 OUT = "runs/demo"  # what the configs say
-LONGEST_ANSWER = 40  # tokens; the longest in the data has about 25
 EXAMPLES = 3
-
-
-class Answers(NamedTuple):
-    """One sampled answer a prompt."""
-
-    texts: list[str]
-    tokens: list[list[int]]  # EOS included, where there is one
-    judgements: list[Judgement]
+FROM_SFT = {
+    "model.path": "sft/final",
+    "data.train": ["preferences.train.jsonl.gz"],
+    "data.eval": ["preferences.test.jsonl.gz"],
+}
 
 
 def main(arguments: list[str]) -> None:
@@ -52,53 +44,64 @@ def main(arguments: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the first weights")
     options = parser.parse_args(arguments)
-    for script in ("train_dpo.py", "train_rm.py", "configs"):
-        if not (ROOT / script).exists():
-            raise UserError(
-                f"{ROOT / script} is not there; run the demo from a clone installed with pip install -e ."
-            )
     started = time.monotonic()
     out = Path(options.out)
-    seed_file = out / "seed"
-    if seed_file.exists() and seed_file.read_text().strip() != str(options.seed):
-        raise UserError(
-            f"--seed {options.seed}: {out} holds the world of seed {seed_file.read_text().strip()}, and runs on it;"
-            " give another --out, or delete it"
-        )
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-        seed_file.write_text(f"{options.seed}\n")
-
-    print(f"Writing a world of questions and answers, and a random model, to {out}")
-    write_world(out, options.seed)
-    write_model(out / "base", out, options.seed)
-    train("train_dpo.py", "sft", out, {"model.path": "base", "data.train": ["sft.jsonl.gz"]})
-    preferences = {"data.train": ["preferences.train.jsonl.gz"], "data.eval": ["preferences.test.jsonl.gz"]}
-    train("train_rm.py", "rm", out, {"model.path": "sft/final"} | preferences)
-    train("train_dpo.py", "dpo", out, {"model.path": "sft/final"} | preferences)
+    fit_reference(out, options.seed)
+    train("train_rm.py", "rm", out, FROM_SFT)
+    train("train_dpo.py", "dpo", out, FROM_SFT)
     report(out)
     print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}.")
     if out == Path(OUT):
         print("Next: python train_dpo.py configs/demo_ipo.toml")
 
 
+def fit_reference(out: Path, seed: int, **sizes: int) -> None:
+    """Write the world of `seed` and its random model to `out`, and fit OUT/sft: what all preference runs start from.
+
+    sizes: of the world, see `write_world`.
+    """
+    for script in ("train_dpo.py", "train_rm.py", "configs"):
+        if not (ROOT / script).exists():
+            raise UserError(
+                f"{ROOT / script} is not there; run this from a clone installed with pip install -e ."
+            )
+    seed_file = out / "seed"
+    if seed_file.exists() and seed_file.read_text().strip() != str(seed):
+        raise UserError(
+            f"--seed {seed}: {out} holds the world of seed {seed_file.read_text().strip()}, and runs on it;"
+            " give another --out, or delete it"
+        )
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        seed_file.write_text(f"{seed}\n")
+    print(f"Writing a world of questions and answers, and a random model, to {out}")
+    write_world(out, seed, **sizes)
+    write_model(out / "base", out, seed)
+    train("train_dpo.py", "sft", out, {"model.path": "base", "data.train": ["sft.jsonl.gz"]})
+
+
 def train(script: str, name: str, out: Path, paths: dict[str, str | list[str]]) -> None:
     """Run one script on configs/demo_NAME.toml. `paths` within `out` are given where it is not OUT."""
-    command = [script, f"configs/demo_{name}.toml"]
-    if out != Path(OUT):
-        inside = {
-            key: str(out / value) if isinstance(value, str) else ",".join(str(out / file) for file in value)
-            for key, value in paths.items()
-        }
-        command += [f"--{key}={value}" for key, value in (inside | {"run.out": str(out / name)}).items()]
-    print(f"\n$ python {shlex.join(command)}", flush=True)
-    # In the caller's directory, as if the printed command had been typed there.
-    files = [str(ROOT / command[0]), str(ROOT / command[1])]
-    finished = subprocess.run([sys.executable, *files, *command[2:]])
+    inside = within(out, paths) | {"run.out": str(out / name)} if out != Path(OUT) else {}
+    run_script(script, f"configs/demo_{name}.toml", inside)
+
+
+def within(out: Path, paths: dict[str, str | list[str]]) -> dict[str, str]:
+    """The settings that lead to `paths` in `out`."""
+    return {
+        key: str(out / value) if isinstance(value, str) else ",".join(str(out / file) for file in value)
+        for key, value in paths.items()
+    }
+
+
+def run_script(script: str, config: str, settings: dict[str, str]) -> None:
+    """Print the command and run it, in the caller's directory, as if it had been typed there."""
+    overrides = [f"--{key}={value}" for key, value in settings.items()]
+    command = shlex.join([script, config, *overrides])
+    print(f"\n$ python {command}", flush=True)
+    finished = subprocess.run([sys.executable, str(ROOT / script), str(ROOT / config), *overrides])
     if finished.returncode:
-        raise UserError(
-            f"python {shlex.join(command)} ended with exit status {finished.returncode}, see above"
-        )
+        raise UserError(f"python {command} ended with exit status {finished.returncode}, see above")
 
 
 # --- what came of it ----------------------------------------------------------------------------------------
@@ -108,11 +111,12 @@ def report(out: Path) -> None:
     """The table and the examples."""
     ceiling = ceiling_accuracy(read_preferences(out / "preferences.test.jsonl.gz"))
     reward_model, aligned = held_out(out / "rm"), held_out(out / "dpo")
-    prompts = [json.loads(line)["prompt"] for line in (out / "prompts.test.jsonl").read_text().splitlines()]
+    prompts = unseen_prompts(out)
     tokenizer = Tokenizer.from_directory(out / "sft" / "final")
     reference, policy = load_model(out / "sft" / "final"), load_model(out / "dpo" / "final")
     before, after = answer(reference, tokenizer, prompts), answer(policy, tokenizer, prompts)
-    kl = kl_from_samples(policy, reference, [tokenizer.encode(prompt) for prompt in prompts], after.tokens)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    kl = divergences(policy, reference, ids, after.tokens).log_ratios.mean().item()
 
     print(f"\nOn {len(prompts)} unseen prompts, one answer sampled to each:\n")
     print(f"  {'':<36} {'SFT':>8} {'DPO':>8}")
@@ -139,36 +143,16 @@ def report(out: Path) -> None:
         print(f"\n{prompt.strip()}\n  before: {first.strip()}\n  after:  {then.strip()}")
 
 
+def unseen_prompts(out: Path) -> list[str]:
+    file = require_file(out / "prompts.test.jsonl", f"{out} must be a directory that the demo has written")
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+
+
 def held_out(run: Path) -> dict[str, float]:
     """The last evaluation in a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    evaluations = [line for line in lines if any(key.startswith("eval/") for key in line)]
+    evaluations = [
+        line for line in read_metrics(run / "metrics.jsonl") if any(key.startswith("eval/") for key in line)
+    ]
     if not evaluations:
         raise UserError(f"{run / 'metrics.jsonl'} has no evaluation; delete {run} and run the demo again")
     return evaluations[-1]
-
-
-def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str]) -> Answers:
-    """Sample one answer a prompt, at temperature 1 because KL is about that distribution, and judge it."""
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    tokens = generate(model, ids, Sampling(max_new_tokens=LONGEST_ANSWER), tokenizer.eos_id, seed=0)
-    ended = [row[:-1] if row[-1] == tokenizer.eos_id else row for row in tokens]
-    texts = [tokenizer.decode(row) for row in ended]
-    return Answers(texts, tokens, [judge(prompt, text) for prompt, text in zip(prompts, texts, strict=True)])
-
-
-@torch.no_grad()
-def kl_from_samples(
-    policy: Transformer, reference: Transformer, prompts: list[list[int]], samples: list[list[int]]
-) -> float:
-    """KL(policy || reference) a response, nats: mean of log pi(y) - log pi_ref(y) over its samples y."""
-    width = max(len(prompt) + len(sample) for prompt, sample in zip(prompts, samples, strict=True))
-    tokens = torch.zeros(len(prompts), width, dtype=torch.long)  # (R, T), padded on the right
-    scored = torch.zeros(len(prompts), width, dtype=torch.bool)  # (R, T)
-    for i, (prompt, sample) in enumerate(zip(prompts, samples, strict=True)):
-        tokens[i, : len(prompt) + len(sample)] = torch.tensor([*prompt, *sample])
-        scored[i, len(prompt) : len(prompt) + len(sample)] = True
-    policy_logps, reference_logps = (
-        sequence_logps(model(tokens), tokens, scored)[0] for model in (policy, reference)
-    )
-    return (policy_logps - reference_logps).mean().item()

@@ -34,6 +34,7 @@ from minidpo.commands.exact_world import (
     rlhf_maximum,
     total_variation,
 )
+from minidpo.commands.figures import COLOURS, INK, MARKS, drawing, require_matplotlib
 from minidpo.errors import UserError
 from minidpo.losses import dpo_loss, ipo_loss, simpo_loss
 
@@ -183,10 +184,9 @@ def print_table(world: World) -> tuple[float, list[Tensor]]:
 
 def check_plot(file: Path) -> None:
     """Before minutes of training: can the figure be drawn, and written there?"""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UserError("--plot needs matplotlib: pip install 'minidpo[plot]'") from None
+    require_matplotlib("--plot")
+    if file.suffix not in (".png", ".svg", ".pdf"):
+        raise UserError(f"--plot {file}: the name must end in .png, .svg or .pdf")
     if not file.resolve().parent.is_dir():
         raise UserError(f"--plot {file}: no such directory as {file.resolve().parent}; make it first")
 
@@ -197,43 +197,22 @@ def plot_frontier(world: World, trained: list[Tensor], file: Path) -> None:
     No policy lies above the dashed frontier, the most reward that a KL buys; RLHF's optima trace it.
     trained: the policies of `claims(world)`; those at half and at twice their betas are trained here.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")  # a file is wanted, and there may be no screen
-    import matplotlib.pyplot as plt
-
     strengths = torch.logspace(-0.7, 1.3, 60).tolist()
-    # Okabe & Ito's colours, told apart with any colour vision; the marks differ for printing in grey.
-    looks = zip(
-        ("#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7", "#999999"),
-        "o+xs^vDP*",
-        strict=True,
-    )
-    figure, axes = plt.subplots(figsize=(8, 5.5))
     curves = [claims(world, strength) for strength in strengths]
     points = [claims(world, strength) for strength in (0.5, 2.0)]
 
     def place(policies: list[Tensor]) -> list[list[float]]:
         return [[divergence(world, p) for p in policies], [expected_reward(world, p) for p in policies]]
 
-    for row, (colour, mark) in enumerate(looks):
-        name = curves[0][row].name
-        axes.plot(*place([c[row].policy for c in curves]), color=colour, linewidth=1)
-        ends = [c[row].to_policy(c[row].train().values) for c in points]
-        axes.plot(
-            *place([trained[row], *ends]),
-            mark,
-            color=colour,
-            markerfacecolor="none",
-            markersize=8,
-            label=name,
-        )
-    axes.plot(*place([c[0].policy for c in curves]), "--", color="black", linewidth=2, label="frontier")
-    axes.set(
-        xlabel="KL(policy, reference), nats",
-        ylabel="expected true reward",
-        title="Exact reward and KL at each optimum",
-    )
-    axes.legend(fontsize=8)
-    figure.savefig(file, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+    with drawing([file], 8, 5.5) as figure:
+        axes = figure.subplots()
+        for row, (colour, mark) in enumerate(zip(COLOURS, MARKS, strict=True)):
+            name = curves[0][row].name
+            axes.plot(*place([c[row].policy for c in curves]), color=colour, linewidth=1)
+            ends = [c[row].to_policy(c[row].train().values) for c in points]
+            look = {"color": colour, "markerfacecolor": "none", "markersize": 8}
+            axes.plot(*place([trained[row], *ends]), mark, label=name, **look)
+        axes.plot(*place([c[0].policy for c in curves]), "--", color=INK, linewidth=2, label="frontier")
+        axes.set(xlabel="KL(policy, reference), nats", ylabel="expected true reward, nats")
+        axes.set_title("Exact reward and KL at each optimum")
+        axes.legend(fontsize=8)
