@@ -18,11 +18,13 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from minidpo import device as devices
+from minidpo.advice import Advice
 from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
 from minidpo.config import load_config, to_dict, write_config
 from minidpo.dataset import load_pairs, longest_pair, require_fit
 from minidpo.distributed import any_rank, first_before_others, launch, rank, ranks, shard, whole
 from minidpo.errors import exit_on_user_error
+from minidpo.evaluate import SampledEvaluation
 from minidpo.guards import MicroTokens, require_finite
 from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
@@ -73,6 +75,7 @@ def main(arguments: list[str]) -> None:
         f"{loss.name}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} pairs to train on,"
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
+    advice = Advice(loss.name, sum(p.numel() for p in policy.parameters()), optim.lr)
     if optim.warmup_steps >= steps:
         say(
             f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}: lr never reaches {optim.lr}"
@@ -111,6 +114,12 @@ def main(arguments: list[str]) -> None:
     )  # of this process among those of the run; each takes its share of the micro-batches
     room = MicroTokens(optim.micro_tokens, longest_pair(train, held_out))
 
+    sampled = None
+    if config.eval.samples and len(held_out):
+        sampled = SampledEvaluation(
+            config.eval, held_out, tokenizer, policy, reference_path, out, device, run.dtype, run.seed
+        )
+
     def compare(pairs: PairTokens, rows: np.ndarray, reference: StoredReference | LiveReference | None):
         """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""
         packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, room.tokens)).to(device)
@@ -146,9 +155,11 @@ def main(arguments: list[str]) -> None:
                 averages.add(compare(held_out, rows, eval_reference)[1])
                 progress.advance(len(rows))
         progress.clear()
-        values = {"step": step} | {
-            f"eval/{name}": mean for name, mean in averages.over_all_ranks().means().items()
-        }
+        values = averages.over_all_ranks().means()
+        if sampled:
+            values |= sampled(policy, step)
+        advice.on_evaluation(values)
+        values = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
         metrics.write(values)
         say(console_line(values, steps, 0, "eval/"))
 
@@ -156,6 +167,7 @@ def main(arguments: list[str]) -> None:
     if first_step == 0:
         evaluate(0)
     started, first_pass = time.monotonic(), first_step
+    trained, seconds = 0, 0.0  # tokens since the last line of the log, and the time their steps took
     with stop_on_signals() as stop:
         for step in range(first_step, steps):
             step_started = time.monotonic()
@@ -178,13 +190,17 @@ def main(arguments: list[str]) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
+            trained, seconds = trained + tokens[batch].sum(), seconds + time.monotonic() - step_started
+
             done = step + 1
             if done == 1 or done % run.log_every == 0 or done == steps:
                 drawn = min(done * optim.batch_size, total_draws(len(train), optim.epochs))
                 values = {"step": done, "epoch": drawn / len(train)}
                 values |= averages.means() | {"lr": lr, "grad_norm": grad_norm}
-                values["tokens_per_s"] = tokens[batch].sum() / (time.monotonic() - step_started)
+                values["tokens_per_s"] = trained / seconds
+                trained, seconds = 0, 0.0
                 metrics.write(values)
+                advice.on_step(values)
                 seconds_left = (time.monotonic() - started) / (done - first_pass) * (steps - done)
                 say(console_line(values, steps, seconds_left))
             if done == steps or (run.eval_every and done % run.eval_every == 0):

@@ -4,11 +4,11 @@ The thresholds are rules of thumb, no theorems; each is named where it is used.
 """
 
 from minidpo.metrics import say
+from minidpo.objective import IDLE
 
 MOST_KL = 10.0  # nats a response: past it, samples are seldom what the preferences were about
 FALLEN = 10.0  # nats a chosen response
 SATURATED = 10.0  # of a margin in units of reward: sigma(-10) is 5e-5 of the gradient at 0
-IDLE = 1e-3  # a logistic loss below it has under a thousandth of the gradient of a wrong pair
 FEW_PARAMETERS = 50_000_000  # published rates are for models larger than this
 
 # Published: DPO 5e-7 (Zephyr, Llama 3's 1e-5 the highest), IPO and SimPO the same range, SFT and reward models 1e-6 to 2e-5.
@@ -68,10 +68,12 @@ class Advice:
                 f"KL {values['kl']:.1f} nats from the reference, more than {MOST_KL:g}: a higher loss.beta, a lower"
                 " optim.lr or an earlier checkpoint stays closer; read OUT/samples"
             )
-        fallen = self._first.get("logps/chosen", 0.0) - values.get("logps/chosen", 0.0)
-        if fallen > FALLEN and values.get("rewards/margins", 0.0) > self._first["rewards/margins"]:
+        fallen, risen = (
+            values.get(name, 0.0) - self._first.get(name, 0.0) for name in ("logps/chosen", "rewards/margins")
+        )
+        if -fallen > FALLEN and risen > 0:
             self._give(
-                f"chosen responses are {fallen:.1f} nats less likely than at the start while margins rise: both endings"
+                f"chosen responses are {-fallen:.1f} nats less likely than at the start while margins rise: both endings"
                 " fall, the rejected one faster; a higher loss.beta or lower optim.lr, and read samples for new text"
             )
         if "sample_length" in values:

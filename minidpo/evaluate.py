@@ -1,21 +1,26 @@
 """What the policy says by itself: sampled responses to held-out prompts, beside those of the reference.
 
-A loss and an accuracy tell how the policy ranks other people's responses, not what it writes. Of y sampled from pi:
+A loss and an accuracy tell how the policy ranks other people's responses, not what it writes. Of y sampled from pi,
+two estimates of KL(pi || pi_ref), in nats a response, both unbiased:
 
-    KL(pi || ref) = E sum_t (exp(-d_t) - 1 + d_t),   d_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
+    of log-ratios   sum_t d_t,   d_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
+    of next tokens  sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t))       the chain rule of KL
 
-Every term is >= 0 and, its context given, has the mean of d_t, for E exp(-d_t) = 1: far less noise than sum_t d_t.
-Source: Schulman 2020, "Approximating KL divergence" (k3). In nats; a response cut at max_new_tokens counts as far as it went.
+The second sums over all that the next token could have been and leaves only the prefix to chance: never negative and far
+less noise. (Schulman's exp(-d) - 1 + d is never negative either, but at several nats the tokens that carry its mean are
+hardly ever sampled, and it reads low.) A response cut at max_new_tokens counts as far as it went.
 """
 
 import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minidpo.dataset import prompt_keys
@@ -25,7 +30,7 @@ from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 from minidpo.generate import Sampling, generate
 from minidpo.judge import Judge, mean_and_error, text_after
-from minidpo.logprobs import scored_logps, sum_by_ending
+from minidpo.logprobs import CHUNK, at_least_float32, scored_hidden, sum_by_ending
 from minidpo.metrics import Progress
 from minidpo.model import Transformer
 from minidpo.packing import PackedRow, PairTokens, Wanted
@@ -88,7 +93,7 @@ class SampledEvaluation:
             self._of_reference = self._sample(reference, self._seed, "sampling, reference")
         # With the seed of the reference's: while the two are equal, so are their samples.
         samples, base = self._sample(policy, self._seed, "sampling"), self._of_reference
-        divergence = self._divergence(policy, reference, samples)
+        divergence = divergences(policy, reference, self._prompts, samples.ids, self._device, self._dtype)
         del reference
         kl, kl_error = mean_and_error(divergence[:, 1])
         figures = {
@@ -126,20 +131,6 @@ class SampledEvaluation:
         ended = np.array([row[-1] == self._tokenizer.eos_id for row in ids])
         return Samples(ids, texts, ended, rewards)
 
-    def _divergence(self, policy: Transformer, reference: Transformer, samples: Samples) -> np.ndarray:
-        """(samples, 2): the sum over tokens of log pi - log pi_ref, and of the low-variance estimate of KL."""
-
-        def compute(row: PackedRow) -> Tensor:
-            return divergence(scored_logps(policy, row), scored_logps(reference, row), row.scored_lengths)
-
-        pairs = PairTokens.from_pairs(
-            TokenPair(prompt, ids, [], i)
-            for i, (prompt, ids) in enumerate(zip(self._prompts, samples.ids, strict=True))
-        )
-        micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
-        wanted = Wanted(chosen_logps=True)
-        return of_every_pair(compute, wanted, pairs, micro_tokens, self._device, self._dtype)
-
     def _write(self, step: int, samples: Samples, divergence: np.ndarray) -> None:
         if rank():
             return
@@ -175,10 +166,38 @@ class SampledEvaluation:
             )
 
 
-def divergence(policy_logps: Tensor, reference_logps: Tensor, lengths: Tensor) -> Tensor:
-    """Of sampled tokens (S,), in nats, to (B, 2): sum of d_t, and sum of exp(-d_t) - 1 + d_t."""
-    d = (policy_logps - reference_logps).double()
-    return torch.stack((sum_by_ending(d, lengths), sum_by_ending(torch.expm1(-d) + d, lengths)), dim=1)
+def divergences(
+    policy: Transformer,
+    reference: Transformer,
+    prompts: Sequence[Sequence[int]],
+    samples: Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: str,
+) -> np.ndarray:
+    """Both estimates for the policy's own `samples`: (samples, 2) nats, of log-ratios and of next tokens."""
+    pairs = PairTokens.from_pairs(
+        TokenPair(list(prompt), list(ids), [], i)
+        for i, (prompt, ids) in enumerate(zip(prompts, samples, strict=True))
+    )
+    micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
+    compute = partial(divergence, policy, reference)
+    return of_every_pair(compute, Wanted(chosen_logps=True), pairs, micro_tokens, device, dtype)
+
+
+@torch.no_grad()
+def divergence(policy: Transformer, reference: Transformer, row: PackedRow) -> Tensor:
+    """Both estimates for the chosen endings of a packed row: (B, 2)."""
+    ours, theirs = scored_hidden(policy, row), scored_hidden(reference, row)  # (S, D) each
+    ratios, kls = [torch.zeros(0, device=ours.device)], [torch.zeros(0, device=ours.device)]
+    for h, h_reference, target in zip(
+        ours.split(CHUNK), theirs.split(CHUNK), row.targets.split(CHUNK), strict=True
+    ):
+        logps = at_least_float32(F.linear(h, policy.output_weight)).log_softmax(-1)  # (chunk, V)
+        logratios = logps - at_least_float32(F.linear(h_reference, reference.output_weight)).log_softmax(-1)
+        ratios.append(logratios.gather(-1, target[:, None]).squeeze(-1))
+        kls.append((logps.exp() * logratios).sum(-1))
+    each = (torch.cat(ratios).double(), torch.cat(kls).double())
+    return torch.stack([sum_by_ending(values, row.scored_lengths) for values in each], dim=1)
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:

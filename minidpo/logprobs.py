@@ -38,7 +38,7 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
     counts = scored.sum(dim=1)
     if (counts == 0).any():
         raise ValueError(f"row {int((counts == 0).nonzero()[0])} has no scored token")
-    logps = F.log_softmax(_at_least_float32(logits[:, :-1]), dim=-1)
+    logps = F.log_softmax(at_least_float32(logits[:, :-1]), dim=-1)
     token_logps = logps.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (R, T-1)
     # where, not multiplication: a masked -inf times zero would be NaN.
     return torch.where(scored, token_logps, 0.0).sum(dim=1), counts
@@ -68,9 +68,13 @@ def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
 
 def scored_logps(model: "Transformer", row: "PackedRow") -> Tensor:
     """The terms of `response_logps`: the log-prob of every scored token of a packed row, (S,), nats."""
+    return token_logps(scored_hidden(model, row), model.output_weight, row.targets)
+
+
+def scored_hidden(model: "Transformer", row: "PackedRow") -> Tensor:
+    """The final hidden state *before* every scored token of a packed row: (S, D)."""
     attends = row.attends(model.config.num_hidden_layers)
-    hidden = model.hidden_states(row.tokens, row.places.position, attends, row.queries)
-    return token_logps(hidden[row.scored], model.output_weight, row.targets)
+    return model.hidden_states(row.tokens, row.places.position, attends, row.queries)[row.scored]
 
 
 def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:
@@ -92,7 +96,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
         logps, normalizers = [], []
         for h, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            logits = _at_least_float32(h @ output_weight.T)  # (chunk, V)
+            logits = at_least_float32(h @ output_weight.T)  # (chunk, V)
             normalizer = logits.logsumexp(dim=-1)
             logps.append(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - normalizer)
             normalizers.append(normalizer)
@@ -110,7 +114,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         for start in range(0, len(targets), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             h = hidden[rows]
-            logits = _at_least_float32(h @ output_weight.T)
+            logits = at_least_float32(h @ output_weight.T)
             grad_logits = logits.sub_(normalizers[rows, None]).exp_().neg_()  # -softmax
             grad_logits.scatter_add_(1, targets[rows, None], torch.ones_like(normalizers[rows, None]))
             grad_logits = grad_logits.mul_(grad_logps[rows, None]).to(hidden.dtype)
@@ -119,5 +123,5 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         return grad_hidden, grad_weight.to(output_weight.dtype), None, None
 
 
-def _at_least_float32(values: Tensor) -> Tensor:
+def at_least_float32(values: Tensor) -> Tensor:
     return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values

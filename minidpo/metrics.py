@@ -194,6 +194,9 @@ _COLUMNS = (
     ("rewards/chosen", "chosen", "8.4f"),
     ("rewards/rejected", "rejected", "8.4f"),
     ("lm_loss", "lm", "7.4f"),
+    ("kl", "KL", "6.2f"),
+    ("sample_length", "length", "5.1f"),
+    ("win_rate", "wins", "5.3f"),
     ("grad_norm", "grad", "8.3g"),
     ("lr", "lr", "8.2e"),
 )

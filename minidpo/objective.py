@@ -9,6 +9,9 @@ from torch import Tensor
 from minidpo.losses import PreferenceLoss, dpo_loss, ipo_loss, sft_loss, simpo_loss
 from minidpo.sections import PreferenceLossSection
 
+# A logistic loss this small leaves under a thousandth of the gradient that a pair has at a margin of 0.
+IDLE = 5e-4
+
 
 def preference(
     loss: PreferenceLossSection, policy: Tensor, reference: Tensor | None, lengths: Tensor
@@ -37,7 +40,10 @@ def preference(
             result = ipo_loss(*logps, loss.beta, *per_token)
         else:
             result = dpo_loss(*logps, loss.beta, loss.label_smoothing, *per_token)
-    return result.losses, watch(result) | {
+    watched = watch(result)
+    if loss.name != "ipo":
+        watched["idle"] = result.losses < IDLE
+    return result.losses, watched | {
         "logps/chosen": policy_chosen_logps,
         "logps/rejected": policy_rejected_logps,
         "response_length/chosen": chosen_lengths,

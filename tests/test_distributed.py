@@ -125,6 +125,17 @@ def test_killing_one_process_ends_all_and_any_number_goes_on(config, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_that_share_out_the_sampling_say_what_all_have_sampled(config, tmp_path):
+    arguments = config(**SETTINGS, eval__samples=5, eval__max_new_tokens=12) + ["--optim.max_steps=2"]
+    finished(2, "train_dpo.py", *arguments)
+    first, *_, last = (line for line in metrics(tmp_path / "out") if "eval/kl" in line)
+    lines = [json.loads(line) for line in (tmp_path / "out/samples/step-2.jsonl").read_text().splitlines()]
+    assert len(lines) == 5 and len({line["prompt"] for line in lines}) == 5
+    assert first["eval/kl"] < 1e-9 < last["eval/kl"]
+    assert last["eval/sample_length"] == np.mean([line["tokens"] for line in lines])
+
+
+@pytest.mark.slow
 def test_a_stop_signal_reaches_all_and_they_save_the_same_step(config, tmp_path):
     arguments = config(**SETTINGS) + ["--optim.epochs=10000", "--optim.max_steps=0"]
     out = tmp_path / "out"

@@ -56,7 +56,7 @@ def test_training_lowers_the_held_out_loss(config, name, dtype):
 def test_metrics_have_the_agreed_names(config):
     step, evaluation = run(config())[1], run(config())[0]
     names = {"rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen"}
-    names |= {"loss", "logps/rejected", "response_length/chosen", "response_length/rejected"}
+    names |= {"loss", "logps/rejected", "response_length/chosen", "response_length/rejected", "idle"}
     assert step.keys() == names | {"step", "epoch", "lr", "grad_norm", "tokens_per_s"}
     assert evaluation.keys() == {"step"} | {f"eval/{name}" for name in names}
 

@@ -17,11 +17,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from minidpo.commands.answers import answer, divergences
+import torch
+
+from minidpo.commands.answers import answer
 from minidpo.commands.world import Judgement, ceiling_accuracy
 from minidpo.commands.world_files import write_model, write_world
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
+from minidpo.evaluate import divergences
 from minidpo.files import require_file, writing
 from minidpo.metrics import read_metrics
 from minidpo.tokenizer import Tokenizer
@@ -116,7 +119,7 @@ def report(out: Path) -> None:
     reference, policy = load_model(out / "sft" / "final"), load_model(out / "dpo" / "final")
     before, after = answer(reference, tokenizer, prompts), answer(policy, tokenizer, prompts)
     ids = [tokenizer.encode(prompt) for prompt in prompts]
-    kl = divergences(policy, reference, ids, after.tokens).log_ratios.mean().item()
+    kl = divergences(policy, reference, ids, after.tokens, torch.device("cpu"), "fp32")[:, 1].mean()
 
     print(f"\nOn {len(prompts)} unseen prompts, one answer sampled to each:\n")
     print(f"  {'':<36} {'SFT':>8} {'DPO':>8}")

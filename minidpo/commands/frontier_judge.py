@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minidpo.commands.answers import answer, divergences
+from minidpo.commands.answers import answer
 from minidpo.commands.demo import unseen_prompts
+from minidpo.evaluate import divergences
 from minidpo.files import fingerprint
 from minidpo.model import Transformer
 from minidpo.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ class Point(NamedTuple):
     step: int
     reward: float  # mean r* of its answers, nats
     reward_error: float
-    kl: float  # KL(policy || reference) a response, nats: mean of `Divergences.token_kls`
+    kl: float  # KL(policy || reference) a response, nats: of next tokens, see evaluate.py
     kl_error: float
     kl_log_ratio: float  # the same by log-ratios, with more noise: the two should agree
     kl_log_ratio_error: float
@@ -55,15 +56,19 @@ class Judge:
 
     def point(self, model: Transformer, step: int) -> Point:
         drawn = [answer(model, self.tokenizer, self.prompts, seed) for seed in range(self.samples)]
-        apart = [divergences(model, self.reference, self.ids, answers.tokens) for answers in drawn]
+        apart = torch.stack([self._divergences(model, answers.tokens) for answers in drawn])
         columns = (
             torch.tensor([[j.reward for j in answers.judgements] for answers in drawn]),
-            torch.stack([each.token_kls for each in apart]),
-            torch.stack([each.log_ratios for each in apart]),
+            apart[:, :, 1],
+            apart[:, :, 0],
         )
         measured = [number for column in columns for number in mean_and_error(column)]
         length = torch.tensor([[float(j.length) for j in answers.judgements] for answers in drawn])
         return Point(step, *measured, length.mean().item())
+
+    def _divergences(self, model: Transformer, answers: list[list[int]]) -> Tensor:
+        both = divergences(model, self.reference, self.ids, answers, torch.device("cpu"), "fp32")
+        return torch.from_numpy(both)
 
     def best(self) -> dict[str, list[float]]:
         """What no policy can beat: see `best_reachable`, from answers of the reference."""
