@@ -43,11 +43,14 @@ class RewardModel(Transformer):
         hidden = self.hidden_states(
             row.tokens, row.places.position, row.attends(self.config.num_hidden_layers), row.queries
         )
-        # One product of width 1: float32, for bf16 rewards step by 1/128 near 1.
-        last = hidden[row.last].to(self.score.weight.dtype)  # (B, 2, D)
-        with torch.autocast(hidden.device.type, enabled=False):
-            rewards = self.score(last).squeeze(-1)
+        rewards = self.rewards_of(hidden[row.last])
         if not len(row.scored):
             return rewards, None
         logps = token_logps(hidden[row.scored], self.output_weight, row.targets)
         return rewards, sum_by_ending(logps, row.scored_lengths)
+
+    def rewards_of(self, last: Tensor) -> Tensor:
+        """Hidden states of last tokens (..., D) to rewards (...)."""
+        # One product of width 1: float32, for bf16 rewards step by 1/128 near 1.
+        with torch.autocast(last.device.type, enabled=False):
+            return self.score(last.to(self.score.weight.dtype)).squeeze(-1)
