@@ -21,7 +21,6 @@ from minidpo.errors import UserError
 from minidpo.packing import PairTokens
 from minidpo.weights import load_model, save_model, save_reward_model
 
-
 OPPONENTS = ("naive", "trl", *(f"trl:{mode}" for mode in MODES))
 
 
