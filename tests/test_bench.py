@@ -13,13 +13,16 @@ from minidpo.commands.bench import parse, settings_of
 from minidpo.commands.bench_cases import LOSSES, SHAPES, Settings, named_shape, pairs_of_lengths, random_pairs
 from minidpo.commands.bench_child import peak_rss
 from minidpo.commands.bench_flops import necessary_flops, textbook_tokens
+from minidpo.commands.bench_peers import interleaved, make_trainer
 from minidpo.commands.bench_stages import Step, TextbookStep
 from minidpo.errors import UserError
 from minidpo.hf_config import format_config
 from minidpo.packing import Wanted
 from minidpo.token_store import PairTokens
+from minidpo.weights import save_model, save_reward_model
+from peers import import_trl
 from tiny import random_pairs as tiny_pairs
-from tiny import relative_difference, tiny_config, tiny_model
+from tiny import relative_difference, tiny_config, tiny_model, tiny_reward_model
 
 CPU = torch.device("cpu")
 LOGPS, REWARDS = Wanted(chosen_logps=True, rejected_logps=True), Wanted(rewards=True)
@@ -159,6 +162,27 @@ def test_the_last_line_is_json_with_every_number(config_json, capsys, monkeypatc
     assert 0 < ratio["q25"] <= ratio["median"] <= ratio["q75"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("loss", "mode"), [("dpo", "default"), ("dpo", "fused"), ("rm", "best")])
+def test_trls_trainer_takes_the_same_pairs_in_turn(loss, mode, tmp_path):
+    import_trl()
+    pairs = random_pairs(tiny_config(vocab_size=300), 32, 12)
+    settings = Settings(loss=loss, dtype="fp32", batch_size=4, device="cpu")
+    if loss == "rm":
+        save_reward_model(tiny_reward_model(vocab_size=300, pad_token_id=0), tmp_path / "m")
+    else:
+        save_model(tiny_model(vocab_size=300), tmp_path / "m")
+    taken = []
+
+    def ours(batch):
+        taken.append(batch)
+        return 1.0
+
+    trainer = make_trainer(tmp_path / "m", pairs, settings, mode, tmp_path / "out", steps=3)
+    assert [mine for _, mine in interleaved(trainer, pairs, ours)] == [1.0] * 3
+    assert sorted(np.concatenate(taken)) == list(range(12))  # an epoch: every pair, with its ids as they are
+
+
 def test_growth_is_told_beside_its_prediction(config_json, capsys):
     main(["bench", "--model", config_json, *SMALL[2:], "--grow"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["grow"]
@@ -174,6 +198,7 @@ def test_growth_is_told_beside_its_prediction(config_json, capsys):
         (["--steps", "0"], "--steps 0; it must be at least 1"),
         (["--data", "pairs.jsonl"], "--data needs a tokenizer"),
         (["--against", "trl", "--loss", "sft"], "--loss sft has no twin"),
+        (["--against", "trl:fused", "--loss", "rm"], "use trl:best"),
         (["--max-length", "1"], "--max-length 1"),
     ],
 )

@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     settings, data = settings_of(options)
     if (options.against or "").startswith("trl"):
-        require_trl(settings.loss)
+        require_trl(settings.loss, options.against.partition(":")[2])
     device = choose_device(settings.device, settings.threads)
     settings = replace(settings, device=device.type)
     name, model, directory = find_model(options, device)

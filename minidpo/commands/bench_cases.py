@@ -164,7 +164,7 @@ def random_pairs(config: ModelConfig, max_length: int, count: int, seed: int = 0
     def lengths(median: float, spread: float, most: np.ndarray | int) -> np.ndarray:
         return np.clip(np.exp(np.log(median) + spread * rng.permutation(normal)).astype(int), 2, most)
 
-    prompts = lengths(105, 0.95, max_length * 3 // 4)
+    prompts = lengths(95, 0.95, max_length * 3 // 4)
     endings = [lengths(60, 0.85, max_length - prompts) for _ in range(2)]
     pairs = pairs_of_lengths(config, np.stack([prompts, *endings], axis=1), seed)
     say(f"data: random ids, lengths log-normal like HH-RLHF's, clipped to {max_length}; {_lengths(pairs)}")

@@ -27,10 +27,12 @@ from minidpo.packing import PairTokens
 MODES = ("default", "best", "fused")
 
 
-def require_trl(loss: str) -> None:
-    """Raises UserError where TRL is not installed or has no trainer that takes `loss` alone."""
+def require_trl(loss: str, mode: str = "") -> None:
+    """Raises UserError where TRL is not installed or has no trainer that takes `loss` alone, or none in `mode`."""
     if loss not in ("dpo", "ipo", "rm"):
         raise UserError(f"--against trl compares dpo, ipo and rm; --loss {loss} has no twin in its trainers")
+    if loss == "rm" and mode == "fused":
+        raise UserError("--against trl:fused is about the output layer, and --loss rm has none; use trl:best")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     try:
         import trl  # noqa: F401
@@ -105,12 +107,17 @@ def interleaved(trainer, pairs: PairTokens, ours: Callable[[np.ndarray], float])
     """Seconds of each step: TRL's, and what `ours(the same pairs)` returns, one after the other."""
     from transformers import TrainerCallback
 
-    row_of = {tuple(p + c): row for row, (p, c, _) in enumerate(_ids(pairs))}
+    eos = trainer.processing_class.eos_token_id
+
+    def key(text: list[int]) -> tuple[int, ...]:  # TRL ends a text in EOS that was cut before its own
+        return tuple(text[:-1] if text[-1] == eos else text)
+
+    row_of = {key(p + c): row for row, (p, c, _) in enumerate(_ids(pairs))}
     batches, collate = [], trainer.data_collator
 
     def remembering(examples):
         texts = [e.get("prompt_ids", []) + e["chosen_ids"] for e in examples]
-        batches.append(np.array([row_of[tuple(text)] for text in texts]))
+        batches.append(np.array([row_of[key(text)] for text in texts]))
         return collate(examples)
 
     class Turns(TrainerCallback):
