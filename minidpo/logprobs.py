@@ -53,8 +53,7 @@ def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_si
     targets (S,). Returns (S,), nats, float32 or better. Differentiable once in hidden and output_weight.
     """
     if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
-        hidden, output_weight = hidden.to(dtype), output_weight.to(dtype)
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     return _ChunkedTokenLogps.apply(hidden, output_weight, targets, chunk_size)
 
 
@@ -90,16 +89,23 @@ def sum_by_ending(values: Tensor, lengths: Tensor) -> Tensor:
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):
-    """d logp / d logits = onehot(target) - softmax(logits), formed chunk by chunk."""
+    """d logp / d logits = onehot(target) - softmax(logits), formed chunk by chunk.
+
+    A chunk is large, for its three products; what is done to its logits in float32 is done a few rows at a time, which
+    stay in the processor's cache and never need memory from the system.
+    """
 
     @staticmethod
     def forward(ctx, hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int) -> Tensor:
         logps, normalizers = [], []
-        for h, target in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
-            logits = at_least_float32(h @ output_weight.T)  # (chunk, V)
-            normalizer = logits.logsumexp(dim=-1)
-            logps.append(logits.gather(-1, target.unsqueeze(-1)).squeeze(-1) - normalizer)
-            normalizers.append(normalizer)
+        weight = output_weight.to(hidden.dtype)
+        for h, chunk_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
+            logits = h @ weight.T  # (chunk, V)
+            for rows in _few_rows(logits):
+                few = at_least_float32(logits[rows])
+                normalizers.append(few.logsumexp(dim=-1))
+                target_logits = few.gather(-1, chunk_targets[rows, None]).squeeze(-1)
+                logps.append(target_logits - normalizers[-1])
         ctx.chunk_size = chunk_size
         ctx.save_for_backward(hidden, output_weight, targets, torch.cat(normalizers))
         return torch.cat(logps)
@@ -107,20 +113,28 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        hidden, output_weight, targets, normalizers = ctx.saved_tensors
+        hidden, output_weight, *per_row = *ctx.saved_tensors, grad_logps
         grad_hidden = torch.empty_like(hidden)
+        weight = output_weight.to(hidden.dtype)
         # Accumulated over chunks in float32: bf16 sums would lose the small contributions.
-        grad_weight = torch.zeros_like(output_weight, dtype=normalizers.dtype)
-        for start in range(0, len(targets), ctx.chunk_size):
-            rows = slice(start, start + ctx.chunk_size)
-            h = hidden[rows]
-            logits = at_least_float32(h @ output_weight.T)
-            grad_logits = logits.sub_(normalizers[rows, None]).exp_().neg_()  # -softmax
-            grad_logits.scatter_add_(1, targets[rows, None], torch.ones_like(normalizers[rows, None]))
-            grad_logits = grad_logits.mul_(grad_logps[rows, None]).to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ output_weight
-            grad_weight += grad_logits.T @ h
+        grad_weight = torch.zeros_like(output_weight, dtype=grad_logps.dtype)
+        for start in range(0, len(hidden), ctx.chunk_size):
+            chunk = slice(start, start + ctx.chunk_size)
+            targets, normalizers, grads = (values[chunk, None] for values in per_row)
+            grad_logits = hidden[chunk] @ weight.T  # logits first, their gradient where they stood
+            for rows in _few_rows(grad_logits):
+                softmax = torch.sub(grad_logits[rows], normalizers[rows]).exp_()
+                few = softmax.mul_(-grads[rows]).scatter_add_(1, targets[rows], grads[rows])
+                grad_logits[rows] = few
+            grad_hidden[chunk] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[chunk]
         return grad_hidden, grad_weight.to(output_weight.dtype), None, None
+
+
+def _few_rows(logits: Tensor) -> list[slice]:
+    """Cuts rows (chunk, V) into slices of about 8 MiB in float32; not at all on a GPU, which wants few, large calls."""
+    step = max(1, 2**21 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -38,14 +38,18 @@ class RewardModel(Transformer):
         hidden = self.hidden_states(
             row.tokens, row.places.position, row.attends(self.config.num_hidden_layers), row.queries
         )
-        # One product of width 1: float32, for bf16 rewards step by 1/128 near 1.
-        weight = self.score.weight.to(torch.promote_types(self.score.weight.dtype, torch.float32))
-        with torch.autocast(hidden.device.type, enabled=False):
-            rewards = F.linear(hidden[row.last].to(weight.dtype), weight).squeeze(-1)  # (B, 2)
+        rewards = self.rewards_of(hidden[row.last])  # (B, 2)
         if not row.endings:
             return rewards, None
         logps = token_logps(hidden[row.scored], self.output_weight, row.targets)
         return rewards, sum_by_ending(logps, row.scored_lengths)
+
+    def rewards_of(self, last: Tensor) -> Tensor:
+        """Hidden states of last tokens (..., D) to rewards (...)."""
+        # One product of width 1: float32, for bf16 rewards step by 1/128 near 1.
+        weight = self.score.weight.to(torch.promote_types(self.score.weight.dtype, torch.float32))
+        with torch.autocast(last.device.type, enabled=False):
+            return F.linear(last.to(weight.dtype), weight).squeeze(-1)
 
 
 def fresh_score(hidden_size: int) -> Tensor:

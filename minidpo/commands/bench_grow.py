@@ -1,0 +1,48 @@
+"""`bench --grow`: each cost driver doubled alone; measured growth beside the growth of necessary_flops."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from minidpo.commands.bench_cases import Settings, pairs_of_lengths, random_model
+from minidpo.commands.bench_flops import necessary_flops
+from minidpo.commands.bench_stages import Step, seconds
+from minidpo.metrics import say
+from minidpo.model import ModelConfig
+
+PROMPT, ENDING = 128, 80
+
+
+def growth(config: ModelConfig, settings: Settings, device: torch.device) -> list[dict]:
+    """Forward and backward (no optimizer: it grows with parameters, not pairs) of a base case and of it doubled."""
+    batch = settings.batch_size
+    deeper = replace(config, num_hidden_layers=2 * config.num_hidden_layers)
+    cases = {
+        "base": (config, PROMPT, ENDING, batch),
+        "prompt": (config, 2 * PROMPT, ENDING, batch),
+        "endings": (config, PROMPT, 2 * ENDING, batch),
+        "batch": (config, PROMPT, ENDING, 2 * batch),
+        "vocabulary": (replace(config, vocab_size=2 * config.vocab_size), PROMPT, ENDING, batch),
+        "depth": (deeper, PROMPT, ENDING, batch),
+    }
+    say(
+        f"\nforward and backward; base: {batch} pairs, prompts {PROMPT}, endings {ENDING}; each doubled in turn"
+    )
+    say(f"  {'doubled':<12} {'seconds':>9} {'measured':>9} {'predicted':>9}")
+    rows = []
+    for name, (shape, prompt, ending, pairs) in cases.items():
+        lengths = np.tile([prompt, ending, ending], (pairs, 1))
+        tokens = pairs_of_lengths(shape, lengths)
+        step = Step(random_model(shape, device), tokens, replace(settings, batch_size=pairs), device)
+        everything = np.arange(pairs)
+        times = []
+        for _ in range(1 + settings.steps):
+            step.optimizer.zero_grad(set_to_none=True)
+            times.append(seconds(step.accumulate, everything, device))
+        flops = necessary_flops(shape, lengths, step.wanted).total
+        rows.append({"doubled": name, "seconds": float(np.median(times[1:])), "flops": flops})
+        base = rows[0]
+        rows[-1] |= {"measured": rows[-1]["seconds"] / base["seconds"], "predicted": flops / base["flops"]}
+        say("  {doubled:<12} {seconds:>9.4f} {measured:>9.2f} {predicted:>9.2f}".format(**rows[-1]))
+    return rows
