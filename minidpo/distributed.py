@@ -52,8 +52,9 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         if ranks() == 1:
             return main(arguments)
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        # Without a backend's name: gloo for what is on the CPU, NCCL for what is on a GPU.
-        dist.init_process_group(store=store, rank=number, world_size=size, timeout=_PATIENCE)
+        # Both by name: without one PyTorch takes the accelerator's alone, and tensors on the CPU have none.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_PATIENCE)
         try:
             main(arguments)
         except (UserError, RunStopped, RuntimeError) as error:
