@@ -93,6 +93,21 @@ def from_first(value: Value) -> Value:
     return box[0]
 
 
+def require_same(values: dict[str, object]) -> None:
+    """Raises UserError, on all ranks, where one has other values than rank 0: it does not see the same files."""
+    if ranks() == 1:
+        return
+    of_ranks: list[dict[str, object]] = [{}] * ranks()
+    dist.all_gather_object(of_ranks, values)
+    for number, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs[name] != value:
+                raise UserError(
+                    f"process {number} has {name} = {theirs[name]!r}, process 0 has {value!r}; model, data and run.out"
+                    " must be the same files for all processes"
+                )
+
+
 def summed(values: Tensor) -> Tensor:
     """The sum over all ranks, in place."""
     if ranks() > 1:

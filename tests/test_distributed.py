@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -147,6 +148,26 @@ def test_several_processes_tell_an_error_once(config):
     with torchrun(2, "train_dpo.py", *config(), "--model.path=nowhere") as process:
         output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and output.count("error: nowhere") == 1, output
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_the_same_run_directory_stop(config, tmp_path):
+    arguments = config(**SETTINGS)
+    train_dpo.main([*arguments, "--optim.max_steps=2", f"--run.out={tmp_path / 'one'}"])
+    shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / "machine-0" / "checkpoints")
+    script = tmp_path / "one_directory_a_process.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "sys.path.insert(0, os.getcwd())\n"
+        f"sys.argv.append('--run.out={tmp_path}/machine-' + os.environ['RANK'])\n"
+        "runpy.run_path('train_dpo.py', run_name='__main__')\n"
+    )
+    with torchrun(2, str(script), *arguments) as process:
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output
+    assert output.count("error: process 1 has the step of the last checkpoint = 0, process 0 has 2;") == 1, (
+        output
+    )
 
 
 @pytest.mark.parametrize("gpu", [False, True])
