@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from minidpo.distributed import let_go, rank
+from minidpo.distributed import let_go, rank, require_same
 from minidpo.errors import UserError, one_line
 from minidpo.files import remove_directory, replacing_directory, writing
 from minidpo.metrics import say
@@ -67,8 +67,17 @@ def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, iden
     """Load the newest whole checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
 
     identity: setting -> value, for everything that would silently make this another run. Raises UserError that
-    names the first setting in which the checkpoint differs, and where there are checkpoints but none is whole.
+    names the first setting in which the checkpoint differs, where there are checkpoints but none is whole, and where
+    processes found different ones: each would train on from its own.
     """
+    step = _take_up(out, model, optimizer, identity)
+    require_same(identity | {"the step of the last checkpoint": step})
+    return step
+
+
+def _take_up(
+    out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
+) -> int:
     checkpoints = _checkpoints(out)
     for path in reversed(checkpoints):
         try:

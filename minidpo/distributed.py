@@ -52,8 +52,9 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         if ranks() == 1:
             return main(arguments)
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
-        # Without a backend's name: gloo for what is on the CPU, NCCL for what is on a GPU.
-        dist.init_process_group(store=store, rank=number, world_size=size, timeout=_PATIENCE)
+        # Both by name: without one PyTorch takes the accelerator's alone, and tensors on the CPU have none.
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_PATIENCE)
         try:
             main(arguments)
         except (UserError, RunStopped, RuntimeError) as error:
@@ -90,6 +91,21 @@ def from_first(value: Value) -> Value:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]
+
+
+def require_same(values: dict[str, object]) -> None:
+    """Raises UserError, on all ranks, where one has other values than rank 0: it does not see the same files."""
+    if ranks() == 1:
+        return
+    of_ranks: list[dict[str, object]] = [{}] * ranks()
+    dist.all_gather_object(of_ranks, values)
+    for number, theirs in enumerate(of_ranks):
+        for name, value in of_ranks[0].items():
+            if theirs[name] != value:
+                raise UserError(
+                    f"process {number} has {name} = {theirs[name]!r}, process 0 has {value!r}; model, data and run.out"
+                    " must be the same files for all processes"
+                )
 
 
 def summed(values: Tensor) -> Tensor:

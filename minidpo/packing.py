@@ -128,7 +128,8 @@ def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
         ending_of.append(np.zeros(padding, int))
         position.append(np.zeros(padding, int))
         steps = max(128, pad_to // 8)  # a few query lengths, not one for every row
-        queries.append(np.zeros(-s % steps, int))
+        # At least one step of them: FlexAttention's CUDA kernel takes no empty query, a rank may get no pair.
+        queries.append(np.zeros(-s % steps if s else steps, int))
     return PackedRow(
         tokens=_tensor(tokens),
         places=TokenPlaces(_tensor(pair_of), _tensor(ending_of), _tensor(position)),

@@ -4,6 +4,7 @@ It never changes, so nothing is gained by computing it again each step. The stor
 of all they depend on; another reference, other data or another precision, and they are computed anew.
 """
 
+import gc
 import hashlib
 from collections.abc import Callable
 from functools import partial
@@ -81,6 +82,8 @@ def stored_logps(
         for name in missing:
             label = f"reference log-probs, {name}"
             logps[name] = all_logps(model, sets[name], micro_tokens, device, dtype, label)
+        del model
+        gc.collect()  # sharded modules refer to one another: their memory would stay taken while the policy trains
         if rank() == 0:
             with writing(file), replacing_file(file) as temporary:
                 save_file(logps, temporary, metadata=identities)

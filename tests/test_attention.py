@@ -139,6 +139,13 @@ def test_what_the_padding_holds_is_seen_by_nobody():
     assert torch.equal(clean[:used], dirty[:used]) and not torch.equal(clean[used:], dirty[used:])
 
 
+@pytest.mark.parametrize("wanted", [LOGPS, EVERYTHING, CHOSEN_ONLY, REWARDS])
+def test_a_padded_row_of_no_pairs_still_asks_something(wanted):
+    """A rank may get no pair of a batch, but the compiled FlexAttention refuses to answer no query."""
+    row = pack_row(PairTokens.from_pairs([]), wanted, pad_to=2048)
+    assert len(row.tokens) == 2048 and len(row.queries) == 256 and not len(row.scored) and not len(row.last)
+
+
 def test_causal_attention_puts_the_last_query_on_the_last_key():
     q, k, v = (torch.randn(1, 7, h, 8, dtype=torch.float64) for h in (4, 2, 2))
     for queries in (7, 5, 1):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 import train_dpo
 import train_rm
+from minidpo.distributed import launch
 from minidpo.packing import micro_batches
 
 ROOT = Path(__file__).parents[1]
@@ -154,6 +159,43 @@ def test_several_processes_tell_an_error_once(config):
     with torchrun(2, "train_dpo.py", *config(), "--model.path=nowhere") as process:
         output = process.communicate(timeout=60)[0]
     assert process.returncode != 0 and output.count("error: nowhere") == 1, output
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_see_the_same_run_directory_stop(config, tmp_path):
+    arguments = config(**SETTINGS)
+    train_dpo.main([*arguments, "--optim.max_steps=2", f"--run.out={tmp_path / 'one'}"])
+    shutil.copytree(tmp_path / "one" / "checkpoints", tmp_path / "machine-0" / "checkpoints")
+    script = tmp_path / "one_directory_a_process.py"
+    script.write_text(
+        "import os, runpy, sys\n"
+        "sys.path.insert(0, os.getcwd())\n"
+        f"sys.argv.append('--run.out={tmp_path}/machine-' + os.environ['RANK'])\n"
+        "runpy.run_path('train_dpo.py', run_name='__main__')\n"
+    )
+    with torchrun(2, str(script), *arguments) as process:
+        output = process.communicate(timeout=60)[0]
+    assert process.returncode != 0, output
+    assert output.count("error: process 1 has the step of the last checkpoint = 0, process 0 has 2;") == 1, (
+        output
+    )
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_what_is_on_the_cpu_has_gloo_also_where_there_is_a_gpu(monkeypatch, gpu):
+    chosen = {}
+
+    def note(backend: str = "undefined", **rest) -> None:
+        chosen.update(BackendConfig(Backend(backend)).get_device_backend_map())
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch._C, "_get_accelerator", lambda *_: torch.device("cuda" if gpu else "cpu"))
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", note)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    launch(lambda arguments: None)([])
+    assert chosen["cpu"] == "gloo" and (not gpu or chosen["cuda"] == "nccl")
 
 
 @settings(deadline=None)

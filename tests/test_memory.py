@@ -1,5 +1,8 @@
 """The table of memory a GPU: its formula against what a small model's step really holds, one process and sharded."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from minidpo import reference
 from minidpo.commands import memory as command
 from minidpo.distributed import shard
 from minidpo.logprobs import response_logps
@@ -15,6 +19,7 @@ from minidpo.memory import STATE_BYTES, parameter_counts, step_memory
 from minidpo.model import Transformer
 from minidpo.optim import make_optimizer
 from minidpo.packing import Wanted, pack_row
+from minidpo.reference import load_reference, stored_logps
 from minidpo.sections import OptimSection
 from minidpo.shapes import SHAPES, published_shape
 from minidpo.token_store import PairTokens
@@ -108,6 +113,24 @@ def test_the_formula_gives_what_a_small_step_holds(monkeypatch, layers, checkpoi
     peak = measured(monkeypatch, layers, checkpointing)
     print(f"measured {peak:,} counted {counted.total:,} {peak / counted.total:.3f} {counted}")
     assert counted.total == pytest.approx(peak, rel=0.12)
+
+
+def test_the_reference_leaves_nothing_behind(world, tmp_path, monkeypatch, ranks):
+    models = []
+
+    def load(*arguments):
+        model = load_reference(*arguments)
+        models.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(reference, "load_reference", load)
+    gc.disable()  # it comes some time; the policy's first step, which needs the memory, does not wait for it
+    try:
+        where = tmp_path / "reference.safetensors", world / "model"
+        stored_logps(*where, "", {"train": PAIRS}, 2000, torch.device("cpu"), "bf16")
+        assert [model() for model in models] == [None]
+    finally:
+        gc.enable()
 
 
 def test_states_are_divided_by_the_ranks_and_activations_are_not():
