@@ -32,7 +32,16 @@ from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.objective import preference
 from minidpo.optim import learning_rate, make_optimizer
 from minidpo.out_directory import claim
-from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
+from minidpo.packing import (
+    PairTokens,
+    Wanted,
+    batch_rows,
+    micro_batches,
+    pack_row,
+    padded_pass,
+    total_draws,
+    total_steps,
+)
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
 from minidpo.sections import NEEDS_REFERENCE, PreferenceConfig
 from minidpo.tokenizer import Tokenizer
@@ -112,7 +121,10 @@ def main(arguments: list[str]) -> None:
         rank(),
         ranks(),
     )  # of this process among those of the run; each takes its share of the micro-batches
-    room = MicroTokens(optim.micro_tokens, longest_pair(train, held_out))
+    longest, row = longest_pair(train, held_out), optim.micro_tokens
+    if device.type == "cuda":  # where rows are padded to one length
+        row = max(longest, padded_pass(tokens, optim.batch_size, optim.micro_tokens, ranks()))
+    room = MicroTokens(row, longest)
 
     sampled = None
     if config.eval.samples and len(held_out):

@@ -30,7 +30,16 @@ from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
 from minidpo.out_directory import claim
-from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, total_draws, total_steps
+from minidpo.packing import (
+    PairTokens,
+    Wanted,
+    batch_rows,
+    micro_batches,
+    pack_row,
+    padded_pass,
+    total_draws,
+    total_steps,
+)
 from minidpo.reference import pairs_fingerprint
 from minidpo.sections import RewardConfig
 from minidpo.tokenizer import Tokenizer
@@ -88,7 +97,10 @@ def main(arguments: list[str]) -> None:
         rank(),
         ranks(),
     )  # of this process among those of the run; each takes its share of the micro-batches
-    room = MicroTokens(optim.micro_tokens, longest_pair(train, held_out))
+    longest, row = longest_pair(train, held_out), optim.micro_tokens
+    if device.type == "cuda":  # where rows are padded to one length
+        row = max(longest, padded_pass(tokens, optim.batch_size, optim.micro_tokens, ranks()))
+    room = MicroTokens(row, longest)
 
     def compare(pairs: PairTokens, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""

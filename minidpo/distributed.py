@@ -32,13 +32,13 @@ _LOST = (
 
 
 def ranks() -> int:
-    """How many processes the run has."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes the run has: one, unless `launch` has joined those that torchrun started."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
     """Which of them this is, from 0."""
-    return int(os.environ["RANK"]) if ranks() > 1 else 0
+    return dist.get_rank() if ranks() > 1 else 0
 
 
 def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
@@ -49,7 +49,7 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     """
 
     def run(arguments: list[str]) -> None:
-        if ranks() == 1:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             return main(arguments)
         store, number, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         # Both by name: without one PyTorch takes the accelerator's alone, and tensors on the CPU have none.

@@ -178,6 +178,18 @@ def total_draws(pairs: int, epochs: float) -> int:
     return max(1, round(pairs * epochs))
 
 
+def padded_pass(tokens: np.ndarray, batch_size: int, micro_tokens: int, ranks: int = 1) -> int:
+    """How long rows should be where each is padded to one length: at most micro_tokens, at least the longest pair.
+
+    As few passes as micro_tokens allows, each of them full: of a batch of 22,000 tokens two rows of 16,384 would be a
+    third padding. tokens: of each pair. Most batches (mean and two standard deviations) are meant to fit.
+    """
+    batch = batch_size * tokens.mean() + 2 * batch_size**0.5 * tokens.std()
+    passes = np.ceil(batch / (ranks * micro_tokens))
+    even = batch / (ranks * passes) + tokens.mean()  # pairs are whole: a row is seldom filled to its end
+    return min(micro_tokens, max(int(tokens.max()), int(-(-even // 128) * 128)))
+
+
 def micro_batches(
     rows: np.ndarray, tokens: np.ndarray, micro_tokens: int, rank: int = 0, ranks: int = 1
 ) -> list[np.ndarray]:
