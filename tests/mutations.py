@@ -63,7 +63,7 @@ LOSS_MUTATIONS = {
         "references swapped": "policy_chosen, policy_rejected, reference_rejected, reference_chosen = ",
         "policy for reference": "reference_chosen, reference_rejected, policy_chosen, policy_rejected = ",
     },
-    "if chosen_lengths is not None:": {"lengths ignored": "if False:"},
+    "if chosen_lengths is not None and rejected_lengths is not None:": {"lengths ignored": "if False:"},
     "if (chosen_lengths is None) != (rejected_lengths is None):": {"one length enough": "if False:"},
     '_per_token("chosen_lengths", chosen_logratios, chosen_lengths)': {
         "chosen over the rejected length": '_per_token("chosen_lengths", chosen_logratios, rejected_lengths)',

@@ -188,7 +188,7 @@ def test_labels_cover_neither_points_nor_each_other(tmp_path):
     with drawing([tmp_path / "a.png"], 5, 5) as figure:
         axes = figure.subplots()
         axes.plot([0, 10], [0, 10], ".")
-        label_points(axes, points, [(5.5, 5.5)])
+        label_points(figure, axes, points, [(5.5, 5.5)])
         figure.draw_without_rendering()
         boxes = [text.get_window_extent() for text in axes.texts]
         places = axes.transData.transform([point[:2] for point in points])

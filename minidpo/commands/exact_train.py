@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -39,12 +40,12 @@ class AllPairs(NamedTuple):
     rejected_lengths: Tensor
 
     @property
-    def logps(self) -> tuple[Tensor, ...]:
+    def logps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first four, in the order in which the losses take them."""
         return self[:4]
 
     @property
-    def lengths(self) -> tuple[Tensor, ...]:
+    def lengths(self) -> tuple[Tensor, Tensor]:
         return self[4:]
 
 
@@ -159,7 +160,7 @@ def gauss_newton(
     parameters = list(model.parameters())
     everything = pack_row(world.pairs, wanted)
     # And a row for each pair: one response's gradient then costs one pair, not all of them.
-    rows = [pack_row(world.pairs.select([i]), wanted) for i in range(len(world.pairs))]
+    rows = [pack_row(world.pairs.select(np.array([i])), wanted) for i in range(len(world.pairs))]
     weights = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         values = world.table(read(everything))

@@ -109,7 +109,7 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
     if options.reference:
         reference = _token_logps(options.reference, row, device, options.dtype)
     lengths = row.scored_lengths.cpu().view(1, 2)
-    sums = [sum_by_ending(logps, lengths[0]).view(1, 2) for logps in (policy, reference)]
+    sums, reference_sums = (sum_by_ending(logps, lengths[0]).view(1, 2) for logps in (policy, reference))
     return {
         "model": options.model,
         "reference": options.reference,
@@ -119,11 +119,17 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy()),
-        **dict(zip(("chosen_logps", "rejected_logps"), sums[0][0].tolist(), strict=True)),
-        **dict(zip(("reference_chosen_logps", "reference_rejected_logps"), sums[1][0].tolist(), strict=True)),
+        **dict(zip(("chosen_logps", "rejected_logps"), sums[0].tolist(), strict=True)),
+        **dict(
+            zip(
+                ("reference_chosen_logps", "reference_rejected_logps"),
+                reference_sums[0].tolist(),
+                strict=True,
+            )
+        ),
         **dict(zip(("chosen_length", "rejected_length"), lengths[0].tolist(), strict=True)),
-        "loss": _under(loss, *sums, lengths),
-        "losses": [_under(each, *sums, lengths) for each in EVERY_LOSS],
+        "loss": _under(loss, sums, reference_sums, lengths),
+        "losses": [_under(each, sums, reference_sums, lengths) for each in EVERY_LOSS],
     }
 
 

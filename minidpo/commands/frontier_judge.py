@@ -62,9 +62,9 @@ class Judge:
             apart[:, :, 1],
             apart[:, :, 0],
         )
-        measured = [number for column in columns for number in mean_and_error(column)]
+        reward, kl, kl_log_ratio = (mean_and_error(column) for column in columns)
         length = torch.tensor([[float(j.length) for j in answers.judgements] for answers in drawn])
-        return Point(step, *measured, length.mean().item())
+        return Point(step, *reward, *kl, *kl_log_ratio, length.mean().item())
 
     def _divergences(self, model: Transformer, answers: list[list[int]]) -> Tensor:
         both = divergences(model, self.reference, self.ids, answers, torch.device("cpu"), "fp32")

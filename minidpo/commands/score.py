@@ -23,6 +23,7 @@ from minidpo.metrics import say
 from minidpo.model import Transformer
 from minidpo.packing import PairTokens
 from minidpo.reference import all_logps
+from minidpo.reward import RewardModel
 from minidpo.sections import PreferenceLossSection
 from minidpo.tokenizer import Tokenizer, tokenize_pairs
 from minidpo.weights import load_model, load_reward_model
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> None:
         return {f"{name}chosen_logps": values[:, 0], f"{name}rejected_logps": values[:, 1]}
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
-    if options.reward_model:
+    if isinstance(model, RewardModel):
         rewards = all_rewards(model, pairs, micro_tokens, device, options.dtype, "rewards")
         columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
         margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"

@@ -207,7 +207,7 @@ def sample_answer(
 
 
 def wrong_answer(rng: random.Random, question: Question) -> tuple[str, ...]:
-    options = [(word,) for word in question.candidates]
+    options: list[tuple[str, ...]] = [(word,) for word in question.candidates]
     if question.skill == "order":
         options = list(itertools.permutations(question.candidates, 2))
     elif question.skill == "sum":
