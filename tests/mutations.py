@@ -221,14 +221,14 @@ GATHERER_MUTATIONS = {
         "no shift": "tokens[:, :-1].unsqueeze(-1)",
         "next token but one": "tokens[:, 1:].roll(-1, 1).unsqueeze(-1)",
     },
-    "F.log_softmax(_at_least_float32(logits[:, :-1]), dim=-1)": {
-        "logits from the token itself": "F.log_softmax(_at_least_float32(logits[:, 1:]), dim=-1)",
-        "softmax over positions": "F.log_softmax(_at_least_float32(logits[:, :-1]), dim=1)",
-        "no softmax": "_at_least_float32(logits[:, :-1])",
-        "softmax without its log": "F.softmax(_at_least_float32(logits[:, :-1]), dim=-1)",
+    "F.log_softmax(at_least_float32(logits[:, :-1]), dim=-1)": {
+        "logits from the token itself": "F.log_softmax(at_least_float32(logits[:, 1:]), dim=-1)",
+        "softmax over positions": "F.log_softmax(at_least_float32(logits[:, :-1]), dim=1)",
+        "no softmax": "at_least_float32(logits[:, :-1])",
+        "softmax without its log": "F.softmax(at_least_float32(logits[:, :-1]), dim=-1)",
         "log-softmax in bf16": "F.log_softmax(logits[:, :-1], dim=-1).float()",
         "sum in bf16": "F.log_softmax(logits[:, :-1], dim=-1)",
-        "logits detached": "F.log_softmax(_at_least_float32(logits[:, :-1]).detach(), dim=-1)",
+        "logits detached": "F.log_softmax(at_least_float32(logits[:, :-1]).detach(), dim=-1)",
     },
     "scored = response_mask[:, 1:]": {
         "mask not shifted": "scored = response_mask[:, :-1]",
@@ -265,9 +265,9 @@ GATHERER_MUTATIONS = {
         "targets shifted by one": "targets.roll(1).split(chunk_size), strict=True",
         "first chunk only": "targets.split(chunk_size)[:1]",
     },
-    "logits = _at_least_float32(h @ output_weight.T)  #": {
+    "logits = at_least_float32(h @ output_weight.T)  #": {
         "logits left in bf16": "logits = h @ output_weight.T  #",
-        "logits halved": "logits = 0.5 * _at_least_float32(h @ output_weight.T)  #",
+        "logits halved": "logits = 0.5 * at_least_float32(h @ output_weight.T)  #",
     },
     # the chunked form: backward
     "logits.sub_(normalizers[rows, None]).exp_().neg_()": {
@@ -317,14 +317,12 @@ GATHERER_MUTATIONS = {
         "endings of the other sign": ".index_add(0, ending, values.double(), alpha=-1)",
         "endings detached": ".index_add(0, ending, values.double().detach())",
     },
-    ".view(row.pairs, -1)": {
-        "chosen and rejected swapped": ".view(row.pairs, -1).flip(1)",
+    ".view(row.pairs, row.endings)": {
+        "chosen and rejected swapped": ".view(row.pairs, row.endings).flip(1)",
         "endings laid out by rows of pairs": ".view(-1, row.pairs)",
         "endings laid out by side": ".view(-1, row.pairs).T",
-        "pairs reversed": ".view(row.pairs, -1).flip(0)",
+        "pairs reversed": ".view(row.pairs, row.endings).flip(0)",
     },
-    "token_logps(hidden[row.scored]": {
-        "hidden states shifted by one": "token_logps(hidden[row.scored].roll(1, 0)",
-    },
+    "row.queries)[row.scored]": {"hidden states shifted by one": "row.queries)[row.scored].roll(1, 0)"},
     "row.places.position": {"positions in the row, not in the text": "torch.arange(len(row.tokens))"},
 }
