@@ -319,7 +319,7 @@ def test_files_that_are_no_tokenizer_are_refused(tmp_path):
         Tokenizer.from_directory(tmp_path)
     directory(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config.json: broken JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: not JSON"):
         Tokenizer.from_directory(tmp_path)
 
 

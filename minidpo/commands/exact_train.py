@@ -28,6 +28,8 @@ from minidpo.losses import bradley_terry_loss
 from minidpo.packing import PackedRow, Wanted, pack_row
 from minidpo.reward import RewardModel
 
+MOST_STEPS = 300
+
 
 class AllPairs(NamedTuple):
     """Every (winner, loser) of every prompt, one after the other: (X * Y * Y,) each."""
@@ -143,7 +145,6 @@ def gauss_newton(
     read: Callable[[PackedRow], Tensor],
     objective: Objective,
     curvature: Curvature | None = None,
-    max_steps: int = 300,
 ) -> Trained:
     """Minimise objective(z) over the weights w; z is the table that `read` gives.
 
@@ -155,7 +156,7 @@ def gauss_newton(
     doubles the digits. J is the project's own backward, one response at a time: were it wrong, steps would
     not lower the loss. lambda falls when a step lowers it, and rises until one does.
     curvature: H, where it should not be the objective's Hessian. read: packed row -> (pairs, 2).
-    Raises RuntimeError when no step lowers the objective, or `max_steps` were not enough.
+    Raises RuntimeError when no step lowers the objective, or MOST_STEPS were not enough.
     """
     parameters = list(model.parameters())
     everything = pack_row(world.pairs, wanted)
@@ -165,7 +166,7 @@ def gauss_newton(
     with torch.no_grad():
         values = world.table(read(everything))
     identity, damping = torch.eye(values.numel(), dtype=values.dtype), 1e-2
-    for taken in range(1, max_steps + 1):
+    for taken in range(1, MOST_STEPS + 1):
         values.requires_grad_()
         loss = objective(values)
         g = torch.autograd.grad(loss, values)[0].flatten()
@@ -192,7 +193,7 @@ def gauss_newton(
         weights, damping = parameters_to_vector(parameters).detach(), max(damping / 10, 1e-12)
         if promised < 1e-16:
             return Trained(values, objective(values).item(), taken)
-    raise RuntimeError(f"not converged in {max_steps} steps: the last promised to gain {promised / 2:.1e}")
+    raise RuntimeError(f"not converged in {MOST_STEPS} steps: the last promised to gain {promised / 2:.1e}")
 
 
 def output_gradients(outputs: Tensor, parameters: list[nn.Parameter]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minidpo.chat import TEMPLATES
 from minidpo.commands.explain_text import render, visible
+from minidpo.commands.sample import unescaped
 from minidpo.config import check_section
 from minidpo.dataset import require_fit
 from minidpo.device import autocast, choose_device, row_length
@@ -143,7 +144,7 @@ def _read_pair(options: argparse.Namespace, tokenizer: Tokenizer) -> PreferenceP
             raise UserError(
                 "a pair in text needs --prompt, --chosen and --rejected, all three and no --index"
             )
-        prompt, chosen, rejected = (text.replace("\\n", "\n") for text in texts)
+        prompt, chosen, rejected = map(unescaped, texts)
         if not (chosen.strip() and rejected.strip()):
             raise UserError(f"{EMPTY_ENDING}: --chosen {chosen!r}, --rejected {rejected!r}; give both a text")
         return PreferencePair(prompt, chosen, rejected)
