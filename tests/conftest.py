@@ -37,6 +37,13 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def tokenizer(world):
+    from minidpo.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(world / "model")
+
+
+@pytest.fixture
 def config(world, tmp_path):
     """Writes a TOML for a few fast steps on `world` and returns the arguments that name it."""
 
