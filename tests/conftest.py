@@ -37,6 +37,16 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def directory(tmp_path) -> Path:
+    """A saved tiny model, to be spoilt by a test."""
+    from minidpo.weights import save_model
+    from tiny import tiny_model
+
+    save_model(tiny_model(), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def tokenizer(world):
     from minidpo.tokenizer import Tokenizer
 

@@ -140,6 +140,12 @@ def write_tokenizer(directory: Path, texts: list[str], vocabulary: int = 300) ->
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def edit_config(directory: Path, edit: Callable[[dict], None]) -> None:
+    fields = json.loads((directory / "config.json").read_text())
+    edit(fields)
+    (directory / "config.json").write_text(json.dumps(fields))
+
+
 def _randomized(kind: type, seed: int, dtype: torch.dtype, over: dict):
     with torch.random.fork_rng():
         torch.manual_seed(seed)
