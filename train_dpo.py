@@ -97,7 +97,8 @@ def main(arguments: list[str]) -> None:
         return
 
     # --- the frozen reference: log-probs of every pair once, or a second model alongside
-    train_reference = eval_reference = None
+    train_reference: StoredReference | LiveReference | None = None
+    eval_reference: StoredReference | LiveReference | None = None
     if loss.name in NEEDS_REFERENCE and config.reference.precompute:
         stored = stored_logps(
             out / "reference.safetensors",
@@ -188,8 +189,8 @@ def main(arguments: list[str]) -> None:
                 group["lr"] = lr
             batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
             averages = room.fit(step + 1, partial(accumulate, batch))
-            grad_norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
-            grad_norm = whole(grad_norm).item()
+            norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
+            grad_norm = whole(norm).item()
             require_finite(
                 step + 1,
                 averages.mean("loss"),
@@ -219,7 +220,7 @@ def main(arguments: list[str]) -> None:
                 evaluate(done)
             if done == steps:  # before its checkpoint, which says that nothing is left to do
                 final = save_final(out, policy, model_path)
-            stopping = any_rank(stop)
+            stopping = any_rank(bool(stop))
             if stopping or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
                     out, done, policy, optimizer, identity, run.keep_checkpoints, model_path

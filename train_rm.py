@@ -110,7 +110,7 @@ def main(arguments: list[str]) -> None:
         chosen, rejected = rewards.unbind(dim=1)
         margin = torch.full_like(chosen, loss.margin)
         if loss.margin_from_data:
-            margin += torch.from_numpy(pairs.margin[rows]).to(margin)
+            margin += torch.as_tensor(pairs.margin)[rows].to(margin)
         preference = bradley_terry_loss(chosen, rejected, margin, loss.label_smoothing)
         losses = preference + loss.center_weight * center_penalty(chosen, rejected)
         watched = {
@@ -170,8 +170,8 @@ def main(arguments: list[str]) -> None:
                 group["lr"] = lr
             batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
             averages = room.fit(step + 1, partial(accumulate, batch))
-            grad_norm = clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
-            grad_norm = whole(grad_norm).item()
+            norm = clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
+            grad_norm = whole(norm).item()
             require_finite(
                 step + 1,
                 averages.mean("loss"),
@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> None:
                 evaluate(done)
             if done == steps:  # before its checkpoint, which says that nothing is left to do
                 final = save_final(out, model, model_path)
-            stopping = any_rank(stop)
+            stopping = any_rank(bool(stop))
             if stopping or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
                     out, done, model, optimizer, identity, run.keep_checkpoints, model_path

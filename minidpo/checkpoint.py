@@ -214,7 +214,7 @@ def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any])
 
 def _expected_moments(model: nn.Module) -> dict[str, torch.Tensor]:
     """What AdamW keeps of each parameter: tensors of the shapes (and the sharding) that a checkpoint must hold."""
-    expected = {}
+    expected: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         expected |= {f"{name}/{key}": parameter for key in _MOMENTS}
         expected[f"{name}/step"] = torch.zeros((), device=parameter.device)

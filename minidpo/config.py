@@ -46,7 +46,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def to_toml(config: Config) -> str:
     """The resolved configuration as TOML that `load_config` reads back to the same values."""
-    lines = []
+    lines: list[str] = []
     for section, values in to_dict(config).items():
         lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
         lines += [f"{name} = {_toml_value(value)}" for name, value in values.items()]

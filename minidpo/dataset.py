@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +78,7 @@ def tokenized(
 
     for file in files:
         check_path(Path(file))
+    made: AbstractContextManager[tuple[PairTokens, list[str]]]
     if cache is None:
         made = nullcontext(build(None))
     else:
@@ -138,7 +139,8 @@ def require_fit(role: str, model: ModelConfig, tokenizer: Tokenizer, max_length:
 def prompt_keys(pairs: PairTokens) -> list[bytes]:
     """A digest of each prompt's token ids: equal prompts, equal keys."""
     return [
-        hashlib.blake2b(pairs.ids[start:end], digest_size=16).digest() for start, end in pairs.bounds[:, :2]
+        hashlib.blake2b(pairs.ids[start:end].data, digest_size=16).digest()
+        for start, end in pairs.bounds[:, :2]
     ]
 
 

@@ -9,13 +9,16 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from minidpo.errors import RunStopped, UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Value = TypeVar("Value")
 
@@ -125,7 +128,7 @@ def gathered(value: Value) -> list[Value]:
 
 def any_rank(flag: bool) -> bool:
     """Whether it is true anywhere: signals reach the processes at different steps, and all must leave at the same."""
-    return bool(summed(torch.tensor(int(bool(flag)))))
+    return bool(summed(torch.tensor(int(flag))))
 
 
 def shard(model: nn.Module, device: torch.device, dtype: str) -> None:
@@ -146,17 +149,17 @@ def shard(model: nn.Module, device: torch.device, dtype: str) -> None:
     # Inputs are not cast: autocast does it per product, and the residual stream stays float32.
     gathered = torch.bfloat16 if dtype == "bf16" else None
     policy = MixedPrecisionPolicy(gathered, torch.float32, cast_forward_inputs=False)
-    for module in (*model.model.layers, model):
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
+    for module in (*model.get_submodule("model.layers").children(), model):
+        sharded = fully_shard(module, mesh=mesh, mp_policy=policy)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
     register_fsdp_forward_method(model, "hidden_states")
 
 
 def let_go(model: nn.Module) -> None:
     """Free what a forward without a backward has left gathered; its parameters are the sharded ones again."""
     if ranks() > 1:
-        model.reshard()
+        model.reshard()  # type: ignore[operator]  # FSDP2 gives a sharded module this method
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -195,7 +198,7 @@ def own_part(full: Tensor, tensor: Tensor) -> Tensor:
     return full if rows is None else from_rows(full[rows].clone(), tensor)
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return ranks() > 1 and hasattr(
         tensor, "placements"
     )  # a DTensor, whose class is not imported for one process

@@ -18,7 +18,7 @@ class RunStopped(RuntimeError):
     """A run that must not go on, though nobody typed anything wrong (a non-finite gradient)."""
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, without its line breaks."""
     return " ".join(str(error).split())
 

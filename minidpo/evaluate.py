@@ -23,13 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minidpo.dataset import prompt_keys
+from minidpo.dataset import longest_pair, prompt_keys
 from minidpo.device import autocast
 from minidpo.distributed import gathered, rank, ranks
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 from minidpo.generate import Sampling, generate
-from minidpo.judge import Judge, mean_and_error, text_after
+from minidpo.judge import MICRO_TOKENS, Judge, mean_and_error, text_after
 from minidpo.logprobs import CHUNK, at_least_float32, scored_hidden, sum_by_ending
 from minidpo.metrics import Progress
 from minidpo.model import Transformer
@@ -37,8 +37,6 @@ from minidpo.packing import PackedRow, PairTokens, Wanted
 from minidpo.reference import load_reference, of_every_pair
 from minidpo.sections import EvalSection
 from minidpo.tokenizer import Tokenizer, TokenPair
-
-MICRO_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,7 @@ def divergences(
         TokenPair(list(prompt), list(ids), [], i)
         for i, (prompt, ids) in enumerate(zip(prompts, samples, strict=True))
     )
-    micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
+    micro_tokens = max(MICRO_TOKENS, longest_pair(pairs))
     compute = partial(divergence, policy, reference)
     return of_every_pair(compute, Wanted(chosen_logps=True), pairs, micro_tokens, device, dtype)
 

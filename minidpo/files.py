@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -114,6 +116,17 @@ def require_file(path: Path, hint: str) -> Path:
     if not path.is_file():
         raise UserError(f"{path}: no such file; {hint}")
     return path
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object that the file is; else a UserError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not JSON ({one_line(error)}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a JSON {type(content).__name__} where an object should be; fetch it again")
+    return content
 
 
 def fingerprint(*parts: bytes | str | Path) -> str:

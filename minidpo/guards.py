@@ -81,7 +81,7 @@ def require_finite(
         return
     what = f"gradient norm is {grad_norm}" if math.isfinite(loss) else f"loss is {loss}"
     file = out / f"bad_batch-step-{step}.json"
-    batch = {"step": step, "loss": _plain(loss), "grad_norm": _plain(grad_norm)}
+    batch: dict[str, Any] = {"step": step, "loss": _plain(loss), "grad_norm": _plain(grad_norm)}
     batch["pairs"] = [described(pairs, row, value, tokenizer) for row, value in enumerate(pair_losses())]
     if rank() == 0:
         with writing(file), replacing_file(file) as temporary:

@@ -4,12 +4,11 @@ A field that would change the numbers and is not computed here is an error that 
 but what is listed in HARMLESS, or is unset (null, false, empty).
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 from minidpo.errors import UserError
-from minidpo.files import require_file
+from minidpo.files import read_object, require_file
 from minidpo.model import Llama3Rope, ModelConfig
 
 ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
@@ -34,12 +33,7 @@ _WIDEST = 2**24  # far above any model; two such sizes still multiply without ov
 def read_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a model directory. Raises UserError, naming the field, for what cannot be computed."""
     path = require_file(directory / "config.json", "a Hugging Face model directory is needed")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise UserError(f"{path}: holds a {type(fields).__name__}; a JSON object is needed")
+    fields = read_object(path)
     try:
         return parse_config(fields)
     except ValueError as error:

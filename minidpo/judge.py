@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.dataset import require_fit
+from minidpo.dataset import longest_pair, require_fit
 from minidpo.errors import UserError
 from minidpo.formats import PreferencePair
 from minidpo.packing import PackedRow, PairTokens, Wanted
@@ -15,7 +15,7 @@ from minidpo.reward import RewardModel
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_reward_model
 
-MICRO_TOKENS = 8192
+MICRO_TOKENS = 8192  # of one pass without gradients; more where one pair is longer
 
 
 class Judge:
@@ -46,7 +46,7 @@ class Judge:
                 " sample fewer new tokens"
             )
         pairs = PairTokens.from_pairs(ids)
-        micro_tokens = max(MICRO_TOKENS, int(pairs.lengths.sum(axis=1).max()))
+        micro_tokens = max(MICRO_TOKENS, longest_pair(pairs))
         return all_rewards(self._model, pairs, micro_tokens, self._device, "fp32")[:, 0].tolist()
 
 

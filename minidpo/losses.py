@@ -219,7 +219,7 @@ def _logratios(
     rejected_logratios = policy_rejected - reference_rejected
     if (chosen_lengths is None) != (rejected_lengths is None):
         raise ValueError("chosen_lengths and rejected_lengths go together: give both or neither")
-    if chosen_lengths is not None:
+    if chosen_lengths is not None and rejected_lengths is not None:
         chosen_logratios = _per_token("chosen_lengths", chosen_logratios, chosen_lengths)
         rejected_logratios = _per_token("rejected_lengths", rejected_logratios, rejected_lengths)
     return chosen_logratios, rejected_logratios

@@ -50,9 +50,9 @@ def step_memory(
     # Logits and their gradient in bf16, logits in float32; the output matrix's gradient in float32.
     output = (2 + 4 + 2) * chunk * config.vocab_size + 4 * config.vocab_size * config.hidden_size
     kept = _layer_bytes(config, scored, device)
-    backward = 6 * config.intermediate_size  # gradients of the MLP's three products, in bf16
+    backward: float = 6 * config.intermediate_size  # gradients of the MLP's three products, in bf16
     if activation_checkpointing:  # each layer's input, and one layer as it is computed again
-        activations = 4 * config.hidden_size * config.num_hidden_layers
+        activations: float = 4 * config.hidden_size * config.num_hidden_layers
         backward += kept
     else:  # the last layer computes for scored tokens alone
         activations = kept * (config.num_hidden_layers - 1 + scored)
@@ -60,7 +60,7 @@ def step_memory(
         STATE_BYTES * -(-parameters // ranks),
         gathered,
         round(activations * micro_tokens),
-        max(output, backward * micro_tokens),
+        max(output, round(backward * micro_tokens)),
     )
 
 
@@ -77,12 +77,13 @@ def _layer_bytes(config: ModelConfig, scored: float, device: str) -> float:
     d, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
+    attention: float
     if device == "cuda":
-        norm, attention = (
-            4 * d,
-            2 * (2 * queries + 2 * keys),
-        )  # its input, float32; q, the result, k and v, bf16
-    else:  # float32; the normed values too; a prompt's keys stand before both endings' as well as alone
-        norm, attention = 8 * d, 4 * (2 * queries + 2 * keys * (1 + 2 * (1 - scored)))
+        norm = 4 * d  # its input, float32
+        attention = 2 * (2 * queries + 2 * keys)  # q, the result, k and v, bf16
+    else:  # float32
+        norm = 8 * d  # the normed values too
+        # A prompt's keys stand before both endings' as well as alone.
+        attention = 4 * (2 * queries + 2 * keys * (1 + 2 * (1 - scored)))
     # In bf16: inputs of q k v, of o, of gate and up; gate, silu(gate), up and their product.
     return 2 * norm + 2 * (d + queries + d) + attention + 2 * 4 * inner

@@ -25,7 +25,7 @@ class Averages:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._count: int | Tensor = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
         """values: quantity -> one number a pair, (B,)."""

@@ -126,8 +126,8 @@ class Transformer(nn.Module):
     def compile_layers(self) -> None:
         """torch.compile everything of a layer but its attention, which is compiled on CUDA in any case."""
         for layer in self.model.layers:
-            layer.before_attention = torch.compile(layer.before_attention, dynamic=True)
-            layer.after_attention = torch.compile(layer.after_attention, dynamic=True)
+            for part in ("before_attention", "after_attention"):
+                setattr(layer, part, torch.compile(getattr(layer, part), dynamic=True))
 
 
 class Decoder(nn.Module):

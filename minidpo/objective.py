@@ -33,7 +33,7 @@ def preference(
             loss.label_smoothing,
         )
     else:
-        reference_chosen_logps, reference_rejected_logps = reference.unbind(dim=1)
+        reference_chosen_logps, reference_rejected_logps = _given(loss, reference).unbind(dim=1)
         logps = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
         per_token = (chosen_lengths, rejected_lengths) if loss.length_normalize else (None, None)
         if loss.name == "ipo":
@@ -49,6 +49,12 @@ def preference(
         "response_length/chosen": chosen_lengths,
         "response_length/rejected": rejected_lengths,
     }
+
+
+def _given(loss: PreferenceLossSection, reference: Tensor | None) -> Tensor:
+    if reference is None:
+        raise ValueError(f"reference is None; {loss.name} compares with a reference's log-probs")
+    return reference
 
 
 def watch(result: PreferenceLoss) -> dict[str, Tensor]:
@@ -77,7 +83,7 @@ def loss_argument(
 
     With length_normalize each log-ratio is over its |y|.
     """
-    values = policy if loss.name in ("simpo", "sft") else policy - reference
+    values = policy if loss.name in ("simpo", "sft") else policy - _given(loss, reference)
     if _averages(loss):
         values = values / lengths
     if loss.name == "sft":

@@ -10,8 +10,8 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from minidpo.errors import UserError
 from minidpo.formats import BadRecord
@@ -23,7 +23,7 @@ READ = ".jsonl or .json, plain or .gz"
 LONGEST_RECORD = 16 * 2**20
 
 _GZIP_MAGIC = b"\x1f\x8b"
-_BLANKS = re.compile(r"[ \t\r\n]*")
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 _CONVERT = {  # without these arguments pandas reads the text "NA" as missing, "12" as a number
     ".parquet": "read_parquet({source!r})",
     ".csv": "read_csv({source!r}, keep_default_na=False, dtype=str)",
@@ -73,7 +73,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
         raise UserError(f"{path}:{number + 1}: {error.strerror}; fetch the file again") from None
 
 
-def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes | BadRecord]]:
+def _lines(file: BufferedIOBase) -> Iterator[tuple[int, bytes | BadRecord]]:
     """The lines that are not blank, numbered as an editor does. Of a line too long only a part is ever held."""
     number = 0
     while line := file.readline(LONGEST_RECORD + 1):
@@ -134,7 +134,8 @@ def _list(path: Path, content: bytes) -> Iterator[tuple[int, dict | BadRecord]]:
 
 
 def _skip(text: str, at: int) -> int:
-    return _BLANKS.match(text, at).end()
+    found = _NOT_BLANK.search(text, at)
+    return found.start() if found else len(text)
 
 
 def _object(record: object) -> dict | BadRecord:

@@ -143,6 +143,6 @@ def pairs_fingerprint(pairs: PairTokens) -> str:
     """Of the token ids and margins themselves: whatever changes them (files, tokenizer, limits, split) changes it."""
     digest = hashlib.blake2b(digest_size=16)
     for start, end in pairs.bounds[:, [0, 3]]:  # one after the other: all at once would be a copy of the data
-        digest.update(pairs.ids[start:end])
+        digest.update(pairs.ids[start:end].data)
     margin = b"" if pairs.margin is None else pairs.margin.tobytes()
     return fingerprint(digest.digest(), pairs.lengths.tobytes(), margin)

@@ -2,7 +2,7 @@
 
 from array import array
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,9 @@ class DataReport:
         return dropped_lines(self.dropped, "record", name)
 
 
-def dropped_lines(dropped: dict[str, Sequence], unit: str, name: Callable[[Any], str] = str) -> Iterator[str]:
+def dropped_lines(
+    dropped: Mapping[str, Sequence], unit: str, name: Callable[[Any], str] = str
+) -> Iterator[str]:
     """One line a reason: how many were dropped, and the first few of their places, called `unit`."""
     for reason, places in dropped.items():
         first = ", ".join(map(name, places[:_FIRST_FEW])) + (", ..." if len(places) > _FIRST_FEW else "")

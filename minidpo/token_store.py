@@ -149,8 +149,8 @@ def _load(directory: Path) -> tuple[PairTokens, list[str]] | None:
         for name, size in meta["sizes"].items():
             if (directory / name).stat().st_size != size:
                 return None
-        arrays = {name: directory / f"{name}.npy" for name in ("bounds", "index", "margin", "file")}
-        arrays = {name: np.load(path) for name, path in arrays.items() if path.name in meta["sizes"]}
+        paths = {name: directory / f"{name}.npy" for name in ("bounds", "index", "margin", "file")}
+        arrays = {name: np.load(path) for name, path in paths.items() if path.name in meta["sizes"]}
         return PairTokens(_map_ids(directory / _IDS), files=tuple(meta["files"]), **arrays), meta["report"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

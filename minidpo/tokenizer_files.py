@@ -1,9 +1,10 @@
 """What stands beside tokenizer.json in a model's directory: which token ends a text, and the chat template."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 from minidpo.errors import UserError, one_line
+from minidpo.files import read_object
 
 CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE = (
     "tokenizer_config.json",
@@ -19,7 +20,7 @@ def find_eos(directory: Path, vocabulary: dict[str, int]) -> int:
         (directory / SPECIAL_TOKENS, "eos_token"),
         (directory / "config.json", "eos_token_id"),
     ):
-        named = _read_json(file).get(key)
+        named = _fields(file).get(key)
         named = named.get("content") if isinstance(named, dict) else named
         named = named[0] if isinstance(named, list) and named else named  # the others only stop generation
         if named is not None:
@@ -40,7 +41,7 @@ def find_template(directory: Path | None) -> str | None:
             return file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not text in UTF-8 ({one_line(error)}); fetch it again") from None
-    named = _read_json(directory / CONFIG).get("chat_template")
+    named = _fields(directory / CONFIG).get("chat_template")
     if isinstance(named, list):  # several, each {"name": ..., "template": ...}
         named = next(
             (t.get("template") for t in named if isinstance(t, dict) and t.get("name") == "default"), None
@@ -56,7 +57,7 @@ def special_tokens(directory: Path | None) -> dict[str, str]:
     """bos_token, eos_token and so on as text: chat templates write them by these names."""
     if directory is None:
         return {}
-    named = _read_json(directory / SPECIAL_TOKENS) | _read_json(directory / CONFIG)
+    named = _fields(directory / SPECIAL_TOKENS) | _fields(directory / CONFIG)
     texts = {
         key: value.get("content") if isinstance(value, dict) else value
         for key, value in sorted(named.items())
@@ -65,14 +66,6 @@ def special_tokens(directory: Path | None) -> dict[str, str]:
     return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
-def _read_json(file: Path) -> dict:
-    """The object in a config file; empty where there is no such file."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: broken JSON ({one_line(error)}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: a JSON {type(content).__name__} where an object should be; fetch it again")
-    return content
+def _fields(file: Path) -> dict[str, Any]:
+    """Those of a config file; none where there is no such file."""
+    return read_object(file) if file.is_file() else {}

@@ -37,6 +37,23 @@ def world(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def directory(tmp_path) -> Path:
+    """A saved tiny model, to be spoilt by a test."""
+    from minidpo.weights import save_model
+    from tiny import tiny_model
+
+    save_model(tiny_model(), tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def tokenizer(world):
+    from minidpo.tokenizer import Tokenizer
+
+    return Tokenizer.from_directory(world / "model")
+
+
+@pytest.fixture
 def config(world, tmp_path):
     """Writes a TOML for a few fast steps on `world` and returns the arguments that name it."""
 

@@ -34,7 +34,8 @@ def check_hand_computed_rows(module: ModuleType) -> None:
     assert counts.tolist() == [2, 1] and counts.dtype == torch.int64, "counts of scored tokens"
 
 
-def drawn_rows(rows: int = 3, length: int = 6, vocabulary: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def drawn_rows() -> tuple[Tensor, Tensor, Tensor]:
+    rows, length, vocabulary = 3, 6, 5
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(rows, length, vocabulary, generator=generator, dtype=F64) * 3
     tokens = torch.randint(vocabulary, (rows, length), generator=generator)

@@ -37,12 +37,12 @@ def make_world(directory: Path) -> SimpleNamespace:
 
     rng = np.random.default_rng(0)
 
-    def words(least: int, most: int) -> str:
-        return " ".join(rng.choice(WORDS, rng.integers(least, most + 1)))
+    def words(most: int) -> str:
+        return " ".join(rng.choice(WORDS, rng.integers(1, most + 1)))
 
     records = [
-        {"prompt": f"\n\nHuman: {words(1, 9)}\n\nAssistant:"}
-        | {"chosen": f" {words(1, 8)}", "rejected": f" {words(1, 8)}"}
+        {"prompt": f"\n\nHuman: {words(9)}\n\nAssistant:"}
+        | {"chosen": f" {words(8)}", "rejected": f" {words(8)}"}
         for _ in range(40)
     ]
     write_tokenizer(directory / "policy", [" ".join(record.values()) for record in records])

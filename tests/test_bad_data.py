@@ -1,45 +1,20 @@
-"""What hostile files get: one line with file and line, and nothing written; or, with skip_bad, a place in the count."""
+"""What hostile files get: one line with file and line; or, with skip_bad, a place in the count."""
 
-import gzip
 import io
 import json
 import shlex
-from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-import train_dpo
 from minidpo import formats, records
-from minidpo.chat import ChatTemplate
 from minidpo.data import DataReport, PreferencePair, read_preferences
-from minidpo.errors import UserError, exit_on_user_error
-from minidpo.weights import save_model
-from tiny import tiny_model, write_tokenizer
+from minidpo.errors import UserError
+from record_files import GOOD, QUESTION, refusal, write
 
-QUESTION = "\n\nHuman: Is 2 + 2 four?\n\nAssistant:"
-GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 USER, YES, NO = (
     {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "y"), ("assistant", "n"))
 )
 MESSAGES = {"prompt": [USER], "chosen": [YES], "rejected": [NO]}
-
-
-def write(path: Path, *lines: dict | str | bytes) -> Path:
-    texts = [json.dumps(line) if isinstance(line, dict) else line for line in lines]
-    content = b"".join((text.encode() if isinstance(text, str) else text) + b"\n" for text in texts)
-    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
-    return path
-
-
-def refusal(path: Path) -> str:
-    """The one line with which a file is refused, without the path it begins with."""
-    with pytest.raises(UserError) as caught:
-        list(read_preferences(path))
-    message = str(caught.value)
-    assert message.startswith(str(path)) and len(message.splitlines()) == 1
-    return message.removeprefix(str(path))
 
 
 # Records: each one refused with its line, or skipped and counted
@@ -225,109 +200,3 @@ def test_the_command_that_converts_keeps_every_text(tmp_path, suffix):
     assert (python, option) == ("python", "-c")
     exec(program)
     assert list(read_preferences(path.with_suffix(".jsonl"))) == [PreferencePair(**row) for row in rows]
-
-
-# Whatever else there may be
-
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
-words = st.sampled_from(
-    ["prompt", "chosen", "rejected", "role", "content", "margin", "user", "assistant", "x"]
-)
-values = st.recursive(
-    scalars | words,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=4),
-    max_leaves=12,
-)
-message = st.fixed_dictionaries({"role": words | values, "content": values})
-record = st.dictionaries(words, values, max_size=5) | st.fixed_dictionaries(
-    {"chosen": values | st.lists(message, max_size=3), "rejected": values | st.lists(message, max_size=3)},
-    optional={"prompt": values | st.lists(message, max_size=2), "margin": values},
-)
-
-
-def pairs_or_one_line(path: Path, skip_bad: bool) -> None:
-    try:
-        pairs = list(read_preferences(path, template=ChatTemplate("hh", None, "</s>"), skip_bad=skip_bad))
-    except UserError as error:
-        assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
-    else:
-        assert pairs and all(pair.chosen.strip() and pair.rejected.strip() for pair in pairs)
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.binary(max_size=60) | st.sampled_from([json.dumps(GOOD).encode(), b"", b"{}", b"\x1f\x8b"])),
-    st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.json"]),
-    st.booleans(),
-)
-def test_any_bytes_give_pairs_or_one_line(tmp_path_factory, lines, name, skip_bad):
-    path = tmp_path_factory.mktemp("fuzz") / name
-    path.write_bytes(b"\n".join(lines))
-    pairs_or_one_line(path, skip_bad)
-
-
-@settings(max_examples=150, deadline=None)
-@given(st.lists(record | values, max_size=4), st.booleans(), st.booleans())
-def test_any_json_gives_pairs_or_one_line(tmp_path_factory, content, as_list, skip_bad):
-    path = tmp_path_factory.mktemp("fuzz") / ("a.json" if as_list else "a.jsonl")
-    path.write_text(json.dumps(content) if as_list else "\n".join(map(json.dumps, content)))
-    pairs_or_one_line(path, skip_bad)
-
-
-# The whole command: exit 2, one line on stderr, nothing written
-
-
-@pytest.fixture
-def refused(config, tmp_path, capsys):
-    """Runs train_dpo with overrides and returns the one line it ends with; nothing may be written."""
-
-    def run(*overrides: str) -> str:
-        before = sorted(tmp_path.rglob("*"))
-        with pytest.raises(SystemExit) as exit:
-            exit_on_user_error(lambda _: train_dpo.main([*arguments, *overrides]))
-        *progress, said = capsys.readouterr().err.splitlines()
-        assert exit.value.code == 2 and all(line.startswith("tokenizing eval") for line in progress)
-        assert sorted(tmp_path.rglob("*")) == before, "something was written"
-        return said.removeprefix("error: ")
-
-    arguments = config()
-    return run
-
-
-def test_bad_data_stops_a_run_with_file_and_line_before_anything_is_written(refused, tmp_path):
-    path = write(tmp_path / "a.jsonl", GOOD, "{")
-    assert refused(f"--data.train={path}").startswith(f"{path}:2: broken JSON")
-    assert refused(f"--data.eval={path}").startswith(f"{path}:2: broken JSON")
-    good = f"--data.eval={write(tmp_path / 'b.jsonl', GOOD)}"
-    assert refused(good, f"--data.train={path}").startswith(f"{path}:2: broken JSON")
-    assert refused(f"--data.train={tmp_path}").startswith(f"{tmp_path}: is a directory")
-    assert "No such file" in refused(f"--data.train={tmp_path / 'missing.jsonl'}")
-
-
-def test_a_run_in_which_no_pair_is_left_is_refused(refused, tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": " yes yes", "rejected": " yes no"})
-    said = refused(f"--data.train={path}", "--data.max_length=2", "--data.max_prompt_length=1")
-    assert said.startswith("no pair is left to use with max_length = 2 (dropped 1: endings identical")
-
-
-def test_skip_bad_lets_the_run_go_on(config, tmp_path, capsys, world):
-    lines = gzip.open(world / "pairs.jsonl.gz").read().splitlines()
-    path = write(tmp_path / "a.jsonl", lines[0], b"{", *lines[1:])
-    train_dpo.main([*config(), f"--data.train={path}", "--data.skip_bad=true", "--optim.max_steps=1"])
-    assert "dropped 1: broken JSON (line 2)" in capsys.readouterr().out
-
-
-def test_a_tokenizer_without_eos_is_refused(refused, tmp_path, world):
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (model / name).write_bytes((world / "model" / name).read_bytes())
-    content = json.loads((model / "config.json").read_text()) | {"eos_token_id": None}
-    (model / "config.json").write_text(json.dumps(content))
-    assert refused(f"--model.path={model}").endswith("no eos_token; name the token that ends a text")
-
-
-def test_a_vocabulary_larger_than_the_embedding_is_refused(refused, tmp_path):
-    write_tokenizer(tmp_path / "small", ["a b c"])
-    save_model(tiny_model(vocab_size=61), tmp_path / "small")
-    assert "the model's embedding 61 rows" in refused(f"--model.path={tmp_path / 'small'}")

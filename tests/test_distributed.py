@@ -24,6 +24,7 @@ import train_dpo
 import train_rm
 from minidpo.distributed import launch
 from minidpo.packing import micro_batches
+from runs import metrics
 
 ROOT = Path(__file__).parents[1]
 STEPS = 20
@@ -58,10 +59,6 @@ def finished(processes: int, script: str, *arguments: str) -> str:
         output = process.communicate(timeout=240)[0]
         assert process.returncode == 0, output
     return output
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def largest_difference(one: Path, other: Path) -> float:

@@ -13,7 +13,8 @@ from minidpo.errors import UserError
 from minidpo.evaluate import distinct, divergences
 from minidpo.generate import Sampling, generate
 from minidpo.judge import mean_and_error
-from test_train_dpo import final, run
+from runs import final
+from runs import run_dpo as run
 from tiny import EOS, tiny_model
 
 HERE = (torch.device("cpu"), "fp32")

@@ -6,20 +6,21 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from minidpo.commands import demo, frontier
-from minidpo.commands.frontier_judge import Setting, best_reachable, mean_and_error
+from minidpo.commands.frontier_judge import Setting, best_reachable, over_prompts
 from minidpo.errors import UserError
 
 
 def test_the_standard_error_is_over_prompts():
     """Two samples of one prompt that always agree are one observation, not two."""
-    once = torch.tensor([[1.0, 2.0, 4.0, 5.0]])
-    mean, error = mean_and_error(once)
-    assert mean == 3.0 and error == pytest.approx(math.sqrt(10 / 3) / 2)
-    assert mean_and_error(once.repeat(2, 1)) == pytest.approx((mean, error))
+    once = np.array([[1.0, 2.0, 4.0, 5.0]])
+    mean, error = over_prompts(once)
+    assert mean == 3.0 and error == pytest.approx(math.sqrt(10 / 4) / 2)
+    assert over_prompts(once.repeat(2, axis=0)) == pytest.approx((mean, error))
 
 
 def test_the_best_reachable_curve_is_the_optimum_known_in_closed_form():

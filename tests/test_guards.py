@@ -11,7 +11,7 @@ import train_rm
 from minidpo import objective
 from minidpo.errors import RunStopped, exit_on_user_error
 from minidpo.guards import MicroTokens
-from test_train_dpo import final
+from runs import final
 
 SCRIPTS = pytest.mark.parametrize(
     ("script", "loss"), [(train_dpo, "dpo_loss"), (train_rm, "bradley_terry_loss")], ids=["dpo", "rm"]

@@ -1,19 +1,10 @@
 """config.json: every field that changes the numbers is read or refused by name."""
 
-import json
-
 import pytest
 
 from minidpo.errors import UserError
 from minidpo.weights import load_model, save_model
-from tiny import tiny_model
-
-
-@pytest.fixture
-def directory(tmp_path):
-    """A saved tiny model, to be spoilt by a test."""
-    save_model(tiny_model(), tmp_path)
-    return tmp_path
+from tiny import edit_config, tiny_model
 
 
 @pytest.mark.parametrize("place", ["top", "rope_parameters", "rope_scaling", "both", "neither"])
@@ -100,9 +91,3 @@ def test_a_sliding_window_limits_the_length_where_a_layer_slides(tmp_path, field
 
     edit_config(tmp_path, replace)
     assert load_model(tmp_path).config.max_length == limit
-
-
-def edit_config(directory, edit) -> None:
-    fields = json.loads((directory / "config.json").read_text())
-    edit(fields)
-    (directory / "config.json").write_text(json.dumps(fields))

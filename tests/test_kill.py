@@ -1,6 +1,5 @@
 """Runs killed with SIGKILL at random moments, in their saves too, end as if nothing had happened."""
 
-import json
 import multiprocessing
 import random
 import time
@@ -10,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import runs
 import train_dpo
 import train_rm
 
@@ -35,8 +35,7 @@ def started(script, arguments: list[str], out: Path):
 
 
 def metrics(out: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in runs.metrics(out)]
 
 
 def half_done(out: Path, process: int | str = "*") -> bool:

@@ -1,8 +1,8 @@
 """Break the mathematics on purpose, one place at a time: no broken copy may survive the battery.
 
-A mutation of tests/mutations.py replaces text in the source of minidpo/losses.py or minidpo/logprobs.py;
-the mutant is executed as a module of its own and handed to the checks of tests/battery.py and
-tests/refusals.py, or of tests/gatherer.py. It counts as caught when a check fails, or when the mutant
+A mutation of loss_mutations.py or gatherer_mutations.py replaces text in the source of minidpo/losses.py or
+minidpo/logprobs.py; the mutant is executed as a module of its own and handed to the checks of battery.py and
+refusals.py, or of gatherer.py. It counts as caught when a check fails, or when the mutant
 refuses or cannot compute what is right. A mutant that does not even know its own names proves nothing:
 NameError, TypeError and the like fail the test.
 """
@@ -16,9 +16,10 @@ import pytest
 import battery
 import gatherer
 import refusals
+from gatherer_mutations import GATHERER_MUTATIONS
+from loss_mutations import LOSS_MUTATIONS
 from loss_table import LOSSES
 from minidpo import logprobs, losses
-from mutations import GATHERER_MUTATIONS, LOSS_MUTATIONS
 
 CAUGHT = (AssertionError, ValueError, RuntimeError)
 # Finite differences are left out: slow, and the closed forms already catch everything they would.

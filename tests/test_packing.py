@@ -42,8 +42,8 @@ def token_pairs(draw) -> list[TokenPair]:
     return pairs
 
 
-def packed(pairs: list[TokenPair], wanted: Wanted = LOGPS, pad_to: int = 0):
-    return pack_row(PairTokens.from_pairs(pairs), wanted, pad_to)
+def packed(pairs: list[TokenPair], wanted: Wanted = LOGPS):
+    return pack_row(PairTokens.from_pairs(pairs), wanted)
 
 
 def weighted_sum(logps: torch.Tensor) -> torch.Tensor:

@@ -167,13 +167,12 @@ def test_every_key_that_is_plotted_is_one_the_scripts_write(config, tmp_path, mo
     import train_dpo
     import train_rm
 
-    train_dpo.main(config())
+    train_dpo.main(config(eval__samples=2, eval__max_new_tokens=4))
     _, dpo = drawn(monkeypatch, tmp_path / "out")
     train_rm.main([*config(), f"--run.out={tmp_path / 'rm'}"])
     _, rm = drawn(monkeypatch, tmp_path / "rm")
-    measured_elsewhere = {"KL from the reference, nats", "Sampled length, tokens"}
     titles = {re.sub("^Loss$", "Loss, nats", panel.title) for panel in command.PANELS}
-    assert titles - measured_elsewhere == dpo.keys() | rm.keys()
+    assert titles == dpo.keys() | rm.keys()
 
 
 def test_a_directory_that_is_none_is_one_line_and_status_2(tmp_path):
@@ -188,7 +187,7 @@ def test_labels_cover_neither_points_nor_each_other(tmp_path):
     with drawing([tmp_path / "a.png"], 5, 5) as figure:
         axes = figure.subplots()
         axes.plot([0, 10], [0, 10], ".")
-        label_points(axes, points, [(5.5, 5.5)])
+        label_points(figure, axes, points, [(5.5, 5.5)])
         figure.draw_without_rendering()
         boxes = [text.get_window_extent() for text in axes.texts]
         places = axes.transData.transform([point[:2] for point in points])

@@ -1,6 +1,5 @@
 """run.tensorboard: the event files say what metrics.jsonl says, each number once, however often a run is resumed."""
 
-import json
 import math
 import sys
 import time
@@ -12,6 +11,7 @@ import train_dpo
 import train_rm
 from minidpo.errors import UserError
 from minidpo.metrics import MetricsFile
+from runs import metrics
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def written(tensorboard, out: Path) -> dict[tuple[str, int], float]:
 
 
 def logged(out: Path) -> dict[tuple[str, int], float]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics(out)
     return {(key, line["step"]): value for line in lines for key, value in line.items() if key != "step"}
 
 

@@ -8,16 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import train_rm
 from minidpo.commands.score import main as score
 from minidpo.weights import load_model, load_reward_model
-
-
-def run(arguments: list[str], *overrides: str) -> list[dict]:
-    train_rm.main([*arguments, *overrides])
-    out = next((o.partition("=")[2] for o in overrides if o.startswith("--run.out")), None)
-    out = Path(out) if out else Path(arguments[0]).parent / "out"
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+from runs import run_rm as run
 
 
 def test_training_reaches_held_out_accuracy_on_a_learnable_preference(config):

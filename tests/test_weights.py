@@ -13,7 +13,7 @@ from minidpo.errors import UserError
 from minidpo.model import Llama3Rope
 from minidpo.packing import PairTokens, Wanted, pack_row
 from minidpo.weights import load_model, load_reward_model, model_fingerprint, save_model, save_reward_model
-from tiny import EOS, naive_rewards, padded_rows, random_pairs, tiny_model, tiny_reward_model
+from tiny import EOS, edit_config, naive_rewards, padded_rows, random_pairs, tiny_model, tiny_reward_model
 
 TOKENS = torch.arange(40).view(2, 20)
 EVERYTHING = dict(
@@ -26,13 +26,6 @@ EVERYTHING = dict(
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)
-
-
-@pytest.fixture
-def directory(tmp_path):
-    """A saved tiny model, to be spoilt by a test."""
-    save_model(tiny_model(), tmp_path)
-    return tmp_path
 
 
 def test_what_is_saved_is_what_is_loaded(tmp_path):
@@ -181,12 +174,6 @@ def test_a_loaded_reward_model_without_lm_head_refuses_to_speak(tmp_path):
 def test_a_language_model_is_not_a_reward_model(directory):
     with pytest.raises(UserError, match="no tensor 'score.weight'"):
         load_reward_model(directory)
-
-
-def edit_config(directory, edit) -> None:
-    fields = json.loads((directory / "config.json").read_text())
-    edit(fields)
-    (directory / "config.json").write_text(json.dumps(fields))
 
 
 def rewrite(directory, change) -> None:

@@ -56,12 +56,11 @@ def random_pairs(
     n: int,
     prompt: tuple[int, int] = (1, 9),
     ending: tuple[int, int] = (1, 12),
-    vocabulary: int = VOCABULARY,
 ) -> list[TokenPair]:
     """Pairs of random ids with lengths drawn from closed ranges; endings end in EOS."""
 
     def ids(length: int) -> list[int]:
-        return rng.integers(EOS + 1, vocabulary, length).tolist()
+        return rng.integers(EOS + 1, VOCABULARY, length).tolist()
 
     def length(bounds: tuple[int, int]) -> int:
         return int(rng.integers(bounds[0], bounds[1] + 1))
@@ -117,7 +116,7 @@ def relative_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> fl
     return max(float((left[name] - right[name]).norm()) / size for name, size in sizes.items())
 
 
-def write_tokenizer(directory: Path, texts: list[str], vocabulary: int = 300, pad: str = "<pad>") -> None:
+def write_tokenizer(directory: Path, texts: list[str], vocabulary: int = 300) -> None:
     """Train a byte-level BPE tokenizer on `texts`; it puts <s> before a text and knows </s> as EOS."""
     core = tokenizers.Tokenizer(tokenizers.models.BPE())
     core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -136,9 +135,15 @@ def write_tokenizer(directory: Path, texts: list[str], vocabulary: int = 300, pa
     )
     directory.mkdir(parents=True, exist_ok=True)
     core.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": pad}
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def edit_config(directory: Path, edit: Callable[[dict], None]) -> None:
+    fields = json.loads((directory / "config.json").read_text())
+    edit(fields)
+    (directory / "config.json").write_text(json.dumps(fields))
 
 
 def _randomized(kind: type, seed: int, dtype: torch.dtype, over: dict):

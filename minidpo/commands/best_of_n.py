@@ -90,19 +90,17 @@ def show(prompts: Sequence[Sequence[Sample]]) -> None:
             f"--- prompt {p}, best of {n}: reward {best.reward:.4f} (mean {np.mean(rewards):.4f}, worst {min(rewards):.4f})"
         )
         say(best.text)
-    rewards = np.array([[sample.reward for sample in samples] for samples in prompts])
-    every, best = mean_and_error(rewards.mean(axis=1)), mean_and_error(rewards.max(axis=1))
+    table = np.array([[sample.reward for sample in samples] for samples in prompts])
+    (every, every_error), (top, top_error) = map(mean_and_error, (table.mean(axis=1), table.max(axis=1)))
     cut = sum(not sample.ended for samples in prompts for sample in samples)
     say(f"--- {len(prompts)} prompts, {n} samples each; mean ± standard error over prompts")
-    say(
-        f"reward of a sample {every[0]:.4f} ± {every[1]:.4f}, of the best of {n} {best[0]:.4f} ± {best[1]:.4f}"
-    )
+    say(f"reward of a sample {every:.4f} ± {every_error:.4f}, of the best of {n} {top:.4f} ± {top_error:.4f}")
     say(
         f"KL of the best of {n} from the model: at most log n - (n-1)/n = {math.log(n) - (n - 1) / n:.4f} nats a prompt"
     )
     if cut:
         say(
-            f"{cut} of {rewards.size} samples were cut off at --max-new-tokens, and are scored as if they ended there"
+            f"{cut} of {table.size} samples were cut off at --max-new-tokens, and are scored as if they ended there"
         )
 
 

@@ -33,7 +33,7 @@ from minidpo.weights import load_model
 ROOT = Path(__file__).resolve().parents[2]  # of the repository: the scripts and configs lie there
 OUT = "runs/demo"  # what the configs say
 EXAMPLES = 3
-FROM_SFT = {
+FROM_SFT: dict[str, str | list[str]] = {
     "model.path": "sft/final",
     "data.train": ["preferences.train.jsonl.gz"],
     "data.eval": ["preferences.test.jsonl.gz"],

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,7 +210,7 @@ def plot_frontier(world: World, trained: list[Tensor], file: Path) -> None:
             name = curves[0][row].name
             axes.plot(*place([c[row].policy for c in curves]), color=colour, linewidth=1)
             ends = [c[row].to_policy(c[row].train().values) for c in points]
-            look = {"color": colour, "markerfacecolor": "none", "markersize": 8}
+            look: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "markersize": 8}
             axes.plot(*place([trained[row], *ends]), mark, label=name, **look)
         axes.plot(*place([c[0].policy for c in curves]), "--", color=INK, linewidth=2, label="frontier")
         axes.set(xlabel="KL(policy, reference), nats", ylabel="expected true reward, nats")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -26,6 +27,8 @@ from minidpo.logprobs import response_logps
 from minidpo.losses import bradley_terry_loss
 from minidpo.packing import PackedRow, Wanted, pack_row
 from minidpo.reward import RewardModel
+
+MOST_STEPS = 300
 
 
 class AllPairs(NamedTuple):
@@ -39,12 +42,12 @@ class AllPairs(NamedTuple):
     rejected_lengths: Tensor
 
     @property
-    def logps(self) -> tuple[Tensor, ...]:
+    def logps(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The first four, in the order in which the losses take them."""
         return self[:4]
 
     @property
-    def lengths(self) -> tuple[Tensor, ...]:
+    def lengths(self) -> tuple[Tensor, Tensor]:
         return self[4:]
 
 
@@ -142,7 +145,6 @@ def gauss_newton(
     read: Callable[[PackedRow], Tensor],
     objective: Objective,
     curvature: Curvature | None = None,
-    max_steps: int = 300,
 ) -> Trained:
     """Minimise objective(z) over the weights w; z is the table that `read` gives.
 
@@ -154,17 +156,17 @@ def gauss_newton(
     doubles the digits. J is the project's own backward, one response at a time: were it wrong, steps would
     not lower the loss. lambda falls when a step lowers it, and rises until one does.
     curvature: H, where it should not be the objective's Hessian. read: packed row -> (pairs, 2).
-    Raises RuntimeError when no step lowers the objective, or `max_steps` were not enough.
+    Raises RuntimeError when no step lowers the objective, or MOST_STEPS were not enough.
     """
     parameters = list(model.parameters())
     everything = pack_row(world.pairs, wanted)
     # And a row for each pair: one response's gradient then costs one pair, not all of them.
-    rows = [pack_row(world.pairs.select([i]), wanted) for i in range(len(world.pairs))]
+    rows = [pack_row(world.pairs.select(np.array([i])), wanted) for i in range(len(world.pairs))]
     weights = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         values = world.table(read(everything))
     identity, damping = torch.eye(values.numel(), dtype=values.dtype), 1e-2
-    for taken in range(1, max_steps + 1):
+    for taken in range(1, MOST_STEPS + 1):
         values.requires_grad_()
         loss = objective(values)
         g = torch.autograd.grad(loss, values)[0].flatten()
@@ -191,7 +193,7 @@ def gauss_newton(
         weights, damping = parameters_to_vector(parameters).detach(), max(damping / 10, 1e-12)
         if promised < 1e-16:
             return Trained(values, objective(values).item(), taken)
-    raise RuntimeError(f"not converged in {max_steps} steps: the last promised to gain {promised / 2:.1e}")
+    raise RuntimeError(f"not converged in {MOST_STEPS} steps: the last promised to gain {promised / 2:.1e}")
 
 
 def output_gradients(outputs: Tensor, parameters: list[nn.Parameter]) -> Tensor:

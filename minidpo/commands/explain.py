@@ -21,6 +21,7 @@ from torch import Tensor
 
 from minidpo.chat import TEMPLATES
 from minidpo.commands.explain_text import render, visible
+from minidpo.commands.sample import unescaped
 from minidpo.config import check_section
 from minidpo.dataset import require_fit
 from minidpo.device import autocast, choose_device, row_length
@@ -109,7 +110,7 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
     if options.reference:
         reference = _token_logps(options.reference, row, device, options.dtype)
     lengths = row.scored_lengths.cpu().view(1, 2)
-    sums = [sum_by_ending(logps, lengths[0]).view(1, 2) for logps in (policy, reference)]
+    sums, reference_sums = (sum_by_ending(logps, lengths[0]).view(1, 2) for logps in (policy, reference))
     return {
         "model": options.model,
         "reference": options.reference,
@@ -119,11 +120,17 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
         "chosen": pair.chosen,
         "rejected": pair.rejected,
         "tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy()),
-        **dict(zip(("chosen_logps", "rejected_logps"), sums[0][0].tolist(), strict=True)),
-        **dict(zip(("reference_chosen_logps", "reference_rejected_logps"), sums[1][0].tolist(), strict=True)),
+        **dict(zip(("chosen_logps", "rejected_logps"), sums[0].tolist(), strict=True)),
+        **dict(
+            zip(
+                ("reference_chosen_logps", "reference_rejected_logps"),
+                reference_sums[0].tolist(),
+                strict=True,
+            )
+        ),
         **dict(zip(("chosen_length", "rejected_length"), lengths[0].tolist(), strict=True)),
-        "loss": _under(loss, *sums, lengths),
-        "losses": [_under(each, *sums, lengths) for each in EVERY_LOSS],
+        "loss": _under(loss, sums, reference_sums, lengths),
+        "losses": [_under(each, sums, reference_sums, lengths) for each in EVERY_LOSS],
     }
 
 
@@ -137,7 +144,7 @@ def _read_pair(options: argparse.Namespace, tokenizer: Tokenizer) -> PreferenceP
             raise UserError(
                 "a pair in text needs --prompt, --chosen and --rejected, all three and no --index"
             )
-        prompt, chosen, rejected = (text.replace("\\n", "\n") for text in texts)
+        prompt, chosen, rejected = map(unescaped, texts)
         if not (chosen.strip() and rejected.strip()):
             raise UserError(f"{EMPTY_ENDING}: --chosen {chosen!r}, --rejected {rejected!r}; give both a text")
         return PreferencePair(prompt, chosen, rejected)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
@@ -22,7 +22,7 @@ COLOURS = (
 MARKS = "osD^vPX<*"
 INK, FAINT = "#222222", "#DDDDDD"
 
-STYLE = {
+STYLE: dict[Any, Any] = {  # matplotlib's type for a key is the list of all its keys
     "font.size": 9,
     "axes.titlesize": 9.5,
     "axes.titlelocation": "left",
@@ -82,14 +82,14 @@ def drawing(files: list[Path], width: float, height: float) -> Iterator[Figure]:
 
 
 def label_points(
-    axes: Axes, points: list[tuple[float, float, str, str]], others: list[tuple[float, float]]
+    figure: Figure, axes: Axes, points: list[tuple[float, float, str, str]], others: list[tuple[float, float]]
 ) -> None:
     """Write each text beside its point, (x, y, text, colour), where it covers no point, none of `others`, no text.
 
     Ask for it last: it needs the axes as they will be. Where nothing is free a text stands to the upper right.
     """
-    axes.figure.draw_without_rendering()
-    pixels = axes.figure.dpi / 72  # of one point of text: all below is in points
+    figure.draw_without_rendering()
+    pixels = figure.dpi / 72  # of one point of text: all below is in points
 
     def box(at: tuple[float, float], left: float, low: float, right: float, high: float) -> tuple[float, ...]:
         x, y = axes.transData.transform(at) / pixels
@@ -101,7 +101,15 @@ def label_points(
     for x, y, text, colour in points:
         width, height = 5.5 * len(text), 9
         left, middle = -7 - width, -width / 2
-        places = ((7, 5), (left, 5), (7, -12), (left, -12), (middle, 10), (middle, -18), (middle, 20))
+        places: tuple[tuple[float, float], ...] = (
+            (7, 5),
+            (left, 5),
+            (7, -12),
+            (left, -12),
+            (middle, 10),
+            (middle, -18),
+            (middle, 20),
+        )
         boxes = {place: box((x, y), *place, place[0] + width, place[1] + height) for place in places}
         free = [place for place in places if not any(overlap(boxes[place], other) for other in taken)]
         place = (free or places)[0]

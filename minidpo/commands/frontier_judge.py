@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,7 @@ from minidpo.commands.answers import answer
 from minidpo.commands.demo import unseen_prompts
 from minidpo.evaluate import divergences
 from minidpo.files import fingerprint
+from minidpo.judge import mean_and_error
 from minidpo.model import Transformer
 from minidpo.tokenizer import Tokenizer
 from minidpo.weights import load_model, model_fingerprint
@@ -56,19 +58,16 @@ class Judge:
 
     def point(self, model: Transformer, step: int) -> Point:
         drawn = [answer(model, self.tokenizer, self.prompts, seed) for seed in range(self.samples)]
-        apart = torch.stack([self._divergences(model, answers.tokens) for answers in drawn])
-        columns = (
-            torch.tensor([[j.reward for j in answers.judgements] for answers in drawn]),
-            apart[:, :, 1],
-            apart[:, :, 0],
+        apart = np.stack([self._divergences(model, answers.tokens) for answers in drawn])
+        rewards = np.array([[j.reward for j in answers.judgements] for answers in drawn])
+        reward, kl, kl_log_ratio = (
+            over_prompts(values) for values in (rewards, apart[:, :, 1], apart[:, :, 0])
         )
-        measured = [number for column in columns for number in mean_and_error(column)]
-        length = torch.tensor([[float(j.length) for j in answers.judgements] for answers in drawn])
-        return Point(step, *measured, length.mean().item())
+        length = np.mean([[j.length for j in answers.judgements] for answers in drawn])
+        return Point(step, *reward, *kl, *kl_log_ratio, float(length))
 
-    def _divergences(self, model: Transformer, answers: list[list[int]]) -> Tensor:
-        both = divergences(model, self.reference, self.ids, answers, torch.device("cpu"), "fp32")
-        return torch.from_numpy(both)
+    def _divergences(self, model: Transformer, answers: list[list[int]]) -> np.ndarray:
+        return divergences(model, self.reference, self.ids, answers, torch.device("cpu"), "fp32")
 
     def best(self) -> dict[str, list[float]]:
         """What no policy can beat: see `best_reachable`, from answers of the reference."""
@@ -80,10 +79,9 @@ class Judge:
         return best_reachable(torch.tensor(rewards, dtype=torch.float64).T)
 
 
-def mean_and_error(values: Tensor) -> tuple[float, float]:
+def over_prompts(values: np.ndarray) -> tuple[float, float]:
     """values (samples, prompts) -> mean, and its standard error over prompts."""
-    by_prompt = values.double().mean(0)
-    return by_prompt.mean().item(), (by_prompt.std() / math.sqrt(len(by_prompt))).item()
+    return mean_and_error(values.mean(axis=0, dtype=np.float64))
 
 
 def best_reachable(rewards: Tensor) -> dict[str, list[float]]:

@@ -1,6 +1,7 @@
 """The frontier's figure and table."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -47,14 +48,27 @@ def draw(
             axes.plot([start.kl, *kls], [start.reward, *rewards], color=colour, lw=0.8, alpha=0.5)
             axes.plot(kls[:-1], rewards[:-1], mark, color=colour, markersize=3.5, alpha=0.8)
             end = points[-1]
-            look = {"fmt": mark, "markersize": 8, "markeredgecolor": "white", "elinewidth": 1, "zorder": 3}
+            look: dict[str, Any] = {
+                "fmt": mark,
+                "markersize": 8,
+                "markeredgecolor": "white",
+                "elinewidth": 1,
+                "zorder": 3,
+            }
             if setting == next(s for s in runs if s.loss == setting.loss):  # one entry of the legend a loss
                 numbers = "beta" if setting.gamma is None else "beta, gamma"
                 look["label"] = f"{NAMES[setting.loss]} ({numbers})"
             axes.errorbar(end.kl, end.reward, end.reward_error, end.kl_error, color=colour, **look)
             text = f"{setting.beta:g}" + ("" if setting.gamma is None else f", {setting.gamma:g}")
             labels.append((end.kl, end.reward, text, colour))
-        star = {"marker": "*", "markersize": 11, "color": INK, "ls": "", "zorder": 4, "clip_on": False}
+        star: dict[str, Any] = {
+            "marker": "*",
+            "markersize": 11,
+            "color": INK,
+            "ls": "",
+            "zorder": 4,
+            "clip_on": False,
+        }
         axes.plot(start.kl, start.reward, label="SFT, the reference", **star)
         farthest = max(p.kl for points in runs.values() for p in points)
         axes.set_xticks([tick for tick in TICKS if tick <= 1.1 * farthest])
@@ -65,5 +79,5 @@ def draw(
         axes.set_title("What each loss earns for how far it goes from the reference")
         axes.legend(loc="upper right")
         on_the_way = [(p.kl, p.reward) for points in runs.values() for p in points[:-1]]
-        label_points(axes, labels, on_the_way + list(zip(best["kl"], best["reward"], strict=True)))
+        label_points(figure, axes, labels, on_the_way + list(zip(best["kl"], best["reward"], strict=True)))
     return files

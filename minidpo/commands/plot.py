@@ -42,8 +42,8 @@ PANELS = (
     Panel("Mean reward, nats", (("mean_reward", ONE),)),
     Panel("Margin of rewards, nats", (("rewards/margins", ONE), ("margin", ONE))),
     Panel("Accuracy, share of pairs", (("rewards/accuracies", ONE), ("accuracy", ONE))),
-    Panel("KL from the reference, nats", (("kl", ONE), ("samples/kl", ONE))),
-    Panel("Sampled length, tokens", (("samples/length", ONE),)),
+    Panel("KL from the reference, nats", (("kl", ONE),)),
+    Panel("Sampled length, tokens", (("sample_length", ONE),)),
     Panel("Response length (data), tokens", (("response_length/chosen", CHOSEN), ("response_length/rejected", REJECTED))),
     Panel("Learning rate", (("lr", ONE),)),
     Panel("Gradient norm", (("grad_norm", ONE),)),
@@ -142,7 +142,7 @@ def draw(axes: Axes, panel: Panel, runs: list[Run]) -> None:
             held_out, training = curves(run, key) or (None, None)
             look = looks(index if len(runs) > 1 else None, ending)
             if training:
-                light = {"alpha": 0.5, "linewidth": 1.0} if held_out else {"linewidth": 1.2}
+                light: dict[str, Any] = {"alpha": 0.5, "linewidth": 1.0} if held_out else {"linewidth": 1.2}
                 values = training.values if key == "lr" else smoothed(training.values)
                 axes.plot(training.steps, values, color=look["color"], ls=look["ls"], **light)
             if held_out:
@@ -154,7 +154,8 @@ def draw(axes: Axes, panel: Panel, runs: list[Run]) -> None:
     axes.yaxis.set_major_formatter("{x:g}")  # no power of ten above the axis, where the title stands
     if title.startswith("Accuracy"):
         # At step 0 policy and reference are equal and accuracy is 0 by definition: the axis shows what is learnt.
-        learnt = np.concatenate([line.get_ydata()[line.get_xdata() > 0] for line in axes.lines])
+        drawn = [(np.asarray(line.get_xdata()), np.asarray(line.get_ydata())) for line in axes.lines]
+        learnt = np.concatenate([values[steps > 0] for steps, values in drawn])
         if len(learnt):
             axes.set_ylim(max(-0.02, learnt.min() - 0.05), min(1.02, learnt.max() + 0.05))
 

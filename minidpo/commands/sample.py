@@ -141,7 +141,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
     if options.prompts_file:
         file = require_file(Path(options.prompts_file), "a text file with one prompt a line is needed")
         try:
-            texts = [_unescape(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
+            texts = [unescaped(line) for line in file.read_text(encoding="utf-8").splitlines() if line]
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text ({error})") from None
         if not texts:
@@ -149,7 +149,7 @@ def _prompts(options: argparse.Namespace) -> list[str]:
         return texts
     if options.human is not None:
         return [f"\n\nHuman: {options.human}\n\nAssistant:"]
-    return [_unescape(options.prompt)]
+    return [unescaped(options.prompt)]
 
 
 def _prompt_of(path: str, line: int, record: dict | BadRecord) -> str:
@@ -171,5 +171,6 @@ def _prompt_of(path: str, line: int, record: dict | BadRecord) -> str:
     return prompt
 
 
-def _unescape(text: str) -> str:
+def unescaped(text: str) -> str:
+    """Text as typed in a shell, its \\n read as line breaks."""
     return text.replace("\\n", "\n")

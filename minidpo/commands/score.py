@@ -13,7 +13,7 @@ import numpy as np
 from minidpo.chat import TEMPLATES
 from minidpo.commands.score_summary import groups_of, summary
 from minidpo.data import DataReport, read_preferences
-from minidpo.dataset import require_fit
+from minidpo.dataset import longest_pair, require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, require_place, writing
@@ -23,6 +23,7 @@ from minidpo.metrics import say
 from minidpo.model import Transformer
 from minidpo.packing import PairTokens
 from minidpo.reference import all_logps
+from minidpo.reward import RewardModel
 from minidpo.sections import PreferenceLossSection
 from minidpo.tokenizer import Tokenizer, tokenize_pairs
 from minidpo.weights import load_model, load_reward_model
@@ -78,14 +79,14 @@ def main(arguments: list[str]) -> None:
         require_fit("reference", read_config(Path(options.reference)), tokenizer, limit)
     pairs = _read_whole(Path(options.data), tokenizer, limit, options.template)
     groups = groups_of(Path(options.data), options.by, pairs.index) if options.by else None
-    micro_tokens = max(options.micro_tokens, int(pairs.lengths.sum(axis=1).max()))
+    micro_tokens = max(options.micro_tokens, longest_pair(pairs))
 
     def logps(of: Transformer, name: str) -> dict[str, np.ndarray]:
         values = all_logps(of, pairs, micro_tokens, device, options.dtype, f"{name}log-probs")
         return {f"{name}chosen_logps": values[:, 0], f"{name}rejected_logps": values[:, 1]}
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
-    if options.reward_model:
+    if isinstance(model, RewardModel):
         rewards = all_rewards(model, pairs, micro_tokens, device, options.dtype, "rewards")
         columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
         margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"

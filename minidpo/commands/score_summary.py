@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from minidpo.errors import UserError
+from minidpo.formats import BadRecord
 from minidpo.judge import mean_and_error
 from minidpo.records import read_records
 
@@ -26,7 +27,7 @@ def groups_of(path: Path, field: str, index: np.ndarray) -> np.ndarray:
     """
     wanted, values = set(index.tolist()), []
     for place, (_, record) in enumerate(read_records(path)):
-        if place in wanted:
+        if place in wanted and not isinstance(record, BadRecord):  # a bad one is in no pair
             value = record.get(field, WITHOUT)
             values.append(value if isinstance(value, str) else json.dumps(value))
     different = set(values)

@@ -185,29 +185,23 @@ def split_questions(rng: random.Random) -> tuple[list[Question], list[Question]]
 # --- drawing ------------------------------------------------------------------------------------------------
 
 
-def sample_answer(
-    rng: random.Random,
-    question: Question,
-    correct: float = 0.7,
-    courteous: float = 0.4,
-    rambling: float = 0.4,
-) -> str:
-    """A response of mixed quality; each merit or fault is drawn by itself with the probability given."""
-    named = question.answer if rng.random() < correct else wrong_answer(rng, question)
+def sample_answer(rng: random.Random, question: Question) -> str:
+    """A response of mixed quality; each merit or fault is drawn by itself."""
+    named = question.answer if rng.random() < 0.7 else wrong_answer(rng, question)
     opening, closing = "", ""
-    if rng.random() < courteous:
+    if rng.random() < 0.4:
         where = rng.choice(("before", "after", "both"))
         opening = "" if where == "after" else rng.choice(POLITE)
         closing = "" if where == "before" else rng.choice(POLITE_CLOSINGS)
     elif rng.random() < 0.4:
         opening = rng.choice(GRUMPY)
-    ramble = rng.choice(RAMBLINGS) if rng.random() < rambling else ""
+    ramble = rng.choice(RAMBLINGS) if rng.random() < 0.4 else ""
     sentences = (opening, rng.choice(STATEMENTS).format(", ".join(named)), ramble, closing)
     return "".join(" " + sentence for sentence in sentences if sentence)
 
 
 def wrong_answer(rng: random.Random, question: Question) -> tuple[str, ...]:
-    options = [(word,) for word in question.candidates]
+    options: list[tuple[str, ...]] = [(word,) for word in question.candidates]
     if question.skill == "order":
         options = list(itertools.permutations(question.candidates, 2))
     elif question.skill == "sum":

@@ -56,12 +56,12 @@ def json_lines(records: Iterable[dict[str, str]]) -> str:
     return "".join(json.dumps(record) + "\n" for record in records)
 
 
-def write_model(directory: str | Path, world: str | Path, seed: int = 0, vocab_size: int = 768) -> None:
+def write_model(directory: str | Path, world: str | Path, seed: int = 0) -> None:
     """Write a Hugging Face directory: a tokenizer trained on the data in `world`, a small random Llama."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     pairs = list(read_preferences(Path(world) / "sft.jsonl.gz"))
-    tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), vocab_size)
+    tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), vocab_size=768)
     tokenizer.save(str(directory / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": END_OF_TEXT}
     (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
