@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the definition below depends on torch alone
     from minidpo.packing import PackedRow
 
 CHUNK = 1024  # scored tokens whose logits are held at once
+CACHED = 2**21  # logits that are worked on in float32 at once, on a CPU: 8 MiB stay in its cache
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +133,8 @@ class _ChunkedTokenLogps(torch.autograd.Function):
 
 
 def _few_rows(logits: Tensor) -> list[slice]:
-    """Cuts rows (chunk, V) into slices of about 8 MiB in float32; not at all on a GPU, which wants few, large calls."""
-    step = max(1, 2**21 // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    """Cuts rows (chunk, V) into slices of about CACHED logits; not at all on a GPU, which wants few, large calls."""
+    step = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]
 
 

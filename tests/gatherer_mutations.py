@@ -38,63 +38,75 @@ GATHERER_MUTATIONS = {
     " or tokens.shape != logits.shape[:2]": {"the tokens' shape unchecked": ""},
     "logits.ndim != 3 or ": {"the logits' rank unchecked": ""},
     # the chunked form: forward
-    ".squeeze(-1) - normalizer)": {
-        "normaliser added": ".squeeze(-1) + normalizer)",
-        "normaliser dropped": ".squeeze(-1))",
+    "logps.append(target_logits - normalizers[-1])": {
+        "normaliser added": "logps.append(target_logits + normalizers[-1])",
+        "normaliser dropped": "logps.append(target_logits)",
     },
-    "normalizer = logits.logsumexp(dim=-1)": {
-        "one normaliser for the chunk": "normalizer = logits.logsumexp(dim=-1).mean().expand(len(h))",
-        "overflowing normaliser": "normalizer = logits.exp().sum(dim=-1).log()",
+    "normalizers.append(few.logsumexp(dim=-1))": {
+        "one normaliser for a few rows": "normalizers.append(few.logsumexp(dim=-1).mean().expand(len(few)))",
+        "overflowing normaliser": "normalizers.append(few.exp().sum(dim=-1).log())",
     },
     "targets.split(chunk_size), strict=True": {
         "targets shifted by one": "targets.roll(1).split(chunk_size), strict=True",
         "first chunk only": "targets.split(chunk_size)[:1]",
     },
-    "logits = at_least_float32(h @ output_weight.T)  #": {
-        "logits left in bf16": "logits = h @ output_weight.T  #",
-        "logits halved": "logits = 0.5 * at_least_float32(h @ output_weight.T)  #",
+    "chunk_targets[rows, None]": {
+        "targets of the chunk's first rows": "chunk_targets[: rows.stop - rows.start, None]"
+    },
+    "few = at_least_float32(logits[rows])": {
+        "logits left in bf16": "few = logits[rows]",
+        "logits halved": "few = 0.5 * at_least_float32(logits[rows])",
+        "logits of the chunk's first rows": "few = at_least_float32(logits[: rows.stop - rows.start])",
     },
     # the chunked form: backward
-    "logits.sub_(normalizers[rows, None]).exp_().neg_()": {
-        "softmax's sign": "logits.sub_(normalizers[rows, None]).exp_()",
-        "softmax not normalised": "logits.exp_().neg_()",
-        "softmax normalised by another row": "logits.sub_(normalizers.roll(1)[rows, None]).exp_().neg_()",
-        "softmax dropped": "logits.mul_(0)",
-        "log-softmax for softmax": "logits.sub_(normalizers[rows, None]).neg_()",
+    "torch.sub(grad_logits[rows], normalizers[rows]).exp_()": {
+        "softmax not normalised": "grad_logits[rows].to(grads.dtype).exp_()",
+        "softmax normalised by another row": "torch.sub(grad_logits[rows], normalizers.roll(1, 0)[rows]).exp_()",
+        "softmax dropped": "torch.zeros_like(grad_logits[rows], dtype=grads.dtype)",
+        "log-softmax for softmax": "torch.sub(grad_logits[rows], normalizers[rows])",
     },
-    "torch.ones_like(normalizers[rows, None])": {
-        "one-hot of the other sign": "-torch.ones_like(normalizers[rows, None])",
-        "one-hot twice": "2 * torch.ones_like(normalizers[rows, None])",
-        "one-hot dropped": "torch.zeros_like(normalizers[rows, None])",
+    "softmax.mul_(-grads[rows])": {
+        "softmax's sign": "softmax.mul_(grads[rows])",
+        "softmax without the incoming gradient": "softmax.neg_()",
+        "softmax with another row's gradient": "softmax.mul_(-grads.roll(1, 0)[rows])",
+        "softmax with the gradient squared": "softmax.mul_(-(grads[rows] ** 2))",
     },
-    "1, targets[rows, None]": {"one-hot of another row": "1, targets.roll(1)[rows, None]"},
-    "grad_logits.mul_(grad_logps[rows, None])": {
-        "incoming gradient ignored": "grad_logits",
-        "incoming gradient of another row": "grad_logits.mul_(grad_logps.roll(1)[rows, None])",
-        "incoming gradient averaged": "grad_logits.mul_(grad_logps.mean())",
-        "incoming gradient twice": "grad_logits.mul_(grad_logps[rows, None] ** 2)",
+    "scatter_add_(1, targets[rows], grads[rows])": {
+        "one-hot of the other sign": "scatter_add_(1, targets[rows], -grads[rows])",
+        "one-hot twice": "scatter_add_(1, targets[rows], 2 * grads[rows])",
+        "one-hot dropped": "contiguous()",
+        "one-hot of another row": "scatter_add_(1, targets.roll(1, 0)[rows], grads[rows])",
+        "one-hot without the incoming gradient": "scatter_add_(1, targets[rows], torch.ones_like(grads[rows]))",
+        "one-hot with the mean gradient": "scatter_add_(1, targets[rows], grads.mean().expand_as(grads[rows]).contiguous())",
     },
-    "grad_weight += grad_logits.T @ h": {
-        "weight gradient of the last chunk alone": "grad_weight = grad_logits.T @ h",
-        "weight gradient of the other sign": "grad_weight -= grad_logits.T @ h",
+    "grad_logits[rows] = few": {"logits for their gradient": "pass"},
+    "(values[chunk, None] for values in per_row)": {
+        "rows of the first chunk": "(values[: chunk.stop - chunk.start, None] for values in per_row)",
     },
-    "h = hidden[rows]\n": {"hidden states of the first chunk": "h = hidden[: rows.stop - rows.start]\n"},
-    "torch.zeros_like(output_weight, dtype=normalizers.dtype)": {
-        "weight gradient summed in bf16": "torch.zeros_like(output_weight)",
+    "grad_weight += grad_logits.T @ hidden[chunk]": {
+        "weight gradient of the last chunk alone": "grad_weight = grad_logits.T @ hidden[chunk]",
+        "weight gradient of the other sign": "grad_weight -= grad_logits.T @ hidden[chunk]",
     },
-    "grad_hidden[rows] = grad_logits @ output_weight": {
-        "hidden gradient zero": "grad_hidden[rows] = 0.0",
-        "hidden gradient of the other sign": "grad_hidden[rows] = -grad_logits @ output_weight",
+    "grad_logits = hidden[chunk] @ weight.T": {
+        "hidden states of the first chunk": "grad_logits = hidden[: chunk.stop - chunk.start] @ weight.T",
+    },
+    "torch.zeros_like(output_weight, dtype=grad_logps.dtype)": {
+        "weight gradient summed in bf16": "torch.zeros_like(weight)",
+    },
+    "grad_hidden[chunk] = grad_logits @ weight": {
+        "hidden gradient zero": "grad_hidden[chunk] = 0.0",
+        "hidden gradient of the other sign": "grad_hidden[chunk] = -grad_logits @ weight",
     },
     "return grad_hidden, grad_weight.to(output_weight.dtype)": {
         "weight gradient not returned": "return grad_hidden, None",
+        "weight gradient rounded": "return grad_hidden, grad_weight.to(hidden.dtype).to(output_weight.dtype)",
         "hidden gradient not returned": "return None, grad_weight.to(output_weight.dtype)",
     },
     "_ChunkedTokenLogps.apply(hidden, output_weight,": {
         "hidden detached": "_ChunkedTokenLogps.apply(hidden.detach(), output_weight,",
         "output matrix detached": "_ChunkedTokenLogps.apply(hidden, output_weight.detach(),",
     },
-    "hidden, output_weight = hidden.to(dtype), output_weight.to(dtype)": {"float32 under autocast": "pass"},
+    "hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))": {"float32 under autocast": "pass"},
     "in (torch.bfloat16, torch.float16)": {"bf16 not raised": "in (torch.float16,)"},
     # endings of a packed row
     ".index_add(0, ending, values.double())": {
