@@ -16,6 +16,7 @@ import platform
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> None:
     max_length = min(options.max_length, config.max_length)
     pairs = (
         read_pairs(data, config, directory, max_length, count)
-        if data
+        if data and directory
         else random_pairs(config, max_length, count)
     )
     if len(pairs) < count:
@@ -70,7 +71,7 @@ def main(arguments: list[str]) -> None:
     say(f"{settings.loss}, {settings.steps} steps of {settings.batch_size} pairs, micro-batches of"
         f" {settings.micro_tokens} tokens, on {describe(device, settings.run)}")  # fmt: skip
 
-    result = {
+    result: dict[str, Any] = {
         "model": name,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
@@ -135,7 +136,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     """Defaults, then the run's configuration, then what was typed; and the data files. Sets options.model."""
-    settings, data = Settings(loss=options.loss or "dpo"), []
+    settings = Settings(loss=options.loss or "dpo")
+    data: list[str] = []
     if options.config:
         settings, options.model, data = from_run_config(options.config, settings)
     typed = {
@@ -166,7 +168,7 @@ def measure(model: Transformer, pairs: PairTokens, settings: Settings, device: t
     times = [seconds(step, batch, device) for batch in batches]
     total = sum(times)
     flops = necessary_flops(model.config, pairs.lengths, step.wanted)
-    numbers = {
+    numbers: dict[str, Any] = {
         "step_seconds": spread(times),
         "pairs_per_s": len(pairs) / total,
         "logical_tokens_per_s": textbook_tokens(pairs.lengths, step.wanted) / total,

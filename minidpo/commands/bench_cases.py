@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,7 +68,8 @@ class Settings:
     def losses(self, values: torch.Tensor, reference: torch.Tensor | None, lengths: torch.Tensor):
         """values (B, 2): log-probs, or rewards for `rm` (sft (B, 1)) -> losses (B,) and what is watched."""
         if self.loss == "rm":
-            losses = bradley_terry_loss(*values.unbind(dim=1))
+            chosen, rejected = values.unbind(dim=1)
+            losses = bradley_terry_loss(chosen, rejected)
             return losses, {"loss": losses}
         return preference(PreferenceLossSection(self.loss, self.beta), values, reference, lengths)
 
@@ -77,7 +79,9 @@ class Settings:
 
 def named_shape(name: str) -> ModelConfig:
     """One of the named random shapes. C, 0.5B and 1.5B are SmolLM2-135M's and Qwen2.5's own."""
-    llama = dict(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=True)
+    llama: dict[str, Any] = dict(
+        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=True
+    )
     qwen = llama | dict(
         model_type="qwen2", qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=151_936
     )
@@ -125,9 +129,13 @@ def find_model(options, device: torch.device) -> tuple[str, Transformer, Path | 
 
 def from_run_config(file: str, settings: Settings) -> tuple[Settings, str, list[str]]:
     """What a training configuration says of the step: the settings, model.path and data.train."""
-    kind = RewardConfig if settings.loss == "rm" else PreferenceConfig
-    config = load_config(kind, [file])
-    loss = {} if kind is RewardConfig else dict(loss=config.loss.name, beta=config.loss.beta)
+    config: RewardConfig | PreferenceConfig
+    loss: dict[str, Any] = {}
+    if settings.loss == "rm":
+        config = load_config(RewardConfig, [file])
+    else:
+        config = load_config(PreferenceConfig, [file])
+        loss = dict(loss=config.loss.name, beta=config.loss.beta)
     optim = {name: getattr(config.optim, name) for name in ("batch_size", "micro_tokens", "lr")}
     names = ("dtype", "device", "threads", "compile", "activation_checkpointing")
     run = {name: getattr(config.run, name) for name in names}

@@ -1,6 +1,7 @@
 """`bench --grow`: each cost driver doubled alone; measured growth beside the growth of necessary_flops."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def growth(config: ModelConfig, settings: Settings, device: torch.device) -> lis
         f"\nforward and backward; base: {batch} pairs, prompts {PROMPT}, endings {ENDING}; each doubled in turn"
     )
     say(f"  {'doubled':<12} {'seconds':>9} {'measured':>9} {'predicted':>9}")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, (shape, prompt, ending, pairs) in cases.items():
         lengths = np.tile([prompt, ending, ending], (pairs, 1))
         tokens = pairs_of_lengths(shape, lengths)

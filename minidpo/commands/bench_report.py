@@ -16,7 +16,7 @@ def quartiles(spread: dict[str, float]) -> str:
     return "{median:.3g} ({q25:.3g} to {q75:.3g})".format(**spread)
 
 
-def tell(title: str, rows: list[tuple[str, float | str]]) -> None:
+def tell(title: str, rows: Sequence[tuple[str, float | str]]) -> None:
     say(f"\n{title}")
     for name, value in rows:
         say(

@@ -17,6 +17,7 @@ from minidpo.model import Transformer, causal_attention
 from minidpo.optim import make_optimizer
 from minidpo.packing import PackedRow, PairTokens, Wanted, micro_batches, pack_row
 from minidpo.reference import BOTH_ENDINGS, of_every_pair
+from minidpo.reward import RewardModel
 from minidpo.sections import NEEDS_REFERENCE
 
 # compute(model, pairs) -> (B, 2) log-probs or rewards (sft (B, 1)), and scored lengths of the same shape or none.
@@ -68,7 +69,8 @@ class Step:
     def values(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         """Log-probs (or rewards) of the pairs at `rows`, (B, 2), and the scored lengths."""
         row = self.pack(rows)
-        values = self.model.pair_rewards(row)[0] if self.wanted.rewards else response_logps(self.model, row)
+        model = self.model
+        values = model.pair_rewards(row)[0] if isinstance(model, RewardModel) else response_logps(model, row)
         return values, row.scored_lengths.view(len(rows), -1)
 
     def pack(self, rows: np.ndarray) -> PackedRow:
@@ -89,7 +91,7 @@ class Step:
                 hidden = self.model.hidden_states(row.tokens, row.places.position, attends, row.queries)
                 clock.stop("forward")
                 cut_hidden = hidden.detach().requires_grad_()
-                if self.wanted.rewards:
+                if isinstance(self.model, RewardModel):
                     values = self.model.rewards_of(cut_hidden[row.last])
                 else:
                     logps = token_logps(cut_hidden[row.scored], self.model.output_weight, row.targets)
@@ -119,7 +121,7 @@ class TextbookStep(Step):
     def values(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
         tokens, scored = padded_rows(self.pairs.select(rows), self.wanted)
         tokens, scored = tokens.to(self.device), scored.to(self.device)
-        if self.wanted.rewards:
+        if isinstance(self.model, RewardModel):
             positions = torch.arange(tokens.shape[1], device=self.device)
             attends = [causal_attention] * self.model.config.num_hidden_layers
             hidden = self.model.hidden_states(tokens, positions, attends)
