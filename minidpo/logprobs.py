@@ -114,7 +114,8 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        hidden, output_weight, *per_row = *ctx.saved_tensors, grad_logps
+        hidden, output_weight, *of_rows = ctx.saved_tensors
+        per_row = (*of_rows, grad_logps)
         grad_hidden = torch.empty_like(hidden)
         weight = output_weight.to(hidden.dtype)
         # Accumulated over chunks in float32: bf16 sums would lose the small contributions.
