@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minidpo.__main__ import main
 from minidpo.commands.bench import parse, settings_of
-from minidpo.commands.bench_cases import LOSSES, SHAPES, Settings, named_shape, pairs_of_lengths, random_pairs
+from minidpo.commands.bench_cases import LOSSES, SHAPES, Settings, pairs_of_lengths, random_pairs
 from minidpo.commands.bench_child import peak_rss
 from minidpo.commands.bench_flops import necessary_flops, textbook_tokens
 from minidpo.commands.bench_peers import interleaved, make_trainer
@@ -18,6 +18,7 @@ from minidpo.commands.bench_stages import Step, TextbookStep
 from minidpo.errors import UserError
 from minidpo.hf_config import format_config
 from minidpo.packing import Wanted
+from minidpo.shapes import named_shape
 from minidpo.token_store import PairTokens
 from minidpo.weights import save_model, save_reward_model
 from peers import import_trl

@@ -21,7 +21,7 @@ from minidpo.optim import make_optimizer
 from minidpo.packing import Wanted, pack_row
 from minidpo.reference import load_reference, stored_logps
 from minidpo.sections import OptimSection
-from minidpo.shapes import SHAPES, published_shape
+from minidpo.shapes import PUBLISHED, named_shape
 from minidpo.token_store import PairTokens
 from tiny import random_pairs, tiny_config
 
@@ -145,15 +145,15 @@ def test_states_are_divided_by_the_ranks_and_activations_are_not():
 def test_the_command_prints_the_formula_and_takes_a_directory(world, capsys):
     command.main(["7B", str(world / "model"), "--gpus", "1", "8", "--micro-tokens", "4096"])
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    eight = step_memory(published_shape("7B"), 4096, 8).total / 1e9
+    eight = step_memory(named_shape("7B"), 4096, 8).total / 1e9
     assert rows[0] == ["GPUs", "1", "8"] and rows[1][0] == "7.62B" and len(rows) == 3
     assert rows[1][3] == f"{eight:.0f}"
 
 
 def test_published_shapes_have_their_published_sizes():
-    sizes = {name: parameter_counts(published_shape(name)) for name in SHAPES}
+    sizes = {name: parameter_counts(named_shape(name)) for name in PUBLISHED}
     total = {
-        name: layer * published_shape(name).num_hidden_layers + outside
+        name: layer * named_shape(name).num_hidden_layers + outside
         for name, (layer, outside) in sizes.items()
     }
     # As their model cards say: 0.49B, 1.54B, 7.62B and 70.6B.

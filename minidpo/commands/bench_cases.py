@@ -28,10 +28,12 @@ from minidpo.sections import (
     RewardConfig,
     RunSection,
 )
+from minidpo.shapes import named_shape
 from minidpo.tokenizer import Tokenizer, TokenPair
 from minidpo.weights import load_model
 
 LOSSES = ("dpo", "ipo", "simpo", "sft", "rm")
+SHAPES = ("A", "B", "C", "0.5B", "1.5B")
 BOS, EOS, PAD = 1, 2, 0
 
 
@@ -77,36 +79,6 @@ class Settings:
         return asdict(self)
 
 
-def named_shape(name: str) -> ModelConfig:
-    """One of the named random shapes. C, 0.5B and 1.5B are SmolLM2-135M's and Qwen2.5's own."""
-    llama: dict[str, Any] = dict(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, tie_word_embeddings=True
-    )
-    qwen = llama | dict(
-        model_type="qwen2", qkv_bias=True, rms_norm_eps=1e-6, rope_theta=1e6, vocab_size=151_936
-    )
-    sizes = {  # hidden, MLP, layers, heads, key/value heads
-        "A": (512, 1408, 8, 8, 8, llama | {"vocab_size": 32_000}),
-        "B": (256, 704, 6, 4, 4, llama | {"vocab_size": 8_192}),
-        "C": (576, 1536, 30, 9, 3, llama | {"vocab_size": 49_152, "rope_theta": 1e5}),
-        "0.5B": (896, 4864, 24, 14, 2, qwen),
-        "1.5B": (1536, 8960, 28, 12, 2, qwen),
-    }
-    hidden, inner, layers, heads, kv_heads, others = sizes[name]
-    return ModelConfig(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=hidden // heads,
-        **others,
-    )
-
-
-SHAPES = ("A", "B", "C", "0.5B", "1.5B")
-
-
 def random_model(config: ModelConfig, device: torch.device) -> Transformer:
     with torch.random.fork_rng(), torch.device(device):
         torch.manual_seed(0)
@@ -116,11 +88,8 @@ def random_model(config: ModelConfig, device: torch.device) -> Transformer:
 def find_model(options, device: torch.device) -> tuple[str, Transformer, Path | None]:
     """Its name, the model, and the directory it is from: None where its weights are random."""
     if options.shape:
-        return (
-            f"shape {options.shape}, random weights",
-            random_model(named_shape(options.shape), device),
-            None,
-        )
+        config = replace(named_shape(options.shape), bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD)
+        return f"shape {options.shape}, random weights", random_model(config, device), None
     if options.model.endswith("config.json"):
         config = read_config(Path(options.model).parent)
         return f"{options.model}, random weights", random_model(config, device), None

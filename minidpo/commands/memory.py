@@ -10,7 +10,7 @@ from minidpo.errors import UserError
 from minidpo.hf_config import read_config
 from minidpo.memory import parameter_counts, step_memory
 from minidpo.metrics import say
-from minidpo.shapes import SHAPES, published_shape
+from minidpo.shapes import PUBLISHED, named_shape
 
 
 def main(arguments: list[str]) -> None:
@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help=f"model directories or shapes (default: {' '.join(SHAPES)})",
+        help=f"model directories or shapes (default: {' '.join(PUBLISHED)})",
     )
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64])
     parser.add_argument("--micro-tokens", type=int, default=16_384, help="tokens a pass (default 16384)")
@@ -32,8 +32,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("--gpus and --micro-tokens: numbers from 1 up are meant")
 
     lines = [["GPUs", *map(str, options.gpus)]]
-    for name in options.models or SHAPES:
-        config = published_shape(name) if name in SHAPES else read_config(Path(name))
+    for name in options.models or PUBLISHED:
+        config = named_shape(name) if name in PUBLISHED else read_config(Path(name))
         layer, outside = parameter_counts(config)
         cells = []
         for gpus in options.gpus:
