@@ -16,7 +16,6 @@ import platform
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -56,14 +55,13 @@ def main(arguments: list[str]) -> None:
         f" {config.intermediate_size}, {config.num_hidden_layers} layers, {config.num_attention_heads} heads"
         f" ({config.num_key_value_heads} of keys and values), vocabulary {config.vocab_size}")  # fmt: skip
     count = settings.batch_size * settings.steps
-    if data and directory is None:
-        raise UserError("--data needs a tokenizer: give --model DIR with it, not random weights")
     max_length = min(options.max_length, config.max_length)
-    pairs = (
-        read_pairs(data, config, directory, max_length, count)
-        if data and directory
-        else random_pairs(config, max_length, count)
-    )
+    if not data:
+        pairs = random_pairs(config, max_length, count)
+    elif directory is None:
+        raise UserError("--data needs a tokenizer: give --model DIR with it, not random weights")
+    else:
+        pairs = read_pairs(data, config, directory, max_length, count)
     if len(pairs) < count:
         raise UserError(
             f"{len(pairs)} pairs do not fill {settings.steps} steps of {settings.batch_size}; lower --steps"
@@ -71,25 +69,26 @@ def main(arguments: list[str]) -> None:
     say(f"{settings.loss}, {settings.steps} steps of {settings.batch_size} pairs, micro-batches of"
         f" {settings.micro_tokens} tokens, on {describe(device, settings.run)}")  # fmt: skip
 
-    result: dict[str, Any] = {
+    result: dict[str, object] = {
         "model": name,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
     }
     result |= {"device": describe(device, settings.run)} | settings.as_dict()
     if options.grow:
-        result["grow"] = growth(config, settings, device)
+        result["grow"] = [row._asdict() for row in growth(config, settings, device)]
         print(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as temporary:
         places = write_for_children(Path(temporary), model, directory, pairs, settings)
         result |= measure(model, pairs, settings, device)
-        result["ours"] = run_child("ours", places)
-        tell("a process of its own", [("first step done after, s", result["ours"]["seconds_to_first_step"]),
-             ("peak memory, MiB", result["ours"]["peak_bytes"] / 2**20)])  # fmt: skip
+        ours = run_child("ours", places)
+        result["ours"] = ours._asdict()
+        tell("a process of its own", [("first step done after, s", ours.seconds_to_first_step),
+             ("peak memory, MiB", ours.peak_bytes / 2**20)])  # fmt: skip
         if options.against:
             del model
-            result["against"] = against(options.against, places, pairs, settings, device, result["ours"])
+            result["against"] = against(options.against, places, pairs, settings, device, ours)
     print(json.dumps(result))
 
 
@@ -158,7 +157,9 @@ def settings_of(options: argparse.Namespace) -> tuple[Settings, list[str]]:
     return settings, options.data or data
 
 
-def measure(model: Transformer, pairs: PairTokens, settings: Settings, device: torch.device) -> dict:
+def measure(
+    model: Transformer, pairs: PairTokens, settings: Settings, device: torch.device
+) -> dict[str, object]:
     """Our step alone: rates, utilisation and stages."""
     peaks = {name: matmul_peak(device, dtype) for name, dtype in
              {"bf16": torch.bfloat16, "fp32": torch.float32}.items()}  # fmt: skip
@@ -168,31 +169,34 @@ def measure(model: Transformer, pairs: PairTokens, settings: Settings, device: t
     times = [seconds(step, batch, device) for batch in batches]
     total = sum(times)
     flops = necessary_flops(model.config, pairs.lengths, step.wanted)
-    numbers: dict[str, Any] = {
-        "step_seconds": spread(times),
+    step_seconds = spread(times)
+    rates = {
         "pairs_per_s": len(pairs) / total,
         "logical_tokens_per_s": textbook_tokens(pairs.lengths, step.wanted) / total,
         "processed_tokens_per_s": float(step.tokens.sum()) / total,
         "necessary_tflops_per_step": flops.total / settings.steps / 1e12,
         "tflops_per_s": flops.total / total / 1e12,
-        "matmul_peak_tflops": {name: peak / 1e12 for name, peak in peaks.items()},
+    }
+    peak_tflops = {name: peak / 1e12 for name, peak in peaks.items()}
+    utilisation = {
         "utilisation": flops.total / total / peaks[settings.dtype],
         "utilisation_of_float32_peak": flops.total / total / peaks["fp32"],
     }
     tell("our step", [
-        ("seconds a step, median (quartiles)", quartiles(numbers["step_seconds"])),
-        ("pairs/s", numbers["pairs_per_s"]),
-        ("logical tokens/s (two rows a pair)", numbers["logical_tokens_per_s"]),
-        ("processed tokens/s", numbers["processed_tokens_per_s"]),
-        ("necessary TFLOP a step", numbers["necessary_tflops_per_step"]),
+        ("seconds a step, median (quartiles)", quartiles(step_seconds)),
+        ("pairs/s", rates["pairs_per_s"]),
+        ("logical tokens/s (two rows a pair)", rates["logical_tokens_per_s"]),
+        ("processed tokens/s", rates["processed_tokens_per_s"]),
+        ("necessary TFLOP a step", rates["necessary_tflops_per_step"]),
         ("  in layers, attention, output, %", " ".join(f"{100 * part / flops.total:.0f}" for part in flops)),
-        ("matrix product peak bf16, float32, TFLOP/s", "{bf16:.3g}, {fp32:.3g}".format(**numbers["matmul_peak_tflops"])),
-        ("utilisation of the dtype's peak, %", 100 * numbers["utilisation"]),
-        ("utilisation of the float32 peak, %", 100 * numbers["utilisation_of_float32_peak"]),
+        ("matrix product peak bf16, float32, TFLOP/s", "{bf16:.3g}, {fp32:.3g}".format(**peak_tflops)),
+        ("utilisation of the dtype's peak, %", 100 * utilisation["utilisation"]),
+        ("utilisation of the float32 peak, %", 100 * utilisation["utilisation_of_float32_peak"]),
     ])  # fmt: skip
-    stages = [step.in_stages(batch) for batch in batches]
-    numbers["stages"] = {name: sum(stage[name] for stage in stages) / len(stages) for name in stages[0]}
-    whole = sum(numbers["stages"].values())
-    rows = [(name, f"{1000 * s:9.1f} ms {100 * s / whole:5.1f} %") for name, s in numbers["stages"].items()]
+    every = [step.in_stages(batch) for batch in batches]
+    stages = {name: sum(each[name] for each in every) / len(every) for name in every[0]}
+    whole = sum(stages.values())
+    rows = [(name, f"{1000 * s:9.1f} ms {100 * s / whole:5.1f} %") for name, s in stages.items()]
     tell(f"stages of a step (together {1000 * whole:.1f} ms)", rows)
-    return numbers
+    result = {"step_seconds": step_seconds, **rates, "matmul_peak_tflops": peak_tflops, **utilisation}
+    return result | {"stages": stages}

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,34 +25,43 @@ from minidpo.weights import load_model, save_model, save_reward_model
 OPPONENTS = ("naive", "trl", *(f"trl:{mode}" for mode in MODES))
 
 
+class Child(NamedTuple):
+    """What bench_child.py tells of its process."""
+
+    seconds_to_first_step: float
+    peak_bytes: int
+
+
 def against(
-    whom: str, places: Path, pairs: PairTokens, settings: Settings, device: torch.device, own: dict
-) -> dict:
+    whom: str, places: Path, pairs: PairTokens, settings: Settings, device: torch.device, own: Child
+) -> dict[str, dict[str, object]]:
     """Opponents in turn with us: ratios of paired times, and of memory and start to `own` (run_child's)."""
-    results = {}
+    results: dict[str, dict[str, object]] = {}
     for opponent in OPPONENTS[2:] if whom == "trl" else (whom,):
         if settings.loss == "rm" and opponent == "trl:fused":
             continue  # there is no output layer to fuse
         times = paired_times(opponent, places, pairs, settings, device)
         theirs, ours = zip(*times, strict=True)
         child = run_child(opponent, places)
+        ratio = spread([their / our for their, our in times])
+        memory = child.peak_bytes / own.peak_bytes
+        start = child.seconds_to_first_step / own.seconds_to_first_step
         results[opponent] = {
-            "time_ratio": spread([their / our for their, our in times]),
+            "time_ratio": ratio,
             "their_step_seconds": spread(theirs),
             "our_step_seconds": spread(ours),
-            "memory_ratio": child["peak_bytes"] / own["peak_bytes"],
-            "start_ratio": child["seconds_to_first_step"] / own["seconds_to_first_step"],
-            **child,
+            "memory_ratio": memory,
+            "start_ratio": start,
+            **child._asdict(),
         }
-        ratio, memory, start = (results[opponent][f"{name}_ratio"] for name in ("time", "memory", "start"))
         rows = [
             ("time of a step, median of paired ratios (quartiles)", quartiles(ratio)),
             (
                 "seconds a step: theirs, ours",
                 f"{statistics.median(theirs):.3g}, {statistics.median(ours):.3g}",
             ),
-            ("peak memory (MiB)", f"{memory:.2f} ({child['peak_bytes'] / 2**20:.0f})"),
-            ("first step done after (s)", f"{start:.2f} ({child['seconds_to_first_step']:.1f})"),
+            ("peak memory (MiB)", f"{memory:.2f} ({child.peak_bytes / 2**20:.0f})"),
+            ("first step done after (s)", f"{start:.2f} ({child.seconds_to_first_step:.1f})"),
         ]
         tell(f"{'textbook step' if opponent == 'naive' else opponent}, relative to ours", rows)
     return results
@@ -100,7 +110,7 @@ def write_for_children(
     return directory
 
 
-def run_child(who: str, places: Path) -> dict:
+def run_child(who: str, places: Path) -> Child:
     """A fresh process that takes up to four steps: when the first was done, reference included, and its peak memory."""
     command = [sys.executable, "-m", "minidpo.commands.bench_child", who, str(places), str(time.time())]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -108,4 +118,4 @@ def run_child(who: str, places: Path) -> dict:
         raise UserError(
             f"the process for {who} ended with {done.returncode}: {done.stderr.strip().splitlines()[-1:]}"
         )
-    return json.loads(done.stdout.splitlines()[-1])
+    return Child(**json.loads(done.stdout.splitlines()[-1]))

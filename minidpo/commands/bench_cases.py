@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
 
 import numpy as np
 import torch
@@ -98,17 +97,16 @@ def find_model(options, device: torch.device) -> tuple[str, Transformer, Path | 
 
 def from_run_config(file: str, settings: Settings) -> tuple[Settings, str, list[str]]:
     """What a training configuration says of the step: the settings, model.path and data.train."""
-    config: RewardConfig | PreferenceConfig
-    loss: dict[str, Any] = {}
+    config: PreferenceConfig | RewardConfig
     if settings.loss == "rm":
         config = load_config(RewardConfig, [file])
     else:
         config = load_config(PreferenceConfig, [file])
-        loss = dict(loss=config.loss.name, beta=config.loss.beta)
+        settings = replace(settings, loss=config.loss.name, beta=config.loss.beta)
     optim = {name: getattr(config.optim, name) for name in ("batch_size", "micro_tokens", "lr")}
     names = ("dtype", "device", "threads", "compile", "activation_checkpointing")
     run = {name: getattr(config.run, name) for name in names}
-    return replace(settings, **loss, **optim, **run), config.model.path, config.data.train
+    return replace(settings, **optim, **run), config.model.path, config.data.train
 
 
 def with_reward_head(model: Transformer) -> RewardModel:

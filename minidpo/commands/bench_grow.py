@@ -1,7 +1,7 @@
 """`bench --grow`: each cost driver doubled alone; measured growth beside the growth of necessary_flops."""
 
 from dataclasses import replace
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +15,15 @@ from minidpo.model import ModelConfig
 PROMPT, ENDING = 128, 80
 
 
-def growth(config: ModelConfig, settings: Settings, device: torch.device) -> list[dict]:
+class Row(NamedTuple):
+    doubled: str
+    seconds: float
+    flops: int
+    measured: float  # seconds, relative to the base case's
+    predicted: float  # flops, likewise
+
+
+def growth(config: ModelConfig, settings: Settings, device: torch.device) -> list[Row]:
     """Forward and backward (no optimizer: it grows with parameters, not pairs) of a base case and of it doubled."""
     batch = settings.batch_size
     deeper = replace(config, num_hidden_layers=2 * config.num_hidden_layers)
@@ -31,7 +39,7 @@ def growth(config: ModelConfig, settings: Settings, device: torch.device) -> lis
         f"\nforward and backward; base: {batch} pairs, prompts {PROMPT}, endings {ENDING}; each doubled in turn"
     )
     say(f"  {'doubled':<12} {'seconds':>9} {'measured':>9} {'predicted':>9}")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for name, (shape, prompt, ending, pairs) in cases.items():
         lengths = np.tile([prompt, ending, ending], (pairs, 1))
         tokens = pairs_of_lengths(shape, lengths)
@@ -42,8 +50,8 @@ def growth(config: ModelConfig, settings: Settings, device: torch.device) -> lis
             step.optimizer.zero_grad(set_to_none=True)
             times.append(seconds(step.accumulate, everything, device))
         flops = necessary_flops(shape, lengths, step.wanted).total
-        rows.append({"doubled": name, "seconds": float(np.median(times[1:])), "flops": flops})
-        base = rows[0]
-        rows[-1] |= {"measured": rows[-1]["seconds"] / base["seconds"], "predicted": flops / base["flops"]}
-        say("  {doubled:<12} {seconds:>9.4f} {measured:>9.2f} {predicted:>9.2f}".format(**rows[-1]))
+        median = float(np.median(times[1:]))
+        base = rows[0] if rows else Row(name, median, flops, 1, 1)
+        rows.append(Row(name, median, flops, median / base.seconds, flops / base.flops))
+        say("  {0:<12} {1:>9.4f} {3:>9.2f} {4:>9.2f}".format(*rows[-1]))
     return rows
