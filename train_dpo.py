@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
     # --- data and policy
     sharded = partial(
         shard, device=device, dtype=run.dtype
-    )  # over the processes of torchrun, if there are several
+    )  # over torchrun's processes, if there are several
     policy = load_model(model_path, device=device, prepare=sharded)
     tokenizer = Tokenizer.from_directory(model_path)
     with first_before_others():
@@ -96,6 +96,12 @@ def main(arguments: list[str]) -> None:
         )
         return
 
+    sampled = None
+    if config.eval.samples and len(held_out):
+        sampled = SampledEvaluation(
+            config.eval, held_out, tokenizer, policy, reference_path, out, device, run.dtype, run.seed
+        )
+
     # --- the frozen reference: log-probs of every pair once, or a second model alongside
     train_reference: StoredReference | LiveReference | None = None
     eval_reference: StoredReference | LiveReference | None = None
@@ -111,27 +117,18 @@ def main(arguments: list[str]) -> None:
         )
         train_reference = StoredReference(stored["train"], device)
         eval_reference = StoredReference(stored["held_out"], device)
-    elif config.reference.path and loss.name not in NEEDS_REFERENCE:
+    elif config.reference.path and loss.name not in NEEDS_REFERENCE and not sampled:
         say(f"{loss.name} has no reference: {config.reference.path} is not read")
     elif loss.name in NEEDS_REFERENCE:
         train_reference = eval_reference = LiveReference(load_reference(reference_path, device, run.dtype))
 
     wanted = Wanted(chosen_logps=True, rejected_logps=loss.name != "sft")
     tokens = train.lengths[:, : 2 + wanted.rejected].sum(axis=1)  # what each pair lays out
-    place = (
-        rank(),
-        ranks(),
-    )  # of this process among those of the run; each takes its share of the micro-batches
+    place = rank(), ranks()  # each process of the run takes its share of the micro-batches
     longest, row = longest_pair(train, held_out), optim.micro_tokens
     if device.type == "cuda":  # where rows are padded to one length
         row = max(longest, padded_pass(tokens, optim.batch_size, optim.micro_tokens, ranks()))
     room = MicroTokens(row, longest)
-
-    sampled = None
-    if config.eval.samples and len(held_out):
-        sampled = SampledEvaluation(
-            config.eval, held_out, tokenizer, policy, reference_path, out, device, run.dtype, run.seed
-        )
 
     def compare(pairs: PairTokens, rows: np.ndarray, reference: StoredReference | LiveReference | None):
         """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""

@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> None:
     # --- data and model
     sharded = partial(
         shard, device=device, dtype=run.dtype
-    )  # over the processes of torchrun, if there are several
+    )  # over torchrun's processes, if there are several
     model = new_reward_model(model_path, device, loss.lm_weight > 0, prepare=sharded)
     tokenizer = Tokenizer.from_directory(model_path)
     with first_before_others():
@@ -93,10 +93,7 @@ def main(arguments: list[str]) -> None:
 
     wanted = Wanted(chosen_logps=loss.lm_weight > 0, rewards=True)
     tokens = train.lengths.sum(axis=1)
-    place = (
-        rank(),
-        ranks(),
-    )  # of this process among those of the run; each takes its share of the micro-batches
+    place = rank(), ranks()  # each process of the run takes its share of the micro-batches
     longest, row = longest_pair(train, held_out), optim.micro_tokens
     if device.type == "cuda":  # where rows are padded to one length
         row = max(longest, padded_pass(tokens, optim.batch_size, optim.micro_tokens, ranks()))
