@@ -22,14 +22,14 @@ RATES = {
 
 
 class Advice:
-    """Looks at the logged values of a run as they come. loss: a key of RATES."""
+    """Looks at the logged values of a run as they come. loss: a key of RATES, or one of which no rate is known."""
 
     def __init__(self, loss: str, parameters: int, lr: float) -> None:
         self._given: set[str] = set()
         self._first: dict[str, float] = {}
         self._overfitted_steps = 0
         self._lengths: list[float] = []
-        low, high = RATES[loss]
+        low, high = RATES.get(loss, (lr, lr))
         if parameters >= FEW_PARAMETERS and not low / 10 <= lr <= high * 10:
             self._give(
                 f"optim.lr = {lr:g} is far from what is published for {loss}, {low:g} to {high:g}: expect"
@@ -75,6 +75,10 @@ class Advice:
             self._give(
                 f"chosen responses are {-fallen:.1f} nats less likely than at the start while margins rise: both endings"
                 " fall, the rejected one faster; a higher loss.beta or lower optim.lr, and read samples for new text"
+            )
+        if values.get("ended") == 0.0:
+            self._give(
+                "no sampled answer ended within eval.max_new_tokens: raise it, or see whether the data's endings have an EOS"
             )
         if "sample_length" in values:
             self._lengths.append(values["sample_length"])

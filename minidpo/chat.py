@@ -84,7 +84,7 @@ class ChatTemplate:
         if source is None:
             raise UserError(
                 f"{self._directory}: no chat_template in tokenizer_config.json and no chat_template.jinja;"
-                " messages can be written as template = 'hh' or 'chatml'"
+                " messages can be written as template = 'hh' or 'chatml' (--data.template=hh; for commands --template hh)"
             )
         return _compile(source, special_tokens(self._directory), self._directory)
 

@@ -206,6 +206,11 @@ class _AnotherRun(UserError):
 def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any]) -> None:
     for name in sorted(was.keys() | identity.keys()):
         if was.get(name) != identity.get(name):
+            if name in ("data", "model", "reference"):  # fingerprints, which say nothing to a reader
+                raise _AnotherRun(
+                    f"{path} was made with another {name}: what its files hold has changed since; give the run another"
+                    " run.out, or the old files"
+                )
             raise _AnotherRun(
                 f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
                 " give the run another run.out, or the old setting"

@@ -98,7 +98,10 @@ def split_by_prompt(prompts: Sequence[str | bytes], eval_count: int, seed: int) 
     Raises `UserError` where nothing would be left on either side.
     """
     if not 0 <= eval_count < len(prompts):
-        raise UserError(f"{eval_count} pairs to hold out of {len(prompts)}; give 0 to {len(prompts) - 1}")
+        raise UserError(
+            f"data.eval_pairs = {eval_count}, {eval_count} pairs to hold out of {len(prompts)}; give 0 to"
+            f" {len(prompts) - 1}"
+        )
     salt = str(seed).encode()
     keys = (prompt.encode() if isinstance(prompt, str) else prompt for prompt in prompts)
     digests = [hashlib.blake2b(key, digest_size=16, key=salt).digest() for key in keys]

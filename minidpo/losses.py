@@ -6,7 +6,7 @@ Glossary, paper symbol -> argument:
     log pi_ref(y|x)      reference_..._logps: the same under the frozen reference
     |y|                  ..._lengths: how many tokens were summed
     r(x, y)              ..._rewards
-    beta                 strength of the pull towards the reference (1 / temperature in SimPO)
+    beta                 strength of the pull towards the reference (scale of the reward in SimPO)
     sigma                the logistic function
 Every function takes one value a pair, shape (B,), and returns one loss a pair, shape (B,), in nats where
 it is a log-likelihood: the caller averages, so that micro-batches can divide by the whole batch's count.

@@ -4,7 +4,7 @@ Dimensions as in model.py: D hidden size, H and K query and key/value heads of s
 Source of the scheme: Rajbhandari et al. 2020 (ZeRO) for what is sharded, Korthikanti et al. 2022 for activations.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -67,9 +67,9 @@ def step_memory(
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """Parameters of one layer, and of all that is outside the layers."""
     with torch.device("meta"):
-        model = Transformer(config)
+        model = Transformer(replace(config, num_hidden_layers=1))
     one = sum(p.numel() for p in model.model.layers[0].parameters())
-    return one, sum(p.numel() for p in model.parameters()) - one * config.num_hidden_layers
+    return one, sum(p.numel() for p in model.parameters()) - one
 
 
 def _layer_bytes(config: ModelConfig, scored: float, device: str) -> float:

@@ -196,7 +196,10 @@ _COLUMNS = (
     ("lm_loss", "lm", "7.4f"),
     ("kl", "KL", "6.2f"),
     ("sample_length", "length", "5.1f"),
+    ("ended", "ended", "4.2f"),
+    ("reward", "reward", "7.3f"),
     ("win_rate", "wins", "5.3f"),
+    ("tie_rate", "ties", "5.3f"),
     ("grad_norm", "grad", "8.3g"),
     ("lr", "lr", "8.2e"),
 )

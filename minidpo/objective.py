@@ -38,8 +38,10 @@ def preference(
         per_token = (chosen_lengths, rejected_lengths) if loss.length_normalize else (None, None)
         if loss.name == "ipo":
             result = ipo_loss(*logps, loss.beta, *per_token)
-        else:
+        elif loss.name == "dpo":
             result = dpo_loss(*logps, loss.beta, loss.label_smoothing, *per_token)
+        else:
+            raise ValueError(f"no equation here for loss.name = {loss.name!r}")
     watched = watch(result)
     if loss.name != "ipo":
         watched["idle"] = result.losses < IDLE
@@ -83,6 +85,8 @@ def loss_argument(
 
     With length_normalize each log-ratio is over its |y|.
     """
+    if loss.name not in ("dpo", "ipo", "simpo", "sft"):
+        raise ValueError(f"no closed form here for loss.name = {loss.name!r}")
     values = policy if loss.name in ("simpo", "sft") else policy - _given(loss, reference)
     if _averages(loss):
         values = values / lengths

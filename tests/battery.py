@@ -67,7 +67,13 @@ class Loss:
 
     def losses(self, tensors: dict[str, Tensor | float]) -> Tensor:
         out = self.function(**tensors)
-        return out if isinstance(out, Tensor) else out.losses
+        losses = out if isinstance(out, Tensor) else out.losses
+        first = tensors[self.inputs[0]]
+        assert losses.shape == first.shape, (
+            f"one loss a pair: {tuple(first.shape)}, not {tuple(losses.shape)}"
+        )
+        assert first.dtype != torch.float64 or losses.dtype == torch.float64, "float64 must stay float64"
+        return losses
 
     def gradients(self, tensors: dict[str, Tensor | float], losses: Tensor) -> dict[str, np.ndarray]:
         assert losses.requires_grad, "the loss is cut off from its inputs"
@@ -171,7 +177,9 @@ def check_invariances(loss: Loss) -> None:
     if loss.rewards:
         out = loss.function(**loss.tensors(arguments))
         back = loss.function(**loss.tensors(swapped(arguments)))
-        close(out[1] - out[2], back[2] - back[1], claim="swapping the pair negates the reward margin")
+        close(
+            out[1] - out[2], (back[2] - back[1]).detach(), claim="swapping the pair negates the reward margin"
+        )
 
 
 def check_extremes(loss: Loss) -> None:

@@ -35,8 +35,9 @@ def after(steps: list[dict], evaluations: list[dict], given) -> list[str]:
         ([], [{"sample_length": n} for n in (50, 55, 60, 65, 70)], "longer at every evaluation", "SimPO"),
         ([{"rewards/margins": 10.5}, {"rewards/margins": 12.5}], [], "mean margin of 10.5", "smoothing"),
         ([{"idle": 0.6}, {"idle": 0.8}], [], "60% of the pairs", "harder pairs"),
+        ([], [{"ended": 0.0}, {"ended": 0.0}], "no sampled answer ended", "eval.max_new_tokens"),
     ],
-    ids=["kl", "chosen falls", "overfitted", "longer", "saturated", "idle"],
+    ids=["kl", "chosen falls", "overfitted", "longer", "saturated", "idle", "never ends"],
 )
 def test_a_warning_is_given_once_with_what_to_try(steps, evaluations, says, tries, given):
     (line,) = after(steps, evaluations, given)

@@ -91,13 +91,23 @@ def test_two_and_four_processes_train_what_one_does(config, tmp_path):
 
 
 @pytest.mark.slow
-# bf16: sharded weights are rounded when they are gathered, the embedding too, which one process leaves in float32.
-@pytest.mark.parametrize(("dtype", "processes", "limit"), [("fp32", 3, 1e-5), ("bf16", 2, 0.05)])
-def test_a_reward_model_over_several_processes_is_that_of_one(config, tmp_path, dtype, processes, limit):
-    arguments = config(**SETTINGS, run__dtype=f'"{dtype}"')
+def test_a_reward_model_over_several_processes_is_that_of_one(config, tmp_path):
+    arguments = config(**SETTINGS)
     train_rm.main([*arguments, f"--run.out={tmp_path / 'one'}"])
-    finished(processes, "train_rm.py", *arguments, f"--run.out={tmp_path / 'several'}")
-    assert largest_difference(tmp_path / "several", tmp_path / "one") < limit
+    finished(3, "train_rm.py", *arguments, f"--run.out={tmp_path / 'several'}")
+    assert largest_difference(tmp_path / "several", tmp_path / "one") < 1e-5
+
+
+@pytest.mark.slow
+def test_bf16_over_several_processes_learns_as_one_does(config, tmp_path):
+    """Sharded weights are rounded when they are gathered, the embedding too, which one process leaves in float32: the
+    losses differ by what bf16 rounds, and an accuracy by a pair that stood at the edge."""
+    arguments = config(**SETTINGS, run__dtype='"bf16"')
+    train_rm.main([*arguments, f"--run.out={tmp_path / 'one'}"])
+    finished(2, "train_rm.py", *arguments, f"--run.out={tmp_path / 'several'}")
+    losses = [[line["loss"] for line in metrics(tmp_path / n) if "loss" in line] for n in ("one", "several")]
+    assert len(losses[0]) == STEPS
+    np.testing.assert_allclose(*losses, rtol=0.01)
 
 
 @pytest.mark.slow

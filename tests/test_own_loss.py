@@ -19,7 +19,8 @@ from minidpo.losses import PreferenceLoss, dpo_loss
 
 
 # 1. Write the function. With dpo_loss's signature it also trains wherever dpo_loss does. One that calls none of
-#    minidpo's losses raises bf16 inputs itself: x.float().
+#    minidpo's losses raises half precision itself, and leaves float64 alone:
+#    x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 def robust_dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -42,8 +43,9 @@ def robust_dpo_loss(
     return as_labelled._replace(losses=losses)
 
 
-# 2. Describe it. The first three fields are enough for derivatives, finiteness, bf16 and independence of
-#    pairs; every further one is one more claim that is put to the test.
+# 2. Describe it. The first three fields are enough for derivatives that are those of the function, finiteness, bf16
+#    and independence of pairs, but cannot tell your loss from its negative: that takes `points` or a `twin`. Every
+#    further field is one more claim that is put to the test.
 def robust_gradient(a) -> dict[str, np.ndarray]:
     z, e = dpo_z(a), a.flip_rate
     slope = -((1 - e) * np.exp(log_sigmoid(-z)) + e * np.exp(log_sigmoid(z))) / (1 - 2 * e)
@@ -110,7 +112,8 @@ def test_the_battery_refutes_a_wrong_form(wrong):
 
 
 # 5. See where it converges: train a transformer with it in a world whose responses are all listed, and compare
-#    with the optimum you derived.
+#    with the optimum you derived. Compare policies: a wrong loss reaches its own minimum too. exact_world.py lists the
+#    optima of all losses; `best_scores(gamma=, label_smoothing=)` has those of a logistic loss with either.
 def test_robust_dpo_finds_the_optimum_of_clean_labels_in_swapped_ones():
     """With labels swapped at rate e the expectation of step 4 is plain DPO on clean labels, whose optimum is
     pi* proportional to pi_ref exp(r* / beta)."""

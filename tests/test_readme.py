@@ -65,6 +65,14 @@ def sandbox(world, tmp_path_factory) -> Path:
         shutil.copytree(world / "model", place / name)
     lines = gzip.decompress((world / "pairs.jsonl.gz").read_bytes())
     (place / "pairs.jsonl").write_bytes(lines)
+    (place / "runs/demo").mkdir(parents=True)  # what the demo leaves: a run, its reference, its pairs
+    shutil.copytree(world / "model", place / "runs/demo/sft/final")
+    shutil.copy(world / "pairs.jsonl.gz", place / "runs/demo/preferences.test.jsonl.gz")
+    arguments = f"configs/demo_dpo.toml --model.path={world / 'model'} --data.train={place / 'pairs.jsonl'} --data.eval="
+    train_dpo.main(
+        [str(ROOT / p) if p.startswith("configs") else p for p in arguments.split()]
+        + [*SMALL["train_dpo.py"].split(), f"--run.out={place / 'runs/demo/dpo'}"]
+    )
     for subset in ("helpful-base", "harmless-base"):
         (place / "data/hh-rlhf" / subset).mkdir(parents=True)
         for split in ("train", "test"):

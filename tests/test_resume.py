@@ -90,14 +90,14 @@ def test_a_first_start_killed_before_any_checkpoint_leaves_no_line_twice(config,
 @pytest.mark.parametrize("override", ["--loss.beta=0.2", "--optim.lr=2e-3", "--data.max_length=48"])
 def test_resuming_as_another_run_is_refused_with_the_name_of_what_differs(config, override):
     run(config())
-    changed = "data" if "data" in override else override[2:].partition("=")[0]
-    with pytest.raises(UserError, match=f"{changed} = "):
+    changed = "another data: " if "data" in override else override[2:].replace("=", " = .*now it is ")
+    with pytest.raises(UserError, match=changed.replace("2e-3", "0.002")):
         run(config(), override)
 
 
 def test_a_reference_swapped_under_a_run_is_refused(config, world):
     run(config())
-    with pytest.raises(UserError, match="reference = "):
+    with pytest.raises(UserError, match="another reference"):
         run(config(), f"--reference.path={world / 'other'}")
 
 

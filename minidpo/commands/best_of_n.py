@@ -78,6 +78,11 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
         f"{len(pairs)} pairs of best and worst written to {path}; {len(prompts) - len(pairs)} prompts skipped,"
         " whose samples are all equal, tied or blank"
     )
+    if cut := sum(not sample.ended for pair in pairs for sample in pair):
+        say(
+            f"warning: {cut} of their {2 * len(pairs)} endings were cut off, and training would put an EOS there; raise"
+            " --max-new-tokens"
+        )
 
 
 def show(prompts: Sequence[Sequence[Sample]]) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from minidpo.advice import MOST_KL
 from minidpo.commands.answers import answer
 from minidpo.commands.world import Judgement, ceiling_accuracy
 from minidpo.commands.world_files import write_model, write_world
@@ -134,6 +135,10 @@ def report(out: Path) -> None:
         means = [sum(map(value, answers.judgements)) / len(prompts) for answers in (before, after)]
         print(f"  {label + ', ' + unit:<36} {means[0]:>8.1f} {means[1]:>8.1f}")
     print(f"  {'KL from the SFT model, nats':<36} {0:>8.1f} {kl:>8.1f}")
+    if kl > MOST_KL:
+        print(
+            f"  more than {MOST_KL:g} nats: some answers have fallen apart; a lower optim.lr or a higher loss.beta keeps them"
+        )
     print("\nOn held-out preferences:\n")
     print(f"  reward model accuracy   {reward_model['eval/accuracy']:.3f}")
     print(
