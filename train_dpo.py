@@ -79,12 +79,13 @@ def main(arguments: list[str]) -> None:
     claim(out)
     first_step = resume(out, policy, optimizer, identity)
     write_config(config, out)
+    parameters = sum(p.numel() for p in policy.parameters())
     metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)
     say(
-        f"{loss.name}: {sum(p.numel() for p in policy.parameters()):,} parameters, {len(train)} pairs to train on,"
+        f"{loss.name}: {parameters:,} parameters, {len(train)} pairs to train on,"
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
-    advice = Advice(loss.name, sum(p.numel() for p in policy.parameters()), optim.lr)
+    advice = Advice(loss.name, parameters, optim.lr)
     if optim.warmup_steps >= steps:
         say(
             f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}: lr never reaches {optim.lr}"

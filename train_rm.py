@@ -76,12 +76,13 @@ def main(arguments: list[str]) -> None:
     claim(out)
     first_step = resume(out, model, optimizer, identity)
     write_config(config, out)
+    parameters = sum(p.numel() for p in model.parameters())
     metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)
     say(
-        f"reward model: {sum(p.numel() for p in model.parameters()):,} parameters, {len(train)} pairs to train on,"
+        f"reward model: {parameters:,} parameters, {len(train)} pairs to train on,"
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
-    advice = Advice("rm", sum(p.numel() for p in model.parameters()), optim.lr)
+    advice = Advice("rm", parameters, optim.lr)
     if optim.warmup_steps >= steps:
         say(
             f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}: lr never reaches {optim.lr}"

@@ -11,6 +11,7 @@ less noise. (Schulman's exp(-d) - 1 + d is never negative either, but at several
 hardly ever sampled, and it reads low.) A response cut at max_new_tokens counts as far as it went.
 """
 
+import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -93,6 +94,7 @@ class SampledEvaluation:
         samples, base = self._sample(policy, self._seed, "sampling"), self._of_reference
         divergence = divergences(policy, reference, self._prompts, samples.ids, self._device, self._dtype)
         del reference
+        gc.collect()  # sharded layers stand in reference cycles, and would stay beside the policy
         kl, kl_error = mean_and_error(divergence[:, 1])
         figures = {
             "kl": kl,
