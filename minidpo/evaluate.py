@@ -31,7 +31,7 @@ from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 from minidpo.generate import Sampling, generate
 from minidpo.judge import MICRO_TOKENS, Judge, mean_and_error, text_after
-from minidpo.logprobs import CHUNK, at_least_float32, scored_hidden, sum_by_ending
+from minidpo.logprobs import at_least_float32, chunk_rows, scored_hidden, sum_by_ending
 from minidpo.metrics import Progress
 from minidpo.model import Transformer
 from minidpo.packing import PackedRow, PairTokens, Wanted
@@ -189,8 +189,9 @@ def divergence(policy: Transformer, reference: Transformer, row: PackedRow) -> T
     """Both estimates for the chosen endings of a packed row: (B, 2)."""
     ours, theirs = scored_hidden(policy, row), scored_hidden(reference, row)  # (S, D) each
     ratios, kls = [torch.zeros(0, device=ours.device)], [torch.zeros(0, device=ours.device)]
+    rows = chunk_rows(policy.config.vocab_size, torch.float32)
     for h, h_reference, target in zip(
-        ours.split(CHUNK), theirs.split(CHUNK), row.targets.split(CHUNK), strict=True
+        ours.split(rows), theirs.split(rows), row.targets.split(rows), strict=True
     ):
         logps = at_least_float32(F.linear(h, policy.output_weight)).log_softmax(-1)  # (chunk, V)
         logratios = logps - at_least_float32(F.linear(h_reference, reference.output_weight)).log_softmax(-1)

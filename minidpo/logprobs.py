@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the definition below depends on torch alone
     from minidpo.model import Transformer
     from minidpo.packing import PackedRow
 
-CHUNK = 1024  # scored tokens whose logits are held at once
+LOGITS = 2**28  # bytes of logits held at once, in the dtype of their product
 CACHED = 2**21  # logits that are worked on in float32 at once, on a CPU: 8 MiB stay in its cache
 
 
@@ -45,17 +45,28 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
     return torch.where(scored, token_logps, 0.0).sum(dim=1), counts
 
 
-def token_logps(hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int = CHUNK) -> Tensor:
+def token_logps(
+    hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int | None = None
+) -> Tensor:
     """log softmax(hidden @ output_weight.T)[target] at every scored position, without storing the logits.
 
-    Equal to `sequence_logps`'s inner gather on the same rows, but the (S, V) logits exist only `chunk_size`
-    rows at a time: backward computes them again. float32 from the logits on, whatever dtype the product ran in.
+    Equal to `sequence_logps`'s inner gather on the same rows, but the (S, V) logits exist only `chunk_size` rows (by
+    default `chunk_rows`) at a time: backward computes all but the last chunk's again. float32 from the logits on,
+    whatever dtype the product ran in.
     Shapes: hidden (S, D), the final hidden state *before* each scored token; output_weight (V, D);
     targets (S,). Returns (S,), nats, float32 or better. Differentiable once in hidden and output_weight.
     """
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    return _ChunkedTokenLogps.apply(hidden, output_weight, targets, chunk_size)
+    most = chunk_size or chunk_rows(len(output_weight), hidden.dtype)
+    chunks = max(1, -(-len(hidden) // most))
+    # Even ones: the more the last one holds, the less is computed again.
+    return _ChunkedTokenLogps.apply(hidden, output_weight, targets, max(1, -(-len(hidden) // chunks)))
+
+
+def chunk_rows(vocab_size: int, dtype: torch.dtype) -> int:
+    """How many rows of logits fit into LOGITS bytes."""
+    return max(1, LOGITS // (vocab_size * dtype.itemsize))
 
 
 def response_logps(model: "Transformer", row: "PackedRow") -> Tensor:
@@ -93,7 +104,8 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     """d logp / d logits = onehot(target) - softmax(logits), formed chunk by chunk.
 
     A chunk is large, for its three products; what is done to its logits in float32 is done a few rows at a time, which
-    stay in the processor's cache and never need memory from the system.
+    stay in the processor's cache and never need memory from the system. Backward goes from the last chunk to the first:
+    that one's logits are still there, in the place that any chunk's would take.
     """
 
     @staticmethod
@@ -107,7 +119,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
                 normalizers.append(few.logsumexp(dim=-1))
                 target_logits = few.gather(-1, chunk_targets[rows, None]).squeeze(-1)
                 logps.append(target_logits - normalizers[-1])
-        ctx.chunk_size = chunk_size
+        ctx.chunk_size, ctx.last_logits = chunk_size, logits
         ctx.save_for_backward(hidden, output_weight, targets, torch.cat(normalizers))
         return torch.cat(logps)
 
@@ -120,10 +132,14 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         weight = output_weight.to(hidden.dtype)
         # Accumulated over chunks in float32: bf16 sums would lose the small contributions.
         grad_weight = torch.zeros_like(output_weight, dtype=grad_logps.dtype)
-        for start in range(0, len(hidden), ctx.chunk_size):
+        # Taken away, for they are overwritten below: a second backward computes them again.
+        kept, ctx.last_logits = ctx.last_logits, None
+        for start in reversed(range(0, len(hidden), ctx.chunk_size)):
             chunk = slice(start, start + ctx.chunk_size)
             targets, normalizers, grads = (values[chunk, None] for values in per_row)
-            grad_logits = hidden[chunk] @ weight.T  # logits first, their gradient where they stood
+            # Logits first, their gradient where they stood.
+            grad_logits = hidden[chunk] @ weight.T if kept is None else kept
+            kept = None
             for rows in _few_rows(grad_logits):
                 softmax = torch.sub(grad_logits[rows], normalizers[rows]).exp_()
                 few = softmax.mul_(-grads[rows]).scatter_add_(1, targets[rows], grads[rows])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from minidpo.logprobs import CHUNK
+from minidpo.logprobs import chunk_rows
 from minidpo.model import ModelConfig, Transformer
 
 STATE_BYTES = 16  # a parameter: weight, gradient and AdamW's two moments, float32 each
@@ -46,7 +46,7 @@ def step_memory(
     # One rank: autocast keeps its copies until the pass ends. Several: two layers (the next one comes while one
     # computes), one layer's gradient in bf16 and float32; what is outside the layers, and its gradient, throughout.
     gathered = 2 * parameters if ranks == 1 else 2 * 2 * layer + (2 + 4) * layer + (2 + 2) * outside
-    chunk = min(CHUNK, round(micro_tokens * scored))
+    chunk = min(chunk_rows(config.vocab_size, torch.bfloat16), round(micro_tokens * scored))
     # Logits and their gradient in bf16, logits in float32; the output matrix's gradient in float32.
     output = (2 + 4 + 2) * chunk * config.vocab_size + 4 * config.vocab_size * config.hidden_size
     kept = _layer_bytes(config, scored, device)

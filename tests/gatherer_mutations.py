@@ -59,6 +59,13 @@ GATHERER_MUTATIONS = {
         "logits of the chunk's first rows": "few = at_least_float32(logits[: rows.stop - rows.start])",
     },
     # the chunked form: backward
+    "kept, ctx.last_logits = ctx.last_logits, None": {
+        "overwritten logits in a second backward": "kept = ctx.last_logits",
+    },
+    "            kept = None\n": {"the last chunk's logits for every chunk": ""},
+    "reversed(range(0, len(hidden), ctx.chunk_size))": {
+        "the last chunk's logits for the first": "range(0, len(hidden), ctx.chunk_size)",
+    },
     "torch.sub(grad_logits[rows], normalizers[rows]).exp_()": {
         "softmax not normalised": "grad_logits[rows].to(grads.dtype).exp_()",
         "softmax normalised by another row": "torch.sub(grad_logits[rows], normalizers.roll(1, 0)[rows]).exp_()",

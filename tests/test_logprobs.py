@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-from minidpo.logprobs import response_logps, sequence_logps, sum_by_ending, token_logps
+from minidpo.logprobs import LOGITS, chunk_rows, response_logps, sequence_logps, sum_by_ending, token_logps
 from minidpo.packing import PairTokens, Wanted, pack_row
 from tiny import padded_rows, random_pairs, tiny_model
 
@@ -120,6 +121,23 @@ def test_chunk_size_changes_nothing_but_rounding():
     for result in results[1:]:
         for left, right in zip(result, results[0], strict=True):
             torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("chunk_size", "products"), [(12, 3), (11, 3.5), (4, 3 + 2 / 3), (None, 3)])
+def test_all_logits_but_the_last_chunks_are_computed_twice(chunk_size, products):
+    """Three products are the least: logits, and from their gradient those of hidden states and weight."""
+    hidden, weight = torch.randn(12, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        token_logps(hidden, weight, torch.zeros(12, dtype=torch.int64), chunk_size).sum().backward()
+    assert counter.get_total_flops() == products * 2 * 12 * 4 * 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_chunk_of_logits_fills_its_bytes_and_no_more(dtype):
+    row = 49_152 * dtype.itemsize
+    rows = chunk_rows(49_152, dtype)
+    assert rows * row <= LOGITS < (rows + 1) * row
+    assert chunk_rows(10**12, dtype) == 1
 
 
 def test_token_logps_is_finite_where_probabilities_underflow():

@@ -13,6 +13,7 @@ import argparse
 import copy
 import json
 import platform
+import statistics
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -161,12 +162,16 @@ def measure(
     model: Transformer, pairs: PairTokens, settings: Settings, device: torch.device
 ) -> dict[str, object]:
     """Our step alone: rates, utilisation and stages."""
-    peaks = {name: matmul_peak(device, dtype) for name, dtype in
-             {"bf16": torch.bfloat16, "fp32": torch.float32}.items()}  # fmt: skip
     step = Step(copy.deepcopy(model), pairs, settings, device)
     batches = np.split(np.arange(len(pairs)), settings.steps)
     step(batches[0])  # warms up
-    times = [seconds(step, batch, device) for batch in batches]
+    dtypes = {"bf16": torch.bfloat16, "fp32": torch.float32}
+    times, peaks, shares = [], [], []
+    for batch in batches:  # the peak anew before each step: what else a shared machine does changes it too
+        peaks.append({name: matmul_peak(device, dtype) for name, dtype in dtypes.items()})
+        times.append(seconds(step, batch, device))
+        rate = necessary_flops(model.config, pairs.lengths[batch], step.wanted).total / times[-1]
+        shares.append({name: rate / peak for name, peak in peaks[-1].items()})
     total = sum(times)
     flops = necessary_flops(model.config, pairs.lengths, step.wanted)
     step_seconds = spread(times)
@@ -177,21 +182,22 @@ def measure(
         "necessary_tflops_per_step": flops.total / settings.steps / 1e12,
         "tflops_per_s": flops.total / total / 1e12,
     }
-    peak_tflops = {name: peak / 1e12 for name, peak in peaks.items()}
+    peak_tflops = {name: statistics.median(peak[name] for peak in peaks) / 1e12 for name in dtypes}
     utilisation = {
-        "utilisation": flops.total / total / peaks[settings.dtype],
-        "utilisation_of_float32_peak": flops.total / total / peaks["fp32"],
+        "utilisation": spread([share[settings.dtype] for share in shares]),
+        "utilisation_of_float32_peak": spread([share["fp32"] for share in shares]),
     }
     tell("our step", [
         ("seconds a step, median (quartiles)", quartiles(step_seconds)),
         ("pairs/s", rates["pairs_per_s"]),
+        ("hours for a million such pairs", 1e6 / rates["pairs_per_s"] / 3600),
         ("logical tokens/s (two rows a pair)", rates["logical_tokens_per_s"]),
         ("processed tokens/s", rates["processed_tokens_per_s"]),
         ("necessary TFLOP a step", rates["necessary_tflops_per_step"]),
         ("  in layers, attention, output, %", " ".join(f"{100 * part / flops.total:.0f}" for part in flops)),
         ("matrix product peak bf16, float32, TFLOP/s", "{bf16:.3g}, {fp32:.3g}".format(**peak_tflops)),
-        ("utilisation of the dtype's peak, %", 100 * utilisation["utilisation"]),
-        ("utilisation of the float32 peak, %", 100 * utilisation["utilisation_of_float32_peak"]),
+        ("utilisation of the dtype's peak (quartiles)", quartiles(utilisation["utilisation"])),
+        ("utilisation of the float32 peak (quartiles)", quartiles(utilisation["utilisation_of_float32_peak"])),
     ])  # fmt: skip
     every = [step.in_stages(batch) for batch in batches]
     stages = {name: sum(each[name] for each in every) / len(every) for name in every[0]}

@@ -72,7 +72,7 @@ def textbook_tokens(lengths: np.ndarray, wanted: Wanted) -> int:
     return int((endings * lengths[:, 0] + lengths[:, 1 : 1 + endings].sum(axis=1)).sum())
 
 
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 1.5) -> float:
+def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """The fastest square product of several sizes, in operations a second: what "100 %" means."""
     sizes = (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192)
     best = 0.0
