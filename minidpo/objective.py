@@ -70,56 +70,10 @@ def watch(result: PreferenceLoss) -> dict[str, Tensor]:
     }
 
 
-# --- the same losses on paper, for `explain`: training uses the functions above and autograd ------------------
-
-
-def loss_argument(
-    loss: PreferenceLossSection, policy: Tensor, reference: Tensor | None, lengths: Tensor
-) -> Tensor:
-    """The one number a pair's loss is a function of, (B,); policy, reference, lengths as `preference` takes them.
-
-        dpo     z = beta * (log-ratio of chosen - log-ratio of rejected)              loss = -log sigma(z)
-        simpo   z = beta * (mean log pi of chosen - mean log pi of rejected) - gamma  loss = -log sigma(z)
-        ipo     h = log-ratio of chosen - log-ratio of rejected                       loss = (h - 1/(2 beta))^2
-        sft     log pi(y_w) / |y_w|                                                   loss = -that
-
-    With length_normalize each log-ratio is over its |y|.
-    """
-    if loss.name not in ("dpo", "ipo", "simpo", "sft"):
-        raise ValueError(f"no closed form here for loss.name = {loss.name!r}")
-    values = policy if loss.name in ("simpo", "sft") else policy - _given(loss, reference)
-    if _averages(loss):
-        values = values / lengths
-    if loss.name == "sft":
-        return values[:, 0]
-    h = values[:, 0] - values[:, 1]
-    if loss.name == "ipo":
-        return h
-    return loss.beta * h - (loss.gamma if loss.name == "simpo" else 0.0)
-
-
 def gradient_weights(
     loss: PreferenceLossSection, policy: Tensor, reference: Tensor | None, lengths: Tensor
 ) -> Tensor:
-    """How hard a pair pulls at each ending: -(d loss / d log pi(y|x)) in closed form, (B, 2), sft (B, 1).
-
-        dpo, simpo   beta * ((1-e) sigma(-z) - e sigma(z))     (e: label_smoothing; for e = 0 beta * sigma(r_l - r_w))
-        ipo          2 * (1/(2 beta) - h)
-        sft          1
-
-    times +1 for chosen and -1 for rejected, and over |y| where the loss averages. z and h: `loss_argument`.
-    """
-    z = loss_argument(loss, policy, reference, lengths)
-    if loss.name == "sft":
-        pull = torch.ones_like(z)
-    elif loss.name == "ipo":
-        pull = 2 * (1 / (2 * loss.beta) - z)
-    else:
-        smoothing = loss.label_smoothing
-        pull = loss.beta * ((1 - smoothing) * torch.sigmoid(-z) - smoothing * torch.sigmoid(z))
-    weights = pull[:, None] * torch.tensor([1.0, -1.0])[: policy.shape[1]].to(policy)
-    return weights / lengths if _averages(loss) else weights
-
-
-def _averages(loss: PreferenceLossSection) -> bool:
-    return loss.length_normalize or loss.name in ("simpo", "sft")
+    """How hard a pair pulls at each ending: -(d loss / d log pi(y|x)), (B, 2), sft (B, 1); as `preference` takes them."""
+    policy = policy.detach().requires_grad_()
+    losses, _ = preference(loss, policy, reference, lengths)
+    return -torch.autograd.grad(losses.sum(), policy)[0]

@@ -81,25 +81,25 @@ class EvalSection:
     reward_model: str = key("", "a reward model's directory: mean reward, win rate against the reference")
 
 
-@dataclass
-class PreferenceLossSection:
-    name: str = key("dpo", "dpo, ipo, simpo or sft", **one_of("dpo", "ipo", "simpo", "sft"))
-    beta: float = key(0.1, "pull to the reference (dpo, ipo) or reward scale (simpo)", positive, "> 0")
-    gamma: float = key(1.0, "simpo's target margin, outside beta", not_negative, ">= 0")
-    label_smoothing: float = key(
-        0.0, "assumed share of swapped labels (dpo, simpo)", smoothing, "in [0, 0.5)"
-    )
-    length_normalize: bool = key(False, "log-ratios per token instead of summed (dpo, ipo)")
-
-
-# A value other than the default for a key that the chosen loss does not read is an error, not a silence.
-LOSS_READS = {
+# The losses, and which keys each reads: another value than the default for one that it does not read is an error.
+LOSS_READS: dict[str, set[str]] = {
     "dpo": {"beta", "label_smoothing", "length_normalize"},
     "ipo": {"beta", "length_normalize"},
     "simpo": {"beta", "gamma", "label_smoothing"},
     "sft": set(),
 }
 NEEDS_REFERENCE = ("dpo", "ipo")
+
+
+@dataclass
+class PreferenceLossSection:
+    name: str = key("dpo", ", ".join(LOSS_READS), **one_of(*LOSS_READS))
+    beta: float = key(0.1, "pull to the reference (dpo, ipo) or reward scale (simpo)", positive, "> 0")
+    gamma: float = key(1.0, "simpo's target margin, outside beta", not_negative, ">= 0")
+    label_smoothing: float = key(
+        0.0, "assumed share of swapped labels (dpo, simpo)", smoothing, "in [0, 0.5)"
+    )
+    length_normalize: bool = key(False, "log-ratios per token instead of summed (dpo, ipo)")
 
 
 @dataclass

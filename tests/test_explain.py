@@ -9,14 +9,18 @@ import pytest
 import torch
 
 import train_dpo
+from minidpo import objective
 from minidpo.commands import explain as command
-from minidpo.commands.explain import EVERY_LOSS
+from minidpo.commands import explain_text
+from minidpo.commands.explain import EVERY_LOSS, under
 from minidpo.commands.explain import main as explain
 from minidpo.commands.explain_text import RESET, render
 from minidpo.commands.score import main as score
 from minidpo.errors import UserError
+from minidpo.losses import dpo_loss
 from minidpo.metrics import console_line
-from minidpo.objective import gradient_weights, loss_argument, preference
+from minidpo.objective import watch
+from minidpo.sections import LOSS_READS, PreferenceLossSection
 from minidpo.weights import save_model
 from tiny import tiny_model, write_tokenizer
 
@@ -90,27 +94,62 @@ def test_the_loss_is_that_of_the_first_logged_step_to_the_last_digit(
             assert mine[{"margins": "margin"}.get(key, f"{key}_reward")] == step[f"rewards/{key}"]
 
 
+def on_paper(loss, policy, reference, lengths) -> tuple[float, list[float]]:
+    """A pair's argument and gradient weights in closed form, as the last lines of the table name them."""
+    values = policy if loss.name in ("simpo", "sft") else policy - reference
+    over = 1.0
+    if loss.length_normalize or loss.name in ("simpo", "sft"):
+        values, over = values / lengths, lengths[0]
+    if loss.name == "sft":
+        return values[0, 0].item(), [1 / lengths[0, 0].item(), 0.0]
+    h = (values[0, 0] - values[0, 1]).item()
+    z = loss.beta * h - (loss.gamma if loss.name == "simpo" else 0)
+    e = loss.label_smoothing
+    pull = loss.beta * ((1 - e) / (1 + math.exp(z)) - e / (1 + math.exp(-z)))
+    if loss.name == "ipo":
+        pull = 2 * (1 / (2 * loss.beta) - h)
+    return h if loss.name == "ipo" else z, (pull * torch.tensor([1.0, -1.0]).double() / over).tolist()
+
+
 @pytest.mark.parametrize(
     "loss", [*EVERY_LOSS, replace(EVERY_LOSS[5], label_smoothing=0.2, gamma=0.3)], ids=repr
 )
-def test_the_gradient_weight_is_what_autograd_finds(loss):
+def test_argument_and_gradient_weights_are_those_on_paper(loss):
     draw = torch.Generator().manual_seed(0)
-    endings = 1 if loss.name == "sft" else 2
-    policy, reference = (
-        -20 * torch.rand(6, endings, generator=draw, dtype=torch.float64) - 1 for _ in range(2)
+    for _ in range(6):
+        policy, reference = (
+            -20 * torch.rand(1, 2, generator=draw, dtype=torch.float64) - 1 for _ in range(2)
+        )
+        lengths = torch.randint(1, 9, (1, 2), generator=draw)
+        found = under(loss, policy, reference, lengths)
+        argument, weights = on_paper(loss, policy, reference, lengths)
+        assert found["argument"] == pytest.approx(argument, rel=1e-12)
+        assert [found["chosen_weight"], found["rejected_weight"]] == pytest.approx(weights, rel=1e-9)
+        if "sigmoid" in found:
+            e, s = loss.label_smoothing, found["sigmoid"]
+            assert found["loss"] == pytest.approx(-(1 - e) * math.log(s) - e * math.log(1 - s), rel=1e-9)
+
+
+def test_a_loss_without_lines_of_its_own_is_explained_by_margin_loss_and_weights(
+    explained, pair, monkeypatch
+):
+    def squared(loss, policy, reference, lengths):
+        result = dpo_loss(*policy.unbind(1), *reference.unbind(1), loss.beta)
+        return (loss.beta * (policy - reference) @ torch.tensor([1.0, -1.0]).to(policy)) ** 2, watch(result)
+
+    monkeypatch.setitem(LOSS_READS, "squared", {"beta"})
+    monkeypatch.setattr(explain_text, "NEEDS_REFERENCE", ("squared",))
+    monkeypatch.setattr(
+        PreferenceLossSection.__dataclass_fields__["name"], "metadata", {"about": "", "check": None}
     )
-    lengths = torch.randint(1, 9, (6, endings), generator=draw)
-    policy.requires_grad_()
-    losses = preference(loss, policy, reference, lengths)[0]
-    (gradient,) = torch.autograd.grad(losses.sum(), policy)
-    torch.testing.assert_close(gradient_weights(loss, policy, reference, lengths), -gradient)
-    z = loss_argument(loss, policy, reference, lengths)
-    if loss.name in ("dpo", "simpo"):
-        e = loss.label_smoothing
-        again = -(1 - e) * z.sigmoid().log() - e * (-z).sigmoid().log()
-    else:
-        again = -z if loss.name == "sft" else (z - 1 / (2 * loss.beta)) ** 2
-    torch.testing.assert_close(again, losses)
+    monkeypatch.setattr(objective, "preference", squared)
+    monkeypatch.setattr(command, "preference", squared)
+    monkeypatch.setattr(command, "EVERY_LOSS", [PreferenceLossSection("squared", beta=0.3)])
+    mine = explained(*pair, "--loss", "squared", "--beta", "0.3")["loss"]
+    assert mine["loss"] == pytest.approx(mine["margin"] ** 2)
+    assert mine["chosen_weight"] == pytest.approx(-2 * 0.3 * mine["margin"], rel=1e-6)
+    text = explained.text(*pair, "--loss", "squared", "--beta", "0.3")
+    assert f"loss of squared{mine['loss']:>47.4f}" in text
 
 
 def test_the_table_can_be_checked_with_a_calculator(explained, pair):

@@ -29,7 +29,7 @@ from minidpo.errors import UserError
 from minidpo.formats import EMPTY_ENDING, BadRecord, PreferencePair, Unusable, pair_of, shape_of
 from minidpo.hf_config import read_config
 from minidpo.logprobs import scored_logps, sum_by_ending
-from minidpo.objective import gradient_weights, loss_argument, preference
+from minidpo.objective import gradient_weights, preference
 from minidpo.packing import PackedRow, PairTokens, pack_row
 from minidpo.records import read_records
 from minidpo.reference import BOTH_ENDINGS
@@ -129,8 +129,8 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
             )
         ),
         **dict(zip(("chosen_length", "rejected_length"), lengths[0].tolist(), strict=True)),
-        "loss": _under(loss, sums, reference_sums, lengths),
-        "losses": [_under(each, sums, reference_sums, lengths) for each in EVERY_LOSS],
+        "loss": under(loss, sums, reference_sums, lengths),
+        "losses": [under(each, sums, reference_sums, lengths) for each in EVERY_LOSS],
     }
 
 
@@ -210,23 +210,29 @@ def _token_table(
     return table
 
 
-def _under(loss: PreferenceLossSection, policy: Tensor, reference: Tensor, lengths: Tensor) -> dict[str, Any]:
-    """What `loss` makes of the pair: policy, reference, lengths (1, 2). Rewards and the loss are the run's own."""
+def under(loss: PreferenceLossSection, policy: Tensor, reference: Tensor, lengths: Tensor) -> dict[str, Any]:
+    """What `loss` makes of the pair: policy, reference, lengths (1, 2). Rewards and the loss are the run's own.
+
+    The argument is what the loss is a function of: z of a logistic loss, ipo's h, for sft the mean log-prob.
+    """
     endings = 1 if loss.name == "sft" else 2
-    logps = (policy[:, :endings], reference[:, :endings], lengths[:, :endings])
-    losses, watched = preference(loss, *logps)
-    # On paper, in float64: a weight of 1e-9 is still a weight.
-    argument = loss_argument(loss, logps[0].double(), logps[1].double(), logps[2]).item()
-    weights = gradient_weights(loss, logps[0].double(), logps[1].double(), logps[2])[0].tolist()
+    policy, reference, lengths = (values[:, :endings] for values in (policy, reference, lengths))
+    losses, watched = preference(loss, policy, reference, lengths)
     settings = {name: value for name, value in asdict(loss).items() if name in LOSS_READS[loss.name]}
     values: dict[str, Any] = {"name": loss.name} | settings
-    if loss.name != "sft":
+    precise = (policy.double(), reference.double(), lengths)  # a weight of 1e-9 is still a weight
+    weights = gradient_weights(loss, *precise)[0].tolist()
+    if loss.name == "sft":
+        values["argument"] = (precise[0] / lengths).item()
+    else:
         values["chosen_reward"] = watched["rewards/chosen"].item()
         values["rejected_reward"] = watched["rewards/rejected"].item()
         values["margin"] = watched["rewards/margins"].item()
-    values["argument"] = argument
-    if loss.name in ("dpo", "simpo"):
-        values["sigmoid"] = 1 / (1 + exp(-argument)) if argument > -700 else 0.0
+        margin = preference(loss, *precise)[1]["rewards/margins"].item()
+        by_name = {"simpo": margin - loss.gamma, "ipo": margin / loss.beta}
+        argument = values["argument"] = by_name.get(loss.name, margin)
+        if loss.name in ("dpo", "simpo"):
+            values["sigmoid"] = 1 / (1 + exp(-argument)) if argument > -700 else 0.0
     return values | {
         "loss": losses.item(),
         "chosen_weight": weights[0],

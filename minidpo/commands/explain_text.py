@@ -4,6 +4,7 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
+from minidpo.sections import NEEDS_REFERENCE
 from minidpo.tokenizer import Tokenizer
 
 PROMPT_ENDS = 4  # tokens shown at either end of a prompt that is longer than both together, and a bit
@@ -74,9 +75,9 @@ def _tokens(tokens: list[dict[str, Any]], colour: bool) -> Iterator[str]:
         if colour:
             text = _coloured(text, token["difference"])
         yield (
-            f"{token['position']:>4} {token['role']:<8} {text} {'yes':<6} {token['policy_logp']:>9.4f}"
-            f" {token['reference_logp']:>9.4f} {token['difference']:>+10.4f} {token['policy_sum']:>10.4f}"
-            f" {token['reference_sum']:>10.4f} {token['difference_sum']:>+9.4f}"
+            f"{token['position']:>4} {token['role']:<8} {text} {'yes':<6} {token['policy_logp']:>z9.4f}"
+            f" {token['reference_logp']:>z9.4f} {token['difference']:>+z10.4f} {token['policy_sum']:>z10.4f}"
+            f" {token['reference_sum']:>z10.4f} {token['difference_sum']:>+z9.4f}"
         )
 
 
@@ -102,28 +103,33 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     loss, name = e["loss"], e["loss"]["name"]
 
     def line(label: str, chosen: float, rejected: float) -> str:
-        return f"  {label:<48}{chosen:>14.4f}{rejected:>14.4f}{chosen - rejected:>20.4f}"
+        return f"  {label:<48}{chosen:>z14.4f}{rejected:>z14.4f}{chosen - rejected:>z20.4f}"
 
     yield ""
     yield f"{_title(loss) + ': ' + _settings(loss):<50}{'chosen':>14}{'rejected':>14}{'chosen - rejected':>20}"
     chosen, rejected = e["chosen_logps"], e["rejected_logps"]
     yield line("log pi(y|x)", chosen, rejected)
-    if name in ("dpo", "ipo"):
+    if name in NEEDS_REFERENCE:
         yield line("log pi_ref(y|x)", e["reference_chosen_logps"], e["reference_rejected_logps"])
         chosen -= e["reference_chosen_logps"]
         rejected -= e["reference_rejected_logps"]
         yield line("log-ratio = log pi - log pi_ref", chosen, rejected)
     elif e["reference"]:
         yield f"  ({name} has no reference: that of the table is not used)"
-    if name in ("simpo", "sft") or loss["length_normalize"]:
+    if name in ("simpo", "sft") or loss.get("length_normalize"):
         yield f"  {'|y|, scored tokens':<48}{e['chosen_length']:>14}{e['rejected_length']:>14}"
         chosen, rejected = chosen / e["chosen_length"], rejected / e["rejected_length"]
         yield line("the line before, over |y|", chosen, rejected)
     if name != "sft":
-        yield line("implicit reward = beta * the line before", loss["chosen_reward"], loss["rejected_reward"])
+        known = name in ("dpo", "ipo", "simpo")
+        yield line(
+            "implicit reward" + " = beta * the line before" * known,
+            loss["chosen_reward"],
+            loss["rejected_reward"],
+        )
     yield ""
-    yield from (f"  {label:<48}{value:>14.4f}" for label, value in _steps(loss))
-    weights = "".join(f"{loss[f'{ending}_weight']:>+14.6f}" for ending in ("chosen", "rejected"))
+    yield from (f"  {label:<48}{value:>z14.4f}" for label, value in _steps(loss))
+    weights = "".join(f"{loss[f'{ending}_weight']:>+z14.6f}" for ending in ("chosen", "rejected"))
     yield f"  {'gradient weight = ' + _weight(loss):<48}{weights}"
     yield "  (-d loss / d log pi(y|x): how hard the pair pulls at each ending, + up and - down)"
 
@@ -138,6 +144,9 @@ def _steps(loss: dict[str, Any]) -> Iterator[tuple[str, float]]:
         yield "target = 1 / (2 beta)", 1 / (2 * loss["beta"])
         yield "loss = (h - target)^2", loss["loss"]
         return
+    if "sigmoid" not in loss:  # a loss that has no lines here yet
+        yield f"loss of {loss['name']}", loss["loss"]
+        return
     yield "z = margin" + " - gamma" * (loss["name"] == "simpo"), loss["argument"]
     if loss["label_smoothing"]:
         yield "s(z) = sigmoid(z)", loss["sigmoid"]
@@ -150,9 +159,11 @@ def _steps(loss: dict[str, Any]) -> Iterator[tuple[str, float]]:
 def _weight(loss: dict[str, Any]) -> str:
     if loss["name"] == "sft":
         return "1 / |y|"
-    over = " / |y|" if loss["name"] == "simpo" or loss["length_normalize"] else ""
+    over = " / |y|" if loss["name"] == "simpo" or loss.get("length_normalize") else ""
     if loss["name"] == "ipo":
         return "2 (target - h)" + over
+    if "sigmoid" not in loss:
+        return "-d loss / d log pi(y|x)"
     if loss["label_smoothing"]:
         return f"beta ((1-e) s(-z) - e s(z)){over}"
     return "beta * sigmoid(-z)" + over
@@ -164,11 +175,11 @@ def _every_loss(losses: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'':78}{'gradient weight':>21}"
     yield f"  {'loss':<15}{'settings':<21}{'z or h':>12}{'sigmoid(z)':>12}{'loss':>13}{'chosen':>12}{'rejected':>12}"
     for loss in losses:
-        argument = "" if loss["name"] == "sft" else f"{loss['argument']:.4f}"
-        sigmoid = f"{loss['sigmoid']:.4f}" if "sigmoid" in loss else ""
+        argument = "" if loss["name"] == "sft" else f"{loss['argument']:z.4f}"
+        sigmoid = f"{loss['sigmoid']:z.4f}" if "sigmoid" in loss else ""
         yield (
-            f"  {_title(loss):<15}{_settings(loss):<21}{argument:>12}{sigmoid:>12}{loss['loss']:>13.4f}"
-            f"{loss['chosen_weight']:>+12.6f}{loss['rejected_weight']:>+12.6f}"
+            f"  {_title(loss):<15}{_settings(loss):<21}{argument:>12}{sigmoid:>12}{loss['loss']:>z13.4f}"
+            f"{loss['chosen_weight']:>+z12.6f}{loss['rejected_weight']:>+z12.6f}"
         )
     yield "z: the margin of the rewards, for simpo less gamma; h: ipo's, to be 1 / (2 beta); e: label_smoothing"
 
