@@ -80,7 +80,7 @@ class SampledEvaluation:
         first = dict(zip(reversed(prompt_keys(held_out)), reversed(range(len(held_out))), strict=True))
         rows = sorted(first.values())[: section.samples]  # each prompt once
         self._prompts = [held_out.ids[start:end].tolist() for start, end in held_out.bounds[rows, :2]]
-        self._prompt_texts = [tokenizer.decode(prompt) for prompt in self._prompts]
+        self._as_text = [tokenizer.prompt(ids) for ids in self._prompts]
         self._require_room(policy.config.max_length)
         self._of_reference: Samples | None = None
 
@@ -127,7 +127,7 @@ class SampledEvaluation:
         progress.clear()
         ids = [row for part in gathered(drawn) for row in part][: len(self._prompts)]
         texts = [text_after(self._tokenizer, *both) for both in zip(self._prompts, ids, strict=True)]
-        rewards = np.array(self._judge.rewards(self._prompt_texts, texts)) if self._judge else None
+        rewards = np.array(self._judge.rewards(self._as_text, texts)) if self._judge else None
         ended = np.array([row[-1] == self._tokenizer.eos_id for row in ids])
         return Samples(ids, texts, ended, rewards)
 
@@ -137,7 +137,7 @@ class SampledEvaluation:
         file = self._out / "samples" / f"step-{step}.jsonl"
         rows = []
         for i, text in enumerate(samples.texts):
-            row = {"prompt": self._prompt_texts[i], "response": text, "tokens": len(samples.ids[i])}
+            row = {"prompt": self._as_text[i].text, "response": text, "tokens": len(samples.ids[i])}
             row |= {"ended": bool(samples.ended[i]), "log_ratio": float(divergence[i, 0])}
             if samples.rewards is not None:
                 row["reward"] = float(samples.rewards[i])
@@ -158,7 +158,7 @@ class SampledEvaluation:
             return
         # Another tokenizer may cut the same text into more tokens.
         same = self._judge.tokenizer.identity == self._tokenizer.identity
-        room = min((self._judge.room(text) for text in self._prompt_texts), default=limit)
+        room = min(map(self._judge.room, self._as_text), default=limit)
         if (new + 1) * (1 if same else 2) > room:
             raise UserError(
                 f"eval.max_new_tokens = {new}, but eval.reward_model takes {self._judge.max_length} tokens, and its"

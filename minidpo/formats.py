@@ -11,7 +11,7 @@ Each may have a `margin`, or a `score_chosen` and a `score_rejected`; other keys
 import math
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from minidpo.chat import ChatTemplate, Message, TemplateError
 from minidpo.errors import one_line
@@ -31,6 +31,7 @@ IDENTICAL = "chosen and rejected are identical"
 NO_PROMPT = "no message to answer: chosen and rejected share no turn, or the prompt has none"
 NOT_ONE_TURN = "an ending is not one assistant turn"
 
+_OTHER_TEMPLATE = "; mend the record, or write messages as template = 'hh' or 'chatml'"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell what UTF-8, and a tokenizer, cannot
 
 
@@ -63,6 +64,49 @@ class PreferencePair:
     margin: float | None = field(default=None, compare=False)
     add_special_tokens: bool = True
     file: int = field(default=0, compare=False)
+
+
+class Prompt(NamedTuple):
+    """What is to be answered. add_special_tokens: as above.
+
+    messages: those that the model's own template made the text of; hh and chatml write plain text, which stands for itself.
+    """
+
+    text: str
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+
+    @classmethod
+    def of_messages(cls, messages: list[Message], template: ChatTemplate) -> "Prompt":
+        """Raises `BadRecord` where the template refuses them."""
+        try:
+            text = template.render(messages, generation_prompt=True)
+        except TemplateError as error:
+            raise BadRecord(one_line(error), _OTHER_TEMPLATE) from None
+        _check_characters(text, "the text of the messages")
+        return cls(text, messages if template.kind == "model" else None, not template.writes_special_tokens)
+
+
+def prompt_of(record: dict, template: ChatTemplate) -> Prompt:
+    """The prompt of a record, which needs no endings: a `prompt` in text or messages, or what stands in `chosen` before
+    its last answer. Raises `BadRecord` where there is none.
+    """
+    prompt, chosen = record.get("prompt"), record.get("chosen")
+    if prompt is None and isinstance(chosen, str):
+        before, turn, _ = chosen.rpartition(ASSISTANT)
+        prompt = before + turn
+    if isinstance(chosen, list) and not isinstance(
+        prompt, list
+    ):  # as in CONVERSATIONS, whatever the prompt says
+        _check_messages(record, "chosen")
+        prompt = chosen[:-1] if chosen and chosen[-1]["role"] == "assistant" else []
+    if not (prompt and isinstance(prompt, str | list)):
+        raise BadRecord("no prompt", "; give `prompt` as text or messages, or a dialogue as `chosen`")
+    if isinstance(prompt, list):
+        _check_messages({"prompt": prompt}, "prompt")
+        return Prompt.of_messages(prompt, template)
+    _check_characters(prompt, "'prompt'")
+    return Prompt(prompt)
 
 
 def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
@@ -158,10 +202,7 @@ def _from_messages(
     try:
         text, endings = template.split(prompt, [chosen[0], rejected[0]])
     except TemplateError as error:
-        raise BadRecord(
-            one_line(error),
-            "; mend the record, or write messages as template = 'hh' or 'chatml'",
-        ) from None
+        raise BadRecord(one_line(error), _OTHER_TEMPLATE) from None
     for written in (text, *endings):  # a template may write more of a message than role and content
         _check_characters(written, "the text of the messages")
     return text, endings[0], endings[1], not template.writes_special_tokens

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minidpo.dataset import longest_pair, require_fit
 from minidpo.errors import UserError
-from minidpo.formats import PreferencePair
+from minidpo.formats import PreferencePair, Prompt
 from minidpo.packing import PackedRow, PairTokens, Wanted
 from minidpo.reference import of_every_pair
 from minidpo.reward import RewardModel
@@ -28,16 +28,19 @@ class Judge:
         self.max_length = self._model.config.max_length
         require_fit("reward model", self._model.config, self.tokenizer, 2)
 
-    def room(self, prompt: str) -> int:
+    def room(self, prompt: Prompt) -> int:
         """How many tokens of an ending, EOS included, the reward model can read after `prompt`."""
-        return self.max_length - len(self.tokenizer.encode(prompt))
+        return self.max_length - len(self.tokenizer.encode(prompt.text, prompt.add_special_tokens))
 
-    def rewards(self, prompts: Sequence[str], endings: Sequence[str]) -> list[float]:
-        """What `score --reward-model` gives each ending of its prompt.
+    def rewards(self, prompts: Sequence[Prompt], endings: Sequence[str]) -> list[float]:
+        """What `score --reward-model` gives each ending of its prompt in text; of messages, the text is the sampler's.
 
         An ending stands in a pair with itself: what is computed twice is little beside the sampling.
         """
-        texts = [PreferencePair(p, e, e) for p, e in zip(prompts, endings, strict=True)]
+        texts = [
+            PreferencePair(prompt.text, ending, ending, add_special_tokens=prompt.add_special_tokens)
+            for prompt, ending in zip(prompts, endings, strict=True)
+        ]
         ids = self.tokenizer.encode_pairs(texts)
         longest = max(len(pair.prompt) + len(pair.chosen) for pair in ids)
         if longest > self.max_length:  # its tokenizer may make more tokens of a sample than the sampler's

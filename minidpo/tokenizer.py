@@ -20,6 +20,7 @@ from minidpo.chat import ChatTemplate
 from minidpo.data import DataReport, PreferencePair
 from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint
+from minidpo.formats import Prompt
 from minidpo.tokenizer_files import find_eos
 
 NO_PROMPT_TOKEN = "the prompt has no token, so nothing predicts the first token of an ending"
@@ -110,6 +111,14 @@ class Tokenizer:
         """The text of `ids`, special tokens left out."""
         return self._core.decode(ids, skip_special_tokens=True)
 
+    def prompt(self, ids: Sequence[int]) -> Prompt:
+        """What `encode` makes `ids` of: special tokens written out, but for the BOS that it adds itself.
+
+        Where `ids` are a prompt that lost its beginning, the first token may come out as another."""
+        added = list(ids[:1]) == [self.bos_id]
+        text = self._core.decode(ids[1:] if added else ids, skip_special_tokens=False)
+        return Prompt(text, add_special_tokens=added or self.bos_id is None)
+
     def piece(self, token: int) -> str:
         """One id as the vocabulary spells it; empty for an id it does not have."""
         return self._core.id_to_token(token) or ""
@@ -173,6 +182,7 @@ def tokenize_pairs(
     if not 1 <= limit <= max_length:
         raise UserError(f"max_prompt_length = {limit} must lie between 1 and max_length = {max_length}")
     report = DataReport() if report is None else report
+    report.limits = (max_length, limit)
     kept_before, source = report.kept, iter(pairs)
     while chunk := list(islice(source, _CHUNK)):
         for whole in tokenizer.encode_pairs(chunk):

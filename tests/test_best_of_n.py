@@ -2,14 +2,18 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
+from minidpo.commands import sample as command
 from minidpo.commands.best_of_n import Sample, best_and_worst, write_pairs
 from minidpo.commands.sample import main as sample
 from minidpo.commands.score import main as score
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
+from minidpo.formats import Prompt
+from minidpo.tokenizer import Tokenizer
 from minidpo.weights import save_reward_model
 from tiny import tiny_reward_model, write_tokenizer
 
@@ -129,14 +133,14 @@ def test_prompts_with_nothing_to_prefer_are_skipped_and_counted(
     with pytest.raises(UserError, match="no prompt has two samples of different reward"):
         best_of_n(*prompts, "--temperature", "0")
     a, b, blank = (
-        Sample("p", text, True, reward) for text, reward in ((" a", 1.0), (" b", 2.0), (" \n", 9.0))
+        Sample(Prompt("p"), text, True, reward) for text, reward in ((" a", 1.0), (" b", 2.0), (" \n", 9.0))
     )
     assert best_and_worst([a, blank, b, a]) == (b, a)
-    tied = Sample("p", " c", True, 1.0)
+    tied = Sample(Prompt("p"), " c", True, 1.0)
     assert best_and_worst([a, tied]) is None
     assert best_and_worst([a, a, blank]) is None
     assert best_and_worst([blank, blank]) is None
-    rounded = Sample("p", " a", True, 1.0 + 1e-7)
+    rounded = Sample(Prompt("p"), " a", True, 1.0 + 1e-7)
     assert best_and_worst([a, rounded]) is None
     write_pairs(tmp_path / "some.jsonl", [[a, b], [a, tied], [a, a]])
     assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 1
@@ -160,6 +164,48 @@ def test_prompts_that_leave_no_room_are_left_out_and_told(best_of_n, tmp_path):
         best_of_n("--data", str(data))
 
 
+@pytest.mark.parametrize("kind", ["model", "hh", "chatml"])
+def test_pairs_of_messages_train_on_the_ids_that_were_sampled_from_and_judged(
+    best_of_n, world, tmp_path, monkeypatch, kind
+):
+    """In messages where the model has a template of its own, else in text, which needs no setting of a run."""
+    marks = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+    directory = tmp_path / "chatty"
+    shutil.copytree(world / "model", directory)
+    (directory / "chat_template.jinja").write_text(marks)
+    asked = [{"role": "user", "content": "a cat?"}]
+    data = tmp_path / "chat.jsonl"
+    data.write_text(json.dumps({"prompt": asked}) + "\n" + json.dumps(
+        {"prompt": "a cat?", "chosen": [*asked, {"role": "assistant", "content": "yes"}]}) + "\n")  # fmt: skip
+    sampled, real = [], command.generate
+
+    def generate(model, prompts, *rest, **named):
+        completions = real(model, prompts, *rest, **named)
+        sampled.extend(zip(prompts, completions, strict=True))
+        return completions
+
+    monkeypatch.setattr(command, "generate", generate)
+    samples, pairs, _ = best_of_n("--model", str(directory), "--data", str(data), "--template", kind)
+    assert all((row["prompt"] == asked) == (kind == "model") for row in (*samples, *pairs))
+    tokenizer = Tokenizer.from_directory(directory)
+    texts = {row["text"] for row in samples}
+    for pair in read_preferences(tmp_path / "best.jsonl", template=tokenizer.chat_template()):
+        ids = tokenizer.encode_pair(pair)
+        assert {pair.chosen, pair.rejected} <= texts
+        assert ids.prompt in [prompt for prompt, _ in sampled]
+
+
+def test_a_question_is_put_by_the_template_that_is_asked_for(world, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(command, "generate", lambda model, ids, *rest, **named: asked.extend(ids) or ids)
+    tokenizer = Tokenizer.from_directory(world / "model")
+    for template in ([], ["--template", "hh"], ["--template", "chatml"]):
+        sample(["--model", str(world / "model"), "--human", "a cat?", "--device", "cpu", *template])
+    hh = tokenizer.encode("\n\nHuman: a cat?\n\nAssistant:")
+    chatml = tokenizer.encode("<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n")
+    assert asked == [hh, hh, chatml]
+
+
 def test_without_a_reward_model_every_sample_of_every_record_is_printed(world, prompts, capsys):
     sample(
         ["--model", str(world / "model"), *prompts, "--n", "2", "--max-new-tokens", "3", "--device", "cpu"]
@@ -170,9 +216,12 @@ def test_without_a_reward_model_every_sample_of_every_record_is_printed(world, p
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ('{"chosen": "no turn in it"}', ":1: no prompt in text"),
-        ('{"prompt": [{"role": "user", "content": "a"}]}', ":1: no prompt in text"),
-        ('{"prompt": ""}', ":1: no prompt in text"),
+        ('{"chosen": "no turn in it"}', ":1: no prompt; "),
+        ('{"prompt": [{"role": "user", "content": "a"}]}', "no chat_template in .*--template hh"),
+        ('{"prompt": [{"role": "user"}]}', ":1: a message in 'prompt' has no text under 'content'"),
+        ('{"chosen": [{"role": "assistant", "content": "a"}]}', ":1: no prompt; "),
+        ('{"prompt": "a", "chosen": [{"role": "user", "content": "a"}]}', ":1: no prompt; "),
+        ('{"prompt": ""}', ":1: no prompt; "),
         ('{"prompt": "\\ud800"}', "give whole characters"),
         ("{", ":1: broken JSON"),
         ("", "no record in the file"),

@@ -114,6 +114,16 @@ def test_ids_equal_those_of_transformers_apply_chat_template(model, template, pr
         )  # after EOS: never to be written
 
 
+@pytest.mark.parametrize("kind", ["model", "chatml", "hh"])
+def test_the_prompt_of_ids_becomes_those_ids_again(model, kind):
+    """What a reward model is asked about a held-out prompt: turns are marked by special tokens, too."""
+    tokenizer, pair = ids(model(SMOLLM2), TALK, kind)
+    prompt = tokenizer.prompt(pair.prompt)
+    assert tokenizer.encode(prompt.text, prompt.add_special_tokens) == pair.prompt
+    assert prompt.add_special_tokens == (kind != "model")
+    assert (prompt.text == tokenizer.decode(pair.prompt)) == (kind == "hh")
+
+
 @pytest.mark.parametrize("template", [SMOLLM2, LLAMA3, MISTRAL, TAGS])
 @pytest.mark.parametrize("generation_prompt", [False, True])
 def test_text_equals_that_of_transformers(model, template, generation_prompt):

@@ -10,13 +10,15 @@ bound for what Stiennon et al. 2020 gave as the value).
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from minidpo.chat import Message
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
+from minidpo.formats import Prompt
 from minidpo.judge import mean_and_error
 from minidpo.metrics import say
 
@@ -25,7 +27,7 @@ from minidpo.metrics import say
 class Sample:
     """One completion. ended: whether the model closed it with EOS, or max_new_tokens cut it off."""
 
-    prompt: str
+    prompt: Prompt
     text: str
     ended: bool
     reward: float = math.nan
@@ -45,11 +47,13 @@ def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
 
 
 def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
-    """One JSON line a sample: prompt_index, sample, best, and the fields of `Sample`."""
+    """One JSON line a sample: prompt_index, sample, best, prompt (text, or messages), text, ended, reward."""
     _write(
         path,
         (
-            {"prompt_index": p, "sample": k, "best": k == _best(samples)} | asdict(sample)
+            {"prompt_index": p, "sample": k, "best": k == _best(samples)}
+            | {"prompt": sample.prompt.messages or sample.prompt.text, "text": sample.text}
+            | {"ended": sample.ended, "reward": sample.reward}
             for p, samples in enumerate(prompts)
             for k, sample in enumerate(samples)
         ),
@@ -57,7 +61,7 @@ def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
 
 
 def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
-    """A preference file of best and worst, {"prompt", "chosen", "rejected"} with their scores; the rest is told."""
+    """A preference file of best and worst, in text or messages as the prompts were, with their scores."""
     pairs = [pair for samples in prompts if (pair := best_and_worst(samples))]
     if not pairs:
         raise UserError(f"--pairs-out {path}: no prompt has two samples of different reward; raise --n")
@@ -65,9 +69,9 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
         path,
         (
             {
-                "prompt": best.prompt,
-                "chosen": best.text,
-                "rejected": worst.text,
+                "prompt": best.prompt.messages or best.prompt.text,
+                "chosen": _ending(best),
+                "rejected": _ending(worst),
                 "score_chosen": best.reward,
                 "score_rejected": worst.reward,
             }
@@ -107,6 +111,10 @@ def show(prompts: Sequence[Sequence[Sample]]) -> None:
         say(
             f"{cut} of {table.size} samples were cut off at --max-new-tokens, and are scored as if they ended there"
         )
+
+
+def _ending(sample: Sample) -> str | list[Message]:
+    return [{"role": "assistant", "content": sample.text}] if sample.prompt.messages else sample.text
 
 
 def _best(samples: Sequence[Sample]) -> int:

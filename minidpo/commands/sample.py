@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from minidpo.chat import TEMPLATES
 from minidpo.commands.best_of_n import Sample, show, write_pairs, write_samples
 from minidpo.dataset import require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
 from minidpo.files import require_file, require_place
-from minidpo.formats import ASSISTANT, BadRecord
+from minidpo.formats import BadRecord, Prompt, prompt_of
 from minidpo.generate import Sampling, generate
+from minidpo.hf_config import read_config
 from minidpo.judge import Judge, text_after
 from minidpo.metrics import Progress, say
 from minidpo.records import read_records
@@ -29,11 +31,18 @@ def main(arguments: list[str]) -> None:
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="text to continue, exactly as given (\\n is read as a line break)")
     prompt.add_argument(
-        "--human", metavar="TEXT", help="a question, put as \\n\\nHuman: TEXT\\n\\nAssistant:"
+        "--human",
+        metavar="TEXT",
+        help="a question, put as \\n\\nHuman: TEXT\\n\\nAssistant: or by --template",
     )
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt a line, \\n read as a line break")
     prompt.add_argument(
-        "--data", metavar="FILE", help="records (.jsonl, .json) with a `prompt` in text, or HH dialogues"
+        "--data",
+        metavar="FILE",
+        help="records (.jsonl, .json) with a `prompt` in text or messages, or dialogues",
+    )
+    parser.add_argument(
+        "--template", choices=TEMPLATES, help="of messages (default model) and of --human (default hh)"
     )
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
     parser.add_argument("--reward-model", metavar="DIR", help="print the best of the n samples by its reward")
@@ -49,25 +58,25 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     _check(options)
 
-    texts = _prompts(options)
+    config, tokenizer = read_config(Path(options.model)), Tokenizer.from_directory(options.model)
+    require_fit("model", config, tokenizer, 1)
+    prompts = _prompts(options, tokenizer)
     device = choose_device(options.device)
     model = load_model(options.model, device=device)
-    tokenizer = Tokenizer.from_directory(options.model)
-    require_fit("model", model.config, tokenizer, 1)
     judge = Judge(options.reward_model, device) if options.reward_model else None
-    texts = _that_fit(texts, options.max_new_tokens, model.config.max_length, tokenizer, judge)
-    progress = Progress("sampling", len(texts) * options.n, "completions")
+    prompts = _that_fit(prompts, options.max_new_tokens, model.config.max_length, tokenizer, judge)
+    progress = Progress("sampling", len(prompts) * options.n, "completions")
     try:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
-        prompts = [tokenizer.encode(text) for text in texts for _ in range(options.n)]
+        ids = [_ids(tokenizer, prompt) for prompt in prompts for _ in range(options.n)]
         completions = generate(
-            model, prompts, sampling, tokenizer.eos_id, options.seed, progress=progress.advance
+            model, ids, sampling, tokenizer.eos_id, options.seed, progress=progress.advance
         )
     except ValueError as error:
         raise UserError(str(error)) from None
     progress.clear()
     if judge:
-        _best_of_n(options, judge, tokenizer, texts, prompts, completions)
+        _best_of_n(options, judge, tokenizer, prompts, ids, completions)
         return
     for i, completion in enumerate(completions):
         if len(completions) > 1:
@@ -75,22 +84,29 @@ def main(arguments: list[str]) -> None:
         print(tokenizer.decode(completion))
 
 
+def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
+    return tokenizer.encode(prompt.text, prompt.add_special_tokens)
+
+
 def _that_fit(
-    texts: list[str], new_tokens: int, limit: int, tokenizer: Tokenizer, judge: Judge | None
-) -> list[str]:
+    prompts: list[Prompt], new_tokens: int, limit: int, tokenizer: Tokenizer, judge: Judge | None
+) -> list[Prompt]:
     """The prompts that leave room for `new_tokens` in the model, and with EOS in the reward model."""
     fit = [
-        text
-        for text in texts
-        if len(tokenizer.encode(text)) + new_tokens <= limit and (not judge or judge.room(text) > new_tokens)
+        prompt
+        for prompt in prompts
+        if len(_ids(tokenizer, prompt)) + new_tokens <= limit
+        and (not judge or judge.room(prompt) > new_tokens)
     ]
     if not fit:
         raise UserError(
             f"no prompt leaves room for --max-new-tokens {new_tokens}: the model takes {limit} tokens"
             + (f", the reward model {judge.max_length}" if judge else "")
         )
-    if len(fit) < len(texts):
-        say(f"{len(texts) - len(fit)} of {len(texts)} prompts left out: no room for {new_tokens} more tokens")
+    if len(fit) < len(prompts):
+        say(
+            f"{len(prompts) - len(fit)} of {len(prompts)} prompts left out: no room for {new_tokens} more tokens"
+        )
     return fit
 
 
@@ -98,14 +114,14 @@ def _best_of_n(
     options: argparse.Namespace,
     judge: Judge,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
+    ids: Sequence[list[int]],
     completions: Sequence[list[int]],
 ) -> None:
     samples = []
-    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+    for i, (prompt, completion) in enumerate(zip(ids, completions, strict=True)):
         text = text_after(tokenizer, prompt, completion)
-        samples.append(Sample(texts[i // options.n], text, completion[-1] == tokenizer.eos_id))
+        samples.append(Sample(prompts[i // options.n], text, completion[-1] == tokenizer.eos_id))
     rewards = judge.rewards([s.prompt for s in samples], [s.text for s in samples])
     samples = [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
     by_prompt = [samples[i : i + options.n] for i in range(0, len(samples), options.n)]
@@ -128,16 +144,26 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"{option} goes with --reward-model")
         if path:
             require_place(option, path)
+    if options.template and options.human is None and not options.data:
+        raise UserError("--template is for messages and --human; a prompt in text is taken as it is")
     if options.out and options.out == options.pairs_out:
         raise UserError(f"--out and --pairs-out are both {options.out}; give two files")
 
 
-def _prompts(options: argparse.Namespace) -> list[str]:
+def _prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
+    template = tokenizer.chat_template(options.template or ("hh" if options.human is not None else "model"))
     if options.data:
-        texts = [_prompt_of(options.data, line, record) for line, record in read_records(Path(options.data))]
-        if not texts:
+        prompts = []
+        for line, record in read_records(Path(options.data)):
+            try:
+                if isinstance(record, BadRecord):
+                    raise record
+                prompts.append(prompt_of(record, template))
+            except BadRecord as bad:
+                raise UserError(f"{options.data}:{line}: {bad}") from None
+        if not prompts:
             raise UserError(f"{options.data}: no record in the file; one prompt a record is needed")
-        return texts
+        return prompts
     if options.prompts_file:
         file = require_file(Path(options.prompts_file), "a text file with one prompt a line is needed")
         try:
@@ -146,29 +172,13 @@ def _prompts(options: argparse.Namespace) -> list[str]:
             raise UserError(f"{file}: not UTF-8 text ({error})") from None
         if not texts:
             raise UserError(f"{file}: no prompt in it; one a line is needed")
-        return texts
+        return [Prompt(text) for text in texts]
     if options.human is not None:
-        return [f"\n\nHuman: {options.human}\n\nAssistant:"]
-    return [unescaped(options.prompt)]
-
-
-def _prompt_of(path: str, line: int, record: dict | BadRecord) -> str:
-    """The prompt of one record: its text, or an HH dialogue through the last "\\n\\nAssistant:" of `chosen`."""
-    if isinstance(record, BadRecord):
-        raise UserError(f"{path}:{line}: {record}")
-    prompt, chosen = record.get("prompt"), record.get("chosen")
-    if prompt is None and isinstance(chosen, str):
-        before, turn, _ = chosen.rpartition(ASSISTANT)
-        prompt = before + turn
-    if not (isinstance(prompt, str) and prompt):
-        raise UserError(
-            f"{path}:{line}: no prompt in text; give `prompt` as a string, or an HH dialogue as `chosen`"
-        )
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{path}:{line}: {error}; give whole characters") from None
-    return prompt
+        try:
+            return [Prompt.of_messages([{"role": "user", "content": options.human}], template)]
+        except BadRecord as bad:
+            raise UserError(f"--human: {bad.kind}") from None
+    return [Prompt(unescaped(options.prompt))]
 
 
 def unescaped(text: str) -> str:
