@@ -43,6 +43,9 @@ PANELS = (
     Panel("Margin of rewards, nats", (("rewards/margins", ONE), ("margin", ONE))),
     Panel("Accuracy, share of pairs", (("rewards/accuracies", ONE), ("accuracy", ONE))),
     Panel("KL from the reference, nats", (("kl", ONE),)),
+    Panel("Reward of samples, nats", (("reward", ONE),)),
+    Panel("Samples that win, share", (("win_rate", ONE),)),
+    Panel("Samples that ended, share", (("ended", ONE),)),
     Panel("Sampled length, tokens", (("sample_length", ONE),)),
     Panel("Response length (data), tokens", (("response_length/chosen", CHOSEN), ("response_length/rejected", REJECTED))),
     Panel("Learning rate", (("lr", ONE),)),
@@ -173,9 +176,9 @@ def looks(run: int | None, ending: str) -> dict[str, Any]:
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
-    """The mean of about an eighth of the values around each one; fewer at both ends."""
-    half = len(values) // 16
-    return np.array([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+    """The mean of about an eighth of the values, as many before each one as after it: the first and last as they are."""
+    half = [min(len(values) // 16, i, len(values) - 1 - i) for i in range(len(values))]
+    return np.array([values[i - h : i + h + 1].mean() for i, h in enumerate(half)])
 
 
 def legend(figure: Figure, runs: list[Run], panels: list[Panel]) -> None:
