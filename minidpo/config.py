@@ -40,6 +40,16 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
     return config
 
 
+def load_either_config(arguments: list[str]) -> PreferenceConfig | RewardConfig:
+    """As `load_config`, of a configuration of either script: train_rm.py's where [loss] has a key that only it knows."""
+    files = [argument for argument in arguments if not argument.startswith("--")]
+    loss = _read_toml(Path(files[0])).get("loss") if len(files) == 1 else None
+    of_reward_models = vars(RewardConfig().loss).keys() - vars(PreferenceConfig().loss).keys()
+    if isinstance(loss, dict) and of_reward_models & loss.keys():
+        return load_config(RewardConfig, arguments)
+    return load_config(PreferenceConfig, arguments)
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 

@@ -32,13 +32,14 @@ class DataReport:
 
     `tokenized` counts the pairs that stage was given; `lengths` holds theirs in tokens, EOS included, before
     any cut; `dropped` maps a reason to (file, record): a place in `files` and one in that file, from 0. The
-    other counts are of the kept pairs, as they go to the model. `truncated_endings` counts endings, of which a
-    pair has two; `prompts` has one hash a pair.
+    other counts are of the kept pairs, as they go to the model. `limits` are max_length and max_prompt_length, which
+    cut them. `truncated_endings` counts endings, of which a pair has two; `prompts` has one hash a pair.
     """
 
     files: list[FileReport] = field(default_factory=list)
     tokenized: int = 0
     dropped: dict[str, list[tuple[int, int]]] = field(default_factory=lambda: defaultdict(list))
+    limits: tuple[int, int] = (0, 0)
     truncated_prompts: int = 0
     truncated_endings: int = 0
     prompt_tokens: int = 0
@@ -62,7 +63,8 @@ class DataReport:
         different = len(np.unique(self.prompts))
         yield f"tokenized {self.tokenized} pairs, {self.kept} kept, with {different} different prompts"
         yield from ("  " + line for line in self.dropped_lines())
-        yield f"  truncated {self.truncated_prompts} prompts and {self.truncated_endings} endings"
+        limits = "max_length {}, max_prompt_length {}".format(*self.limits)
+        yield f"  truncated {self.truncated_prompts} prompts and {self.truncated_endings} endings ({limits})"
         for part, lengths in self.lengths.items():
             p5, p50, p95, longest = (round(p) for p in np.percentile(lengths, (5, 50, 95, 100)))
             yield f"  {part} tokens before any cut: median {p50}, 5th to 95th percentile {p5} to {p95}, longest {longest}"

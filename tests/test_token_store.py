@@ -151,6 +151,24 @@ def test_the_data_command_says_what_a_run_says_and_writes_nothing(world, files, 
     assert capsys.readouterr().out.partition("\n")[2] == said  # after the line that says where it was read
 
 
+def test_the_data_command_takes_a_runs_configuration_and_says_what_the_run_says(config, capsys):
+    arguments = [*config(optim__max_steps=1), "--data.max_length=40", "--data.max_prompt_length=9"]
+    train_dpo.main(arguments)
+    said = capsys.readouterr().out
+    data_command(arguments)
+    report = capsys.readouterr().out
+    assert "(max_length 40, max_prompt_length 9)" in report and report in said
+
+
+def test_the_data_command_takes_a_reward_models_configuration_too(config, world):
+    arguments = config(loss__lm_weight=0.5, data__max_length=40, data__max_prompt_length=9)
+    data_command(arguments)
+    with pytest.raises(UserError, match=r"no key loss.margn; \[loss\] has lm_weight"):
+        data_command([*arguments, "--loss.margn=1"])
+    with pytest.raises(UserError, match="texts of up to 4000 tokens .*, but the model takes"):
+        data_command([*arguments, "--data.max_length=4000"])
+
+
 def test_the_data_command_skips_and_counts_what_cannot_be_read_when_asked(world, tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", record("cat"), {"prompt": "dog"})
     with pytest.raises(UserError, match="a.jsonl:2: no key 'chosen'"):

@@ -122,7 +122,7 @@ def test_the_report_counts_tokens_before_and_after_the_cut():
     list(tokenize_pairs([pair("abcd", "e", "fghij")], Tokenizer(bpe(), EOS), 5, 2, report))
     assert list(report.lines()) == [
         "tokenized 1 pairs, 1 kept, with 1 different prompts",
-        "  truncated 1 prompts and 1 endings",
+        "  truncated 1 prompts and 1 endings (max_length 5, max_prompt_length 2)",
         "  prompt tokens before any cut: median 4, 5th to 95th percentile 4 to 4, longest 4",
         "  chosen tokens before any cut: median 2, 5th to 95th percentile 2 to 2, longest 2",
         "  rejected tokens before any cut: median 6, 5th to 95th percentile 6 to 6, longest 6",

@@ -1,23 +1,39 @@
 """`python -m minidpo data`: the report with which every run opens, alone: what would be trained on.
 
+    python -m minidpo data configs/hh_dpo.toml --data.train=pairs.jsonl --model.path=models/mine     as that run would
+    python -m minidpo data pairs.jsonl --model models/mine
+
 Records read and dropped (by reason, with the first line numbers), truncated prompts and endings, length percentiles,
-and the endings' share of all tokens. Nothing is kept unless --cache names a directory.
+and the endings' share of all tokens. Nothing is kept unless --cache (or data.cache) names a directory.
 """
 
 import argparse
 from pathlib import Path
 
 from minidpo.chat import TEMPLATES
+from minidpo.config import load_either_config
 from minidpo.data import DataReport
-from minidpo.dataset import stream_pairs, tokenized
+from minidpo.dataset import load_pairs, stream_pairs, tokenized
+from minidpo.hf_config import read_config
 from minidpo.metrics import say
 from minidpo.sections import DataSection
 from minidpo.tokenizer import Tokenizer
 
 
 def main(arguments: list[str]) -> None:
+    if any(argument.endswith(".toml") for argument in arguments):
+        config = load_either_config(arguments)
+        model = Path(config.model.path)
+        load_pairs(
+            config.data, config.optim, Tokenizer.from_directory(model), read_config(model), config.run.seed
+        )
+        return
     default = DataSection()
-    parser = argparse.ArgumentParser(prog="python -m minidpo data", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m minidpo data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="preference files (.jsonl or .json, plain or .gz)"
     )
@@ -30,9 +46,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--skip-bad", action="store_true", help="as data.skip_bad")
     parser.add_argument("--cache", metavar="DIR", help="as data.cache: keep the token ids for runs to read")
     options = parser.parse_args(arguments)
-
     data = DataSection(
-        train=options.files,
         max_length=options.max_length,
         max_prompt_length=options.max_prompt_length or min(default.max_prompt_length, options.max_length - 1),
         template=options.template,
@@ -40,10 +54,10 @@ def main(arguments: list[str]) -> None:
     )
     tokenizer = Tokenizer.from_directory(options.model)
     if options.cache:
-        with tokenized("train", data.train, data, tokenizer, Path(options.cache)):
+        with tokenized("train", options.files, data, tokenizer, Path(options.cache)):
             return
     report = DataReport()
-    for _ in stream_pairs("train", data.train, data, tokenizer, report):
+    for _ in stream_pairs("train", options.files, data, tokenizer, report):
         pass  # only counted: a report of any number of pairs needs no memory for them
     for line in report.lines():
         say(line)
