@@ -204,5 +204,10 @@ def measure(
     whole = sum(stages.values())
     rows = [(name, f"{1000 * s:9.1f} ms {100 * s / whole:5.1f} %") for name, s in stages.items()]
     tell(f"stages of a step (together {1000 * whole:.1f} ms)", rows)
-    result = {"step_seconds": step_seconds, **rates, "matmul_peak_tflops": peak_tflops, **utilisation}
+    result: dict[str, object] = {
+        "step_seconds": step_seconds,
+        **rates,
+        "matmul_peak_tflops": peak_tflops,
+        **utilisation,
+    }
     return result | {"stages": stages}
