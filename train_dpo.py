@@ -19,13 +19,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from minidpo import device as devices
 from minidpo.advice import Advice
-from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
+from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final
 from minidpo.config import load_config, to_dict, write_config
 from minidpo.dataset import load_pairs, longest_pair, require_fit
-from minidpo.distributed import any_rank, first_before_others, launch, rank, ranks, shard, whole
-from minidpo.errors import exit_on_user_error
+from minidpo.distributed import any_rank, first_before_others, launch, leave, rank, ranks, shard, whole
+from minidpo.errors import STOPPED, exit_on_user_error
 from minidpo.evaluate import SampledEvaluation
-from minidpo.guards import MicroTokens, require_finite
+from minidpo.guards import MicroTokens, require_finite, stop_on_signals
 from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
@@ -36,6 +36,7 @@ from minidpo.packing import (
     PairTokens,
     Wanted,
     batch_rows,
+    drawn_rows,
     micro_batches,
     pack_row,
     padded_pass,
@@ -45,7 +46,7 @@ from minidpo.packing import (
 from minidpo.reference import LiveReference, StoredReference, load_reference, pairs_fingerprint, stored_logps
 from minidpo.sections import NEEDS_REFERENCE, PreferenceConfig
 from minidpo.tokenizer import Tokenizer
-from minidpo.weights import load_model, model_fingerprint
+from minidpo.weights import load_model, model_fingerprint, require_reward_model
 
 
 def main(arguments: list[str]) -> None:
@@ -54,6 +55,9 @@ def main(arguments: list[str]) -> None:
     out, model_path = Path(run.out), Path(config.model.path)
     reference_path = Path(config.reference.path or config.model.path)
     device = devices.choose_device(run.device, run.threads)
+
+    if config.eval.samples and config.eval.reward_model:  # wanted hours later, but told now
+        require_reward_model(Path(config.eval.reward_model))
 
     # --- data and policy
     sharded = partial(
@@ -107,11 +111,12 @@ def main(arguments: list[str]) -> None:
     train_reference: StoredReference | LiveReference | None = None
     eval_reference: StoredReference | LiveReference | None = None
     if loss.name in NEEDS_REFERENCE and config.reference.precompute:
+        wanted_rows = drawn_rows(steps, len(train), optim.batch_size, optim.epochs, run.seed)
         stored = stored_logps(
             out / "reference.safetensors",
             reference_path,
             fingerprints["reference"],
-            {"train": train, "held_out": held_out},
+            {"train": (train, wanted_rows), "held_out": (held_out, np.arange(len(held_out)))},
             optim.micro_tokens,
             device,
             run.dtype,
@@ -225,7 +230,7 @@ def main(arguments: list[str]) -> None:
                 )
                 if stopping and done < steps:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
-                    return
+                    leave(STOPPED)
     say(f"done: {final}")
 
 

@@ -20,12 +20,12 @@ from torch.nn.utils import clip_grad_norm_
 
 from minidpo import device as devices
 from minidpo.advice import Advice
-from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final, stop_on_signals
+from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final
 from minidpo.config import load_config, to_dict, write_config
 from minidpo.dataset import load_pairs, longest_pair, require_margins
-from minidpo.distributed import any_rank, first_before_others, launch, rank, ranks, shard, whole
-from minidpo.errors import exit_on_user_error
-from minidpo.guards import MicroTokens, require_finite
+from minidpo.distributed import any_rank, first_before_others, launch, leave, rank, ranks, shard, whole
+from minidpo.errors import STOPPED, exit_on_user_error
+from minidpo.guards import MicroTokens, require_finite, stop_on_signals
 from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.optim import learning_rate, make_optimizer
@@ -206,7 +206,7 @@ def main(arguments: list[str]) -> None:
                 )
                 if stopping and done < steps:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
-                    return
+                    leave(STOPPED)
     say(f"done: {final}")
 
 

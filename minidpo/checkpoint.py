@@ -6,9 +6,6 @@ There is no random state to keep: the data order is a function of (seed, step) a
 
 import json
 import shutil
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -146,32 +143,6 @@ def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[s
     settings |= {f"optim.{k}": v for k, v in config["optim"].items() if k not in free}
     settings |= {f"run.{k}": config["run"][k] for k in ("seed", "dtype")}
     return settings | fingerprints
-
-
-class StopRequest:
-    """True once SIGINT or SIGTERM came: finish the step, save, leave. A second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self._asked = False
-
-    def __bool__(self) -> bool:
-        return self._asked
-
-    def ask(self, number: int, frame: object) -> None:
-        if self._asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self._asked = True
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    request = StopRequest()
-    before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _checkpoints(out: Path) -> list[Path]:

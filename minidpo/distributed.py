@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -42,6 +42,15 @@ def ranks() -> int:
 def rank() -> int:
     """Which of them this is, from 0."""
     return dist.get_rank() if ranks() > 1 else 0
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with an exit status, once all have come as far: torchrun ends the others when one has failed, and
+    rank 0 may still be writing what they gave it."""
+    if ranks() > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+    raise SystemExit(status)
 
 
 def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:

@@ -2,12 +2,14 @@
 
 Everything that depends on what was typed, or on a file somebody pointed at, raises `UserError` with
 what is wrong, where (file, line, key) and what would be right. `exit_on_user_error` turns it into
-that one line and exit status 2, `RunStopped` into one line and status 1; any other exception is a bug in
-minidpo and keeps its traceback.
+that one line and exit status 2, `RunStopped` into one line and status 1, Ctrl-C into status 130; any other exception is a
+bug in minidpo and keeps its traceback.
 """
 
 import sys
 from collections.abc import Callable
+
+STOPPED = 130  # exit status after Ctrl-C, as shells have it: `train && publish` does not publish half a run
 
 
 class UserError(ValueError):
@@ -40,4 +42,5 @@ def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        sys.exit("interrupted")
+        print("interrupted", file=sys.stderr)
+        sys.exit(STOPPED)

@@ -1,8 +1,10 @@
-"""What stops a training step, or saves it: numbers that are not finite, and memory that runs out."""
+"""What stops a run, or saves it: numbers that are not finite, memory that runs out, and a signal."""
 
 import json
 import math
-from collections.abc import Callable, Iterable
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -107,3 +109,29 @@ def described(pairs: PairTokens, row: int, loss: float, tokenizer: Tokenizer) ->
 def _plain(value: float) -> float | str:
     """JSON has no name for nan and inf."""
     return value if math.isfinite(value) else str(value)
+
+
+class StopRequest:
+    """True once SIGINT or SIGTERM came: finish the step, save, leave. A second SIGINT stops at once."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __bool__(self) -> bool:
+        return self._asked
+
+    def ask(self, number: int, frame: object) -> None:
+        if self._asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = True
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    request = StopRequest()
+    before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

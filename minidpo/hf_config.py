@@ -32,7 +32,9 @@ _WIDEST = 2**24  # far above any model; two such sizes still multiply without ov
 
 def read_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a model directory. Raises UserError, naming the field, for what cannot be computed."""
-    path = require_file(directory / "config.json", "a Hugging Face model directory is needed")
+    inside = directory / "final"  # of a run's directory
+    hint = f"; {inside} is one" if (inside / "config.json").is_file() else ""
+    path = require_file(directory / "config.json", f"a Hugging Face model directory is needed{hint}")
     fields = read_object(path)
     try:
         return parse_config(fields)

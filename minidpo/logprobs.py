@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # the definition below depends on torch alone
     from minidpo.model import Transformer
     from minidpo.packing import PackedRow
 
-LOGITS = 2**28  # bytes of logits held at once, in the dtype of their product
+LOGITS = 2**28  # bytes of a chunk of logits, in the dtype of their product
 CACHED = 2**21  # logits that are worked on in float32 at once, on a CPU: 8 MiB stay in its cache
 
 

@@ -168,6 +168,11 @@ def batch_rows(step: int, pairs: int, batch_size: int, epochs: float, seed: int)
     return np.concatenate(drawn)
 
 
+def drawn_rows(steps: int, pairs: int, batch_size: int, epochs: float, seed: int) -> np.ndarray:
+    """The pairs that the first `steps` batches hold, each once, in order: of a million pairs a short run needs few."""
+    return np.unique(batch_rows(0, pairs, steps * batch_size, epochs, seed))
+
+
 def total_steps(pairs: int, batch_size: int, epochs: float, max_steps: int = 0) -> int:
     """Optimizer steps of a run: as many as the epochs fill, at most `max_steps` if that is set."""
     steps = -(-total_draws(pairs, epochs) // batch_size)

@@ -1,4 +1,4 @@
-"""The frozen reference: its log-probs of every pair, computed once before training and kept beside the run.
+"""The frozen reference: its log-probs of every pair that a run draws, computed once before training and kept beside the run.
 
 It never changes, so nothing is gained by computing it again each step. The stored numbers carry a fingerprint
 of all they depend on; another reference, other data or another precision, and they are computed anew.
@@ -61,27 +61,35 @@ def stored_logps(
     file: Path,
     directory: str | Path,
     reference_fingerprint: str,
-    sets: dict[str, PairTokens],
+    sets: dict[str, tuple[PairTokens, np.ndarray]],
     micro_tokens: int,
     device: torch.device,
     dtype: str,
 ) -> dict[str, np.ndarray]:
-    """Reference log-probs (pairs, 2) of each set: those in `file` whose fingerprint fits, the others computed.
+    """Reference log-probs (pairs, 2) of each set, NaN outside the rows asked for unless `file` has them.
 
-    reference_fingerprint: of the model in `directory`, as `model_fingerprint` gives it.
+    sets: name -> pairs, and which of them are wanted. Those that `file` holds for the same pairs, reference and dtype are
+    read, the others computed and added to it. reference_fingerprint: of the model in `directory`, by `model_fingerprint`.
     """
     identities = {
         name: fingerprint(reference_fingerprint, dtype, pairs_fingerprint(pairs))
-        for name, pairs in sets.items()
+        for name, (pairs, _) in sets.items()
     }
     logps = from_first(_read(file, identities) if rank() == 0 and file.exists() else {})
-    if logps:
-        say(f"reference log-probs of {' and '.join(logps)}: read from {file}")
-    if missing := [name for name in sets if name not in logps]:
+    missing = {}
+    for name, (pairs, rows) in sets.items():
+        known = logps.setdefault(name, np.full((len(pairs), 2), np.nan, dtype=np.float32))
+        missing[name] = rows[np.isnan(known[rows, 0])]
+        if found := len(rows) - len(missing[name]):
+            say(f"reference log-probs, {name}: {found} of {len(rows)} pairs read from {file}")
+    if any(map(len, missing.values())):
         model = load_reference(directory, device, dtype)
-        for name in missing:
+        for name, rows in missing.items():
+            if not len(rows):
+                continue
             label = f"reference log-probs, {name}"
-            logps[name] = all_logps(model, sets[name], micro_tokens, device, dtype, label)
+            pairs = sets[name][0].select(rows)
+            logps[name][rows] = all_logps(model, pairs, micro_tokens, device, dtype, label)
         del model
         gc.collect()  # sharded modules refer to one another: their memory would stay taken while the policy trains
         if rank() == 0:

@@ -44,6 +44,7 @@ def load_reward_model(
 ) -> RewardModel:
     """A reward model as `save_reward_model` (or transformers' sequence classification, one label) wrote it."""
     directory = Path(directory)
+    require_reward_model(directory)
     config = _config_that_fits(directory)
     with torch.device("meta"):
         model = RewardModel(config)
@@ -51,6 +52,16 @@ def load_reward_model(
         model.lm_head = None  # classification models are saved without; only the LM regulariser needs it
     _load_weights(model, directory, dtype, device)
     return model
+
+
+def require_reward_model(directory: Path) -> None:
+    """Raises UserError unless the directory holds a reward model's weights, as far as their names say."""
+    read_config(directory)
+    if "score.weight" not in tensor_files(directory):
+        raise UserError(
+            f"{directory}: no score.weight among its tensors: a language model; a reward model is needed, such as the"
+            " final/ of a run of train_rm.py"
+        )
 
 
 def new_reward_model(

@@ -127,7 +127,7 @@ def test_the_reference_leaves_nothing_behind(world, tmp_path, monkeypatch, ranks
     gc.disable()  # it comes some time; the policy's first step, which needs the memory, does not wait for it
     try:
         where = tmp_path / "reference.safetensors", world / "model"
-        stored_logps(*where, "", {"train": PAIRS}, 2000, torch.device("cpu"), "bf16")
+        stored_logps(*where, "", {"train": (PAIRS, np.arange(len(PAIRS)))}, 2000, torch.device("cpu"), "bf16")
         assert [model() for model in models] == [None]
     finally:
         gc.enable()

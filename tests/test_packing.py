@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 
 from minidpo.logprobs import response_logps
 from minidpo.losses import dpo_loss
-from minidpo.packing import PairTokens, Wanted, batch_rows, micro_batches, pack_row, padded_pass, total_draws
+from minidpo.packing import (
+    PairTokens,
+    Wanted,
+    batch_rows,
+    drawn_rows,
+    micro_batches,
+    pack_row,
+    padded_pass,
+    total_draws,
+)
 from minidpo.reward import RewardModel
 from minidpo.tokenizer import TokenPair
 from tiny import (
@@ -213,6 +222,13 @@ def test_the_order_is_a_pure_function_of_seed_and_step():
     assert batch_rows(0, 100, 8, 2, seed=6).tolist() != first[0]
     drawn = sum(first, [])
     assert len(drawn) == 200 and drawn[:100] != drawn[100:]  # each epoch has an order of its own
+
+
+def test_drawn_rows_are_those_of_all_batches():
+    batches = [batch_rows(step, 100, 8, 0.5, seed=5) for step in range(7)]
+    assert drawn_rows(3, 100, 8, 0.5, seed=5).tolist() == sorted(np.concatenate(batches[:3]))
+    assert drawn_rows(7, 100, 8, 0.5, seed=5).tolist() == sorted(np.concatenate(batches))
+    assert drawn_rows(30, 100, 8, 2, seed=5).tolist() == list(range(100))
 
 
 def test_fractional_epochs_end_in_the_middle():

@@ -50,6 +50,7 @@ SMALL = {
     " --data.max_prompt_length=40 --data.eval_pairs=8 --eval.samples=2 --eval.max_new_tokens=8 --run.device=cpu",
     "train_rm.py": "--optim.max_steps=2 --optim.warmup_steps=0 --optim.micro_tokens=256 --data.max_length=64"
     " --data.max_prompt_length=40 --run.device=cpu",
+    "data": "--data.max_length=64 --data.max_prompt_length=40 --data.eval_pairs=8",
     "sample": "--max-new-tokens=8 --device=cpu",
     "score": "--max-length=200 --device=cpu",
     "explain": "--device=cpu",

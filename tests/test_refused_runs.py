@@ -66,3 +66,15 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(refused, tmp_path):
     write_tokenizer(tmp_path / "small", ["a b c"])
     save_model(tiny_model(vocab_size=61), tmp_path / "small")
     assert "the model's embedding 61 rows" in refused(f"--model.path={tmp_path / 'small'}")
+
+
+def test_a_reward_model_that_is_none_is_refused_before_anything_is_read(refused, world, tmp_path):
+    said = refused("--eval.samples=2", f"--eval.reward_model={world / 'model'}", "--data.train=missing.jsonl")
+    assert said.startswith(f"{world / 'model'}: no score.weight among its tensors")
+    assert "no such" in refused("--eval.samples=2", f"--eval.reward_model={tmp_path / 'nowhere'}").lower()
+
+
+def test_the_directory_of_a_run_is_refused_with_the_model_in_it(refused, world, tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    save_model(tiny_model(), tmp_path / "run" / "final")
+    assert refused(f"--model.path={tmp_path / 'run'}").endswith(f"; {tmp_path / 'run' / 'final'} is one")

@@ -1,5 +1,7 @@
 """A run that ended early goes on as if it had not, and no other run goes on in its place."""
 
+import os
+import signal
 import sys
 
 import pytest
@@ -7,43 +9,59 @@ import torch
 from safetensors.torch import load_file
 
 import train_dpo
+from minidpo import reference
 from minidpo.errors import UserError
 from runs import final, steps
 from runs import run_dpo as run
 
 
-@pytest.mark.parametrize("name", ["dpo", "simpo", "sft"])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(config, tmp_path, name):
-    settings = config(optim__max_steps=6, optim__schedule='"constant"')
+@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "sft"])
+def test_a_run_stopped_by_sigint_saves_and_goes_on_to_the_same_weights(
+    name, config, tmp_path, monkeypatch, capsys
+):
+    real, settings = train_dpo.batch_rows, config()
     at_once = run(settings, f"--loss.name={name}", f"--run.out={tmp_path / 'once'}")
-    in_two = f"--run.out={tmp_path / 'twice'}"
-    run(settings, f"--loss.name={name}", in_two, "--optim.max_steps=3")
-    resumed = run(settings, f"--loss.name={name}", in_two)
-    for key, value in final(tmp_path / "once").items():
-        assert torch.equal(value, final(tmp_path / "twice")[key]), key
-    assert [m["loss"] for m in steps(at_once)] == [m["loss"] for m in steps(resumed)]
-
-
-def test_a_run_stopped_by_sigint_saves_and_goes_on_to_the_same_weights(config, tmp_path, monkeypatch, capsys):
-    run(config(), f"--run.out={tmp_path / 'once'}")
-    import os
-    import signal
-
-    real = train_dpo.batch_rows
 
     def interrupted(step, *rest):
         if step == 1:
             os.kill(os.getpid(), signal.SIGINT)
         return real(step, *rest)
 
-    monkeypatch.setattr(train_dpo, "batch_rows", interrupted)
-    run(config(), f"--run.out={tmp_path / 'twice'}")
+    in_two = f"--run.out={tmp_path / 'twice'}"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(train_dpo, "batch_rows", interrupted)
+        run(settings, f"--loss.name={name}", in_two)
+    assert stop.value.code == 130  # as a shell says of Ctrl-C: `train && publish` stops too
     assert "stopped after step 2" in capsys.readouterr().out
     assert not (tmp_path / "twice" / "final").exists()
-    monkeypatch.setattr(train_dpo, "batch_rows", real)
-    run(config(), f"--run.out={tmp_path / 'twice'}")
+    resumed = run(settings, f"--loss.name={name}", in_two)
     for key, value in final(tmp_path / "once").items():
         assert torch.equal(value, final(tmp_path / "twice")[key]), key
+    assert [m["loss"] for m in steps(at_once)] == [m["loss"] for m in steps(resumed)]
+
+
+def test_a_run_asked_for_more_steps_computes_the_reference_of_the_further_pairs_alone(
+    config, tmp_path, monkeypatch
+):
+    computed = []
+    real = reference.all_logps
+
+    def all_logps(model, pairs, *rest):
+        computed.append(len(pairs))
+        return real(model, pairs, *rest)
+
+    monkeypatch.setattr(reference, "all_logps", all_logps)
+    arguments = config(optim__batch_size=2, optim__epochs=1, optim__max_steps=3, data__eval_pairs=4)
+    run(arguments)
+    assert computed == [6, 4]
+    for _ in range(2):
+        run(arguments, "--optim.max_steps=5")
+        assert computed == [6, 4, 4]
+    run(arguments, "--optim.max_steps=5", f"--run.out={tmp_path / 'at_once'}")
+    grown, at_once = (load_file(tmp_path / out / "reference.safetensors") for out in ("out", "at_once"))
+    for name in ("train", "held_out"):
+        torch.testing.assert_close(grown[name], at_once[name], equal_nan=True)
+        assert grown[name].isnan().any() == (name == "train")
 
 
 def test_the_same_command_after_the_end_says_so_and_touches_nothing(config, tmp_path, capsys):

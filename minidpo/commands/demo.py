@@ -24,7 +24,7 @@ from minidpo.commands.answers import answer
 from minidpo.commands.world import Judgement, ceiling_accuracy
 from minidpo.commands.world_files import write_model, write_world
 from minidpo.data import read_preferences
-from minidpo.errors import UserError
+from minidpo.errors import STOPPED, UserError
 from minidpo.evaluate import divergences
 from minidpo.files import require_file, writing
 from minidpo.metrics import read_metrics
@@ -103,9 +103,16 @@ def run_script(script: str, config: str, settings: dict[str, str]) -> None:
     overrides = [f"--{key}={value}" for key, value in settings.items()]
     command = shlex.join([script, config, *overrides])
     print(f"\n$ python {command}", flush=True)
-    finished = subprocess.run([sys.executable, str(ROOT / script), str(ROOT / config), *overrides])
-    if finished.returncode:
-        raise UserError(f"python {command} ended with exit status {finished.returncode}, see above")
+    with subprocess.Popen([sys.executable, str(ROOT / script), str(ROOT / config), *overrides]) as process:
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # Ctrl-C reached it too: it saves, which takes a moment
+            process.wait()
+            sys.exit(STOPPED)
+    if status == STOPPED:
+        sys.exit(STOPPED)
+    if status:
+        raise UserError(f"python {command} ended with exit status {status}, see above")
 
 
 # --- what came of it ----------------------------------------------------------------------------------------

@@ -105,8 +105,6 @@ def run(setting: Setting, out: Path, world: Path, scale: Scale, judge: Judge) ->
             directory.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(reference, directory / reference.name)
         run_script("train_dpo.py", config, settings | {"run.out": str(directory)})
-        if not (directory / "final").is_dir():
-            raise UserError(f"{directory}: stopped before its end; the same command goes on from there")
         if not reference.exists() and (directory / reference.name).exists():
             shutil.copyfile(directory / reference.name, reference)
         steps = sorted(int(path.name[5:]) for path in (directory / "checkpoints").glob("step-*"))
