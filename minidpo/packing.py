@@ -58,12 +58,9 @@ class PackedRow:
     def to(self, device: torch.device) -> "PackedRow":
         if device.type == "cpu":
             return self
-        moved = {
-            name: getattr(self, name).to(device, non_blocking=True)
-            for name in ("tokens", "queries", "scored", "targets", "scored_lengths", "last")
-        }
-        places = TokenPlaces(*(place.to(device, non_blocking=True) for place in self.places))
-        return replace(self, places=places, **moved)
+        names = ("tokens", "queries", "scored", "targets", "scored_lengths", "last")
+        moved = {name: _moved(getattr(self, name), device) for name in names}
+        return replace(self, places=TokenPlaces(*(_moved(place, device) for place in self.places)), **moved)
 
     def attends(self, layers: int) -> list:
         """One attention function a layer: every row for all but the last, which answers for the queries."""
@@ -143,6 +140,13 @@ def pack_row(pairs: PairTokens, wanted: Wanted, pad_to: int = 0) -> PackedRow:
         pairs=len(pairs),
         endings=wanted.chosen_logps + wanted.rejected_logps,
     )
+
+
+def _moved(values: Tensor, device: torch.device) -> Tensor:
+    """Without waiting: a copy from memory that is not pinned would stand in line behind the pass before."""
+    if device.type == "cuda":
+        values = values.pin_memory()
+    return values.to(device, non_blocking=True)
 
 
 def _tensor(parts: list[np.ndarray]) -> Tensor:
