@@ -6,9 +6,10 @@ The thresholds are rules of thumb, no theorems; each is named where it is used.
 from minidpo.metrics import say
 from minidpo.objective import IDLE
 
+APART = 30.0  # nats of KL on one short response: as a rule it holds text that nobody wrote
 MOST_KL = 10.0  # nats a response: past it, samples are seldom what the preferences were about
 FALLEN = 10.0  # nats a chosen response
-SATURATED = 10.0  # of a margin in units of reward: sigma(-10) is 5e-5 of the gradient at 0
+SATURATED = 10.0  # of a margin in units of reward: a pair's gradient is 9e-5 of that at 0
 FEW_PARAMETERS = 50_000_000  # published rates are for models larger than this
 
 # Published: DPO 5e-7 (Zephyr, Llama 3's 1e-5 the highest), IPO and SimPO the same range, SFT and reward models 1e-6 to 2e-5.
@@ -67,6 +68,10 @@ class Advice:
             self._give(
                 f"KL {values['kl']:.1f} nats from the reference, more than {MOST_KL:g}: a higher loss.beta, a lower"
                 " optim.lr or an earlier checkpoint stays closer; read OUT/samples"
+            )
+        elif values.get("kl_of_worst", 0.0) > APART:
+            self._give(
+                f"one response has a KL of {values['kl_of_worst']:.0f} nats: read OUT/samples for text that has fallen apart"
             )
         fallen, risen = (
             values.get(name, 0.0) - self._first.get(name, 0.0) for name in ("logps/chosen", "rewards/margins")

@@ -120,7 +120,7 @@ def _compile(source: str, tokens: dict[str, str], directory: Path | None) -> Ren
         from jinja2.sandbox import ImmutableSandboxedEnvironment
     except ModuleNotFoundError:
         raise UserError(
-            "a model's chat template needs jinja2: pip install 'minidpo[chat]'"
+            "a model's chat template needs jinja2: pip install -e '.[chat]'"
             " (or write messages as template = 'hh' or 'chatml')"
         ) from None
 

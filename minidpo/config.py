@@ -50,6 +50,22 @@ def load_either_config(arguments: list[str]) -> PreferenceConfig | RewardConfig:
     return load_config(PreferenceConfig, arguments)
 
 
+def loss_of_run(model: Path) -> PreferenceLossSection | None:
+    """[loss] of the run whose final/ `model` is, from the config.toml beside it; None where there is none, or it is no
+    preference loss."""
+    file = model.parent / "config.toml"
+    if model.resolve().name != "final" or not file.is_file():
+        return None
+    loss = _read_toml(file).get("loss")
+    if not isinstance(loss, dict) or loss.get("name") not in LOSS_READS:
+        return None
+    config = PreferenceConfig()
+    for name, value in loss.items():
+        _set(config, "loss", name, value, str(file))
+    check_section("loss", config.loss)
+    return config.loss
+
+
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return dataclasses.asdict(config)
 
@@ -109,11 +125,25 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _lookup(config: Any, section: str, name: str, where: str) -> tuple[Any, dataclasses.Field]:
     sections = vars(config)
     if section not in sections:
-        raise UserError(f"{where}: no section [{section}]; there are {', '.join(sections)}")
+        raise UserError(
+            f"{where}: no section [{section}]; there are {', '.join(sections)}{_hint(config, section)}"
+        )
     for f in dataclasses.fields(sections[section]):
         if f.name == name:
             return sections[section], f
-    raise UserError(f"{where}: no key {section}.{name}; [{section}] has {', '.join(vars(sections[section]))}")
+    keys = ", ".join(vars(sections[section]))
+    raise UserError(f"{where}: no key {section}.{name}; [{section}] has {keys}{_hint(config, section, name)}")
+
+
+def _hint(config: Any, section: str, name: str = "") -> str:
+    """Whose key it would be."""
+    of_rm = type(config) is PreferenceConfig
+    other, script = (
+        vars(RewardConfig() if of_rm else PreferenceConfig()),
+        f"train_{'rm' if of_rm else 'dpo'}.py",
+    )
+    there = vars(other[section]) if section in other else None
+    return f" (it belongs to {script})" if there is not None and (not name or name in there) else ""
 
 
 def _set(config: Any, section: str, name: str, value: Any, where: str) -> None:

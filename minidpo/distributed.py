@@ -48,7 +48,7 @@ def leave(status: int) -> NoReturn:
     """End this process with an exit status, once all have come as far: torchrun ends the others when one has failed, and
     rank 0 may still be writing what they gave it."""
     if ranks() > 1:
-        dist.barrier()
+        any_rank(True)  # waits for all
         dist.destroy_process_group()
     raise SystemExit(status)
 

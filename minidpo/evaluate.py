@@ -99,6 +99,7 @@ class SampledEvaluation:
         figures = {
             "kl": kl,
             "kl_standard_error": kl_error,
+            "kl_of_worst": float(divergence[:, 1].max()),
             "kl_per_token": float(divergence[:, 1].sum() / samples.lengths.sum()),
             "kl_of_log_ratios": float(divergence[:, 0].mean()),
             "sample_length": float(samples.lengths.mean()),

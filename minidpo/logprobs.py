@@ -22,7 +22,8 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
 
         sums[r] = sum over t with response_mask[r, t] of log softmax(logits[r, t-1])[tokens[r, t]]
 
-    The logits after token t-1 predict token t: the shift by one happens here and nowhere else.
+    The logits after token t-1 predict token t: of the textbook form, the shift by one happens here and nowhere else (packed
+    rows shift in `pack_row`).
     The first token of a row has no predecessor and cannot be scored.
     Shapes: logits (R, T, V), tokens (R, T) integers, response_mask (R, T) bool, true on scored tokens.
     Returns sums (R,) in nats, float32 or better, and counts (R,) int64.

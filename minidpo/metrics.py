@@ -179,7 +179,9 @@ def console_line(values: dict[str, float], total_steps: int, seconds_left: float
     columns = [f"{'eval' if prefix else 'step'} {values['step']:>{len(str(total_steps))}}/{total_steps}"]
     for name, label, form in _COLUMNS:
         if prefix + name in values:
-            columns.append(f"{label} {values[prefix + name]:{form}}")
+            error = values.get(f"{prefix}{name}_standard_error")
+            known = "" if error is None else f" ± {error:{form.lstrip('0123456789')}}"
+            columns.append(f"{label} {values[prefix + name]:{form}}{known}")
     if not prefix:
         columns += [f"{values['tokens_per_s']:6.0f} tok/s", f"{duration(seconds_left)} left"]
     return "  ".join(columns)

@@ -13,6 +13,7 @@ Dimensions: B pairs, N tokens of a row, S selected rows, E = endings a pair (1 o
 from bisect import bisect_left, insort
 from dataclasses import dataclass, replace
 from heapq import heappop, heappush
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +60,7 @@ class PackedRow:
         if device.type == "cpu":
             return self
         names = ("tokens", "queries", "scored", "targets", "scored_lengths", "last")
-        moved = {name: _moved(getattr(self, name), device) for name in names}
+        moved: dict[str, Any] = {name: _moved(getattr(self, name), device) for name in names}
         return replace(self, places=TokenPlaces(*(_moved(place, device) for place in self.places)), **moved)
 
     def attends(self, layers: int) -> list:

@@ -12,7 +12,7 @@ from minidpo.packing import PackedRow
 class RewardModel(Transformer):
     """r(x, y) = score . h(last token of y), h being the final, normalised hidden state.
 
-    No bias: Bradley-Terry sees only differences, so a bias would never get a gradient.
+    No bias: Bradley-Terry sees only differences, so a bias would get no gradient from it.
     """
 
     def __init__(self, config: ModelConfig):

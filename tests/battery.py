@@ -48,6 +48,9 @@ class Loss:
     points: tuple[Point, ...] = ()
     unmoved_by: tuple[Change, ...] = ()  # what leaves every loss as it is, by any amount
     mirror: Equation | None = None  # loss(pair) - loss(swapped pair): see swapped()
+    extreme: float = (
+        1e5  # the largest log-prob at which it must be finite; less for a loss that grows like exp(-z)
+    )
 
     def __str__(self) -> str:
         return self.name
@@ -102,6 +105,11 @@ def close(found, expected, rtol: float = 1e-12, atol: float = 1e-12, claim: str 
     np.testing.assert_allclose(found, expected, rtol=rtol, atol=atol, err_msg=claim)
 
 
+def other_settings(arguments: Arguments, loss: Loss) -> Arguments:
+    """Each setting at 0.6 of its value: who ignores one is found out."""
+    return arguments | {name: 0.6 * value for name, value in loss.settings.items()}
+
+
 def namespace(arguments: Arguments) -> SimpleNamespace:
     return SimpleNamespace(**({"chosen_lengths": 1, "rejected_lengths": 1} | arguments))
 
@@ -121,7 +129,10 @@ def check_points(loss: Loss) -> None:
 
 def check_twin(loss: Loss, arguments: Arguments | None = None) -> None:
     """Losses, and rewards where there are any, equal the NumPy twin's; rewards carry no gradient."""
-    arguments = arguments or loss.draw(64)
+    if arguments is None:
+        for each in (loss.draw(64), other_settings(loss.draw(64), loss)):
+            check_twin(loss, each)
+        return
     out = loss.function(**loss.tensors(arguments))
     if loss.twin:
         found = loss.losses(loss.tensors(arguments))
@@ -135,17 +146,19 @@ def check_twin(loss: Loss, arguments: Arguments | None = None) -> None:
 
 def check_closed_form(loss: Loss) -> None:
     """d loss / d argument, for each argument, as written out in closed form."""
-    arguments = loss.draw(64, seed=1)
-    tensors = loss.tensors(arguments)
-    gradients = loss.gradients(tensors, loss.losses(tensors))
-    for name, expected in (loss.gradient(namespace(arguments)) if loss.gradient else {}).items():
-        close(gradients[name], expected, claim=f"d loss / d {name}")
+    for arguments in (loss.draw(64, seed=1), other_settings(loss.draw(64, seed=1), loss)):
+        tensors = loss.tensors(arguments)
+        gradients = loss.gradients(tensors, loss.losses(tensors))
+        for name, expected in (loss.gradient(namespace(arguments)) if loss.gradient else {}).items():
+            close(gradients[name], expected, claim=f"d loss / d {name}")
 
 
 def check_derivatives(loss: Loss) -> None:
-    """First and second derivatives equal finite differences in float64."""
-    arguments = loss.draw(2, seed=2)
+    """First and second derivatives equal finite differences in float64, on pairs of which some have a gradient."""
+    arguments = loss.draw(6, seed=2)
     tensors = loss.tensors(arguments)
+    for name, gradient in loss.gradients(tensors, loss.losses(tensors)).items():
+        assert gradient.any(), f"d loss / d {name} is 0 for every pair drawn"
 
     def of_inputs(*inputs: Tensor) -> Tensor:
         return loss.losses(tensors | dict(zip(loss.inputs, inputs, strict=True)))
@@ -183,18 +196,27 @@ def check_invariances(loss: Loss) -> None:
 
 
 def check_extremes(loss: Loss) -> None:
-    """float32 at log-probs of -1e4 and -1e5, rewards and margins of +-1e4: finite and right."""
-    grid = [(0.0, -1e4, -1e5) if name.endswith("_logps") else (-1e4, 0.0, 1e4) for name in loss.inputs]
+    """float32 at log-probs down to -`extreme`, rewards and margins of +-a tenth: finite, and as in float64 and the twin."""
+    far = loss.extreme
+    grid = [
+        (0.0, -far / 10, -far) if name.endswith("_logps") else (-far / 10, 0.0, far / 10)
+        for name in loss.inputs
+    ]
     columns = np.array(list(itertools.product(*grid))).T  # (inputs, B)
     arguments: Arguments = dict(zip(loss.inputs, columns, strict=True)) | loss.settings
     for length in (1, 1000):
         arguments |= {name: np.full(columns.shape[1], length) for name in loss.lengths}
         tensors = loss.tensors(arguments, torch.float32)
         losses = loss.losses(tensors)
-        assert losses.isfinite().all(), "a loss is not finite"
+        for bad in (~losses.isfinite()).nonzero()[:1, 0].tolist():
+            at = {name: float(value[bad]) for name, value in arguments.items() if name in loss.inputs}
+            raise AssertionError(f"the loss is {losses[bad].item()} at {at} (`extreme` says how far to ask)")
         for name, gradient in loss.gradients(tensors, losses).items():
             assert np.isfinite(gradient).all(), f"d loss / d {name} is not finite"
-        close(losses, loss.losses(loss.tensors(arguments)).detach(), rtol=1e-5, atol=1e-6, claim="float32")
+        precise = loss.losses(loss.tensors(arguments)).detach()
+        close(losses, precise, rtol=1e-5, atol=1e-6, claim="float32")
+        if loss.twin:
+            close(precise, loss.twin(namespace(arguments)), claim="NumPy twin, far out")
 
 
 def check_bf16(loss: Loss) -> None:

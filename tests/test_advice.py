@@ -30,6 +30,7 @@ def after(steps: list[dict], evaluations: list[dict], given) -> list[str]:
     ("steps", "evaluations", "says", "tries"),
     [
         ([], [{}, {"kl": 10.4}, {"kl": 12.0}], "KL 10.4 nats", "beta"),
+        ([], [{}, {"kl": 3.0, "kl_of_worst": 31.0}], "a KL of 31 nats", "read OUT/samples"),
         ([], [{}, {"logps/chosen": -111, "rewards/margins": 0.4}], "11.0 nats less likely", "beta"),
         ([{"loss": 0.004, "rewards/accuracies": 1.0}] * 4, [], "learnt by heart", "epochs"),
         ([], [{"sample_length": n} for n in (50, 55, 60, 65, 70)], "longer at every evaluation", "SimPO"),
@@ -37,7 +38,7 @@ def after(steps: list[dict], evaluations: list[dict], given) -> list[str]:
         ([{"idle": 0.6}, {"idle": 0.8}], [], "60% of the pairs", "harder pairs"),
         ([], [{"ended": 0.0}, {"ended": 0.0}], "no sampled answer ended", "eval.max_new_tokens"),
     ],
-    ids=["kl", "chosen falls", "overfitted", "longer", "saturated", "idle", "never ends"],
+    ids=["kl", "one apart", "chosen falls", "overfitted", "longer", "saturated", "idle", "never ends"],
 )
 def test_a_warning_is_given_once_with_what_to_try(steps, evaluations, says, tries, given):
     (line,) = after(steps, evaluations, given)

@@ -250,7 +250,7 @@ def test_half_a_character_in_a_key_that_only_the_template_reads_is_refused_too(m
 
 def test_without_jinja2_one_line_names_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(UserError, match=r"needs jinja2: pip install 'minidpo\[chat\]'"):
+    with pytest.raises(UserError, match=r"needs jinja2: pip install -e '\.\[chat\]'"):
         ids(model(), ASKED)
     assert ids(model(), ASKED, "hh")[1].chosen  # needs none
 

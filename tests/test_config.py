@@ -131,3 +131,15 @@ def test_help_names_every_key():
 def test_the_table_of_keys_a_loss_reads_covers_every_loss_key():
     names = {field.name for field in dataclasses.fields(PreferenceLossSection)} - {"name"}
     assert set().union(*LOSS_READS.values()) == names
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "says"),
+    [
+        (RewardConfig, "demo_dpo.toml", r"no section \[reference\]; .* \(it belongs to train_dpo.py\)"),
+        (PreferenceConfig, "demo_rm.toml", r"no key loss.lm_weight; .* \(it belongs to train_rm.py\)"),
+    ],
+)
+def test_a_configuration_of_the_other_script_is_told_as_such(kind, file, says):
+    with pytest.raises(UserError, match=says):
+        load_config(kind, [str(Path(__file__).parents[1] / "configs" / file)])

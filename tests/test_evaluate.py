@@ -13,6 +13,7 @@ from minidpo.errors import UserError
 from minidpo.evaluate import distinct, divergences
 from minidpo.generate import Sampling, generate
 from minidpo.judge import mean_and_error
+from minidpo.metrics import console_line
 from runs import final
 from runs import run_dpo as run
 from tiny import EOS, tiny_model
@@ -148,3 +149,8 @@ def test_what_leaves_no_room_for_samples_is_refused_before_training(sampling, tm
     with pytest.raises(UserError, match="eval.max_new_tokens = 250 after a prompt of .* the model takes 256"):
         run(sampling, "--eval.max_new_tokens=250")
     assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_a_mean_over_samples_stands_on_the_line_with_its_standard_error():
+    values = {"step": 250, "eval/kl": 6.09, "eval/kl_standard_error": 4.18, "eval/sample_length": 11.7}
+    assert console_line(values, 250, 0, "eval/") == "eval 250/250  KL   6.09 ± 4.18  length  11.7"

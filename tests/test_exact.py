@@ -198,7 +198,7 @@ def test_the_figure_is_drawn(tmp_path):
 
 def test_without_matplotlib_one_line_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"minidpo\[plot\]"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plot\]'"):
         exact.main(["--plot", str(tmp_path / "frontier.png")])
 
 

@@ -142,14 +142,28 @@ def test_a_loss_without_lines_of_its_own_is_explained_by_margin_loss_and_weights
     monkeypatch.setattr(
         PreferenceLossSection.__dataclass_fields__["name"], "metadata", {"about": "", "check": None}
     )
-    monkeypatch.setattr(objective, "preference", squared)
-    monkeypatch.setattr(command, "preference", squared)
-    monkeypatch.setattr(command, "EVERY_LOSS", [PreferenceLossSection("squared", beta=0.3)])
-    mine = explained(*pair, "--loss", "squared", "--beta", "0.3")["loss"]
+    real = objective.preference
+    new = lambda loss, *rest: (squared if loss.name == "squared" else real)(loss, *rest)  # noqa: E731
+    monkeypatch.setattr(objective, "preference", new)
+    monkeypatch.setattr(command, "preference", new)
+    everything = explained(*pair, "--loss", "squared", "--beta", "0.3")
+    mine = everything["loss"]
+    assert everything["losses"][-1] == mine and len(everything["losses"]) == len(EVERY_LOSS) + 1
     assert mine["loss"] == pytest.approx(mine["margin"] ** 2)
     assert mine["chosen_weight"] == pytest.approx(-2 * 0.3 * mine["margin"], rel=1e-6)
     text = explained.text(*pair, "--loss", "squared", "--beta", "0.3")
     assert f"loss of squared{mine['loss']:>47.4f}" in text
+
+
+def test_the_settings_are_those_of_the_run_whose_final_the_model_is(config, explained, pair, tmp_path):
+    train_dpo.main([*config(optim__max_steps=1), "--loss.beta=0.37", "--loss.label_smoothing=0.2"])
+    of_run = ["--model", str(tmp_path / "out" / "final"), *pair]
+    loss = explained(*of_run)["loss"]
+    assert (loss["name"], loss["beta"], loss["label_smoothing"]) == ("dpo", 0.37, 0.2)
+    assert f"as {tmp_path / 'out' / 'config.toml'} says" in explained.text(*of_run)
+    assert explained(*of_run, "--beta", "0.5")["loss"]["beta"] == 0.5
+    assert explained(*of_run, "--loss", "ipo")["loss"]["beta"] == 0.1
+    assert explained(*pair)["loss"]["beta"] == 0.1
 
 
 def test_the_table_can_be_checked_with_a_calculator(explained, pair):

@@ -88,6 +88,18 @@ def test_the_command_leaves_figure_and_numbers(quick):
 
 
 @pytest.mark.slow
+def test_the_demo_judges_any_run_from_its_reference(quick, capsys):
+    runs = [str(quick / setting.name) for setting in frontier.QUICK.settings[:2]]
+    capsys.readouterr()
+    demo.main(["--out", str(quick / "world"), "--judge", *runs])
+    lines = capsys.readouterr().out.splitlines()
+    (header,) = (line for line in lines if line.split()[:1] == ["SFT"])
+    assert header.split() == ["SFT", *(setting.name.upper() for setting in frontier.QUICK.settings[:2])]
+    (kl,) = (line for line in lines if "KL from the SFT model" in line)
+    sft, *others = map(float, kl.split()[-3:])
+    assert sft == 0.0 and all(value > 0.0 for value in others)
+
+
 def test_all_runs_differ_in_nothing_but_the_loss(quick):
     import tomllib
 
@@ -148,6 +160,6 @@ def test_a_demo_directory_that_is_none_is_one_line(world, tmp_path):
 
 def test_without_matplotlib_one_line_names_the_extra_before_anything_is_trained(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'minidpo\[plot\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plot\]'"):
         frontier.main(["--quick", "--out", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -33,13 +33,14 @@ def test_battery(loss, check):
 
 @st.composite
 def arguments_of(draw, loss: Loss) -> battery.Arguments:
-    """Pairs and their settings: log-probs in [-300, 0], lengths 1 to 300, settings in RANGES."""
+    """Pairs and their settings: log-probs in [-300, 0], lengths 1 to 300, settings in RANGES, or up to their own."""
     each = {"fill": st.nothing()}  # every number drawn by itself, none filled in
     unit = draw(hnp.arrays(np.float64, (len(loss.inputs), PAIRS), elements=st.floats(0, 1), **each))
     lengths = draw(hnp.arrays(np.int64, (len(loss.lengths), PAIRS), elements=st.integers(1, 300), **each))
     drawn = {name: battery.from_unit(name, row, 300.0) for name, row in zip(loss.inputs, unit, strict=True)}
     drawn |= dict(zip(loss.lengths, lengths, strict=True))
-    return drawn | {name: draw(st.floats(*RANGES[name])) for name in loss.settings}
+    ranges = {name: RANGES.get(name, (0.5 * value, value)) for name, value in loss.settings.items()}
+    return drawn | {name: draw(st.floats(*between)) for name, between in ranges.items()}
 
 
 @pytest.mark.parametrize("loss", LOSSES, ids=str)

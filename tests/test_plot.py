@@ -144,7 +144,7 @@ def test_a_run_without_metrics_is_one_line(tmp_path, written):
 
 def test_without_matplotlib_one_line_names_the_extra_before_anything_is_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(UserError, match=r"pip install 'minidpo\[plot\]'"):
+    with pytest.raises(UserError, match=r"pip install -e '\.\[plot\]'"):
         command.main(["nowhere"])
 
 

@@ -1,5 +1,6 @@
 """The README and docs/: every command is run, small; every equation, path, key and printed number is held against the code."""
 
+import copy
 import dataclasses
 import gzip
 import importlib
@@ -10,6 +11,7 @@ import shlex
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,7 +23,9 @@ from minidpo.__main__ import main as minidpo
 from minidpo.commands import memory
 from minidpo.commands.exact import claims
 from minidpo.commands.exact_world import make_world
+from minidpo.packing import PairTokens, Wanted, pack_row
 from minidpo.sections import PreferenceConfig, RewardConfig
+from tiny import padded_rows, random_pairs, tiny_model
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -145,18 +149,23 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page):
         torch.set_default_dtype(dtype)
 
 
-def test_the_ten_lines_of_the_readme_are_dpo():
+def test_the_plain_step_of_the_readme_is_minidpos():
     (block,) = blocks(README, "python")
     names: dict = {}
     exec(block, names)
-    logits, tokens = torch.randn(3, 7, 11, dtype=torch.float64), torch.randint(0, 11, (3, 7))
-    mask = torch.rand(3, 7) < 0.5
-    mask[:, 0], mask[:, -1] = False, True
-    torch.testing.assert_close(
-        names["summed_logps"](logits, tokens, mask), logprobs.sequence_logps(logits, tokens, mask)[0]
-    )
-    logps = torch.randn(4, 5, dtype=torch.float64)
-    torch.testing.assert_close(names["loss"](*logps), losses.dpo_loss(*logps).losses.mean())
+    policy, reference = tiny_model(1), tiny_model(2)
+    twin = copy.deepcopy(policy)
+    pairs = random_pairs(np.random.default_rng(0), 4)
+    tokens, mask = padded_rows(pairs)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    names["step"](policy, reference, optimizer, tokens, mask)
+    row = pack_row(PairTokens.from_pairs(pairs), Wanted(chosen_logps=True, rejected_logps=True))
+    with torch.no_grad():
+        reference_logps = logprobs.response_logps(reference, row)
+    policy_logps = logprobs.response_logps(twin, row)
+    losses.dpo_loss(*policy_logps.unbind(1), *reference_logps.unbind(1)).losses.mean().backward()
+    for ours, theirs in zip(twin.parameters(), policy.parameters(), strict=True):
+        torch.testing.assert_close(ours.detach() - ours.grad, theirs.detach(), rtol=1e-4, atol=1e-5)
 
 
 # --- paths, keys, names ---------------------------------------------------------------------------------------

@@ -14,13 +14,14 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from minidpo.advice import MOST_KL
-from minidpo.commands.answers import answer
+from minidpo.advice import APART
+from minidpo.commands.answers import Answers, answer
 from minidpo.commands.world import Judgement, ceiling_accuracy
 from minidpo.commands.world_files import write_model, write_world
 from minidpo.data import read_preferences
@@ -47,9 +48,19 @@ def main(arguments: list[str]) -> None:
         "--out", metavar="DIR", default=OUT, help=f"where everything is written (default: {OUT})"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the world and of the first weights")
+    parser.add_argument(
+        "--judge",
+        metavar="RUN",
+        nargs="+",
+        type=Path,
+        help="train nothing: the table for these runs from the demo's SFT",
+    )
     options = parser.parse_args(arguments)
     started = time.monotonic()
     out = Path(options.out)
+    if options.judge:
+        table(out, options.judge)
+        return
     fit_reference(out, options.seed)
     train("train_rm.py", "rm", out, FROM_SFT)
     train("train_dpo.py", "dpo", out, FROM_SFT)
@@ -57,6 +68,7 @@ def main(arguments: list[str]) -> None:
     print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}.")
     if out == Path(OUT):
         print("Next: python train_dpo.py configs/demo_ipo.toml")
+        print("and:  python -m minidpo demo --judge runs/demo/dpo runs/demo/ipo")
 
 
 def fit_reference(out: Path, seed: int, **sizes: int) -> None:
@@ -119,33 +131,10 @@ def run_script(script: str, config: str, settings: dict[str, str]) -> None:
 
 
 def report(out: Path) -> None:
-    """The table and the examples."""
+    """The table, held-out figures and examples."""
     ceiling = ceiling_accuracy(read_preferences(out / "preferences.test.jsonl.gz"))
     reward_model, aligned = held_out(out / "rm"), held_out(out / "dpo")
-    prompts = unseen_prompts(out)
-    tokenizer = Tokenizer.from_directory(out / "sft" / "final")
-    reference, policy = load_model(out / "sft" / "final"), load_model(out / "dpo" / "final")
-    before, after = answer(reference, tokenizer, prompts), answer(policy, tokenizer, prompts)
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    kl = divergences(policy, reference, ids, after.tokens, torch.device("cpu"), "fp32")[:, 1].mean()
-
-    print(f"\nOn {len(prompts)} unseen prompts, one answer sampled to each:\n")
-    print(f"  {'':<36} {'SFT':>8} {'DPO':>8}")
-    rows: list[tuple[str, str, Callable[[Judgement], float]]] = [
-        ("correct", "%", lambda j: 100 * j.correct),
-        ("courteous", "%", lambda j: 100 * j.courteous),
-        ("correct and courteous", "%", lambda j: 100 * (j.correct and j.courteous)),
-        ("length", "words", lambda j: j.length),
-        ("true reward r*", "nats", lambda j: j.reward),
-    ]
-    for label, unit, value in rows:
-        means = [sum(map(value, answers.judgements)) / len(prompts) for answers in (before, after)]
-        print(f"  {label + ', ' + unit:<36} {means[0]:>8.1f} {means[1]:>8.1f}")
-    print(f"  {'KL from the SFT model, nats':<36} {0:>8.1f} {kl:>8.1f}")
-    if kl > MOST_KL:
-        print(
-            f"  more than {MOST_KL:g} nats: some answers have fallen apart; a lower optim.lr or a higher loss.beta keeps them"
-        )
+    before, after = table(out, [out / "dpo"])
     print("\nOn held-out preferences:\n")
     print(f"  reward model accuracy   {reward_model['eval/accuracy']:.3f}")
     print(
@@ -154,8 +143,46 @@ def report(out: Path) -> None:
     print(f"  DPO accuracy            {aligned['eval/rewards/accuracies']:.3f}")
     print(f"  DPO margin, nats        {aligned['eval/rewards/margins']:.2f}")
     # The prompts come in random order, so the first ones are as good a choice as any.
+    prompts = unseen_prompts(out)
     for prompt, first, then in list(zip(prompts, before.texts, after.texts, strict=True))[:EXAMPLES]:
         print(f"\n{prompt.strip()}\n  before: {first.strip()}\n  after:  {then.strip()}")
+
+
+def table(out: Path, runs: list[Path]) -> list[Answers]:
+    """Print what the SFT model and the final models of `runs` answer; returns their answers, SFT's first."""
+    prompts = unseen_prompts(out)
+    tokenizer = Tokenizer.from_directory(out / "sft" / "final")
+    reference = load_model(out / "sft" / "final")
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    answers, kls = [answer(reference, tokenizer, prompts)], [np.zeros(len(prompts))]
+    for run in runs:
+        policy = load_model(run / "final")
+        answers.append(answer(policy, tokenizer, prompts))
+        of_both = divergences(policy, reference, ids, answers[-1].tokens, torch.device("cpu"), "fp32")
+        kls.append(of_both[:, 1])
+
+    def row(label: str, values: Sequence[object], form: str = "8.1f") -> None:
+        width = max(8, *(len(run.name) for run in runs))
+        print(f"  {label:<36}" + "".join(f" {format(value, form):>{width}}" for value in values))
+
+    print(f"\nOn {len(prompts)} unseen prompts, one answer sampled to each:\n")
+    row("", ["SFT", *(run.name.upper() for run in runs)], "")
+    measures: list[tuple[str, Callable[[Judgement], float]]] = [
+        ("correct, %", lambda j: 100 * j.correct),
+        ("courteous, %", lambda j: 100 * j.courteous),
+        ("correct and courteous, %", lambda j: 100 * (j.correct and j.courteous)),
+        ("length, words", lambda j: j.length),
+        ("true reward r*, nats", lambda j: j.reward),
+    ]
+    for label, value in measures:
+        row(label, [sum(map(value, each.judgements)) / len(prompts) for each in answers])
+    row("KL from the SFT model, nats", [kl.mean() for kl in kls])
+    row("  of the answer that has the most", [kl.max() for kl in kls])
+    for run, kl in zip(runs, kls[1:], strict=True):
+        if apart := int((kl > APART).sum()):
+            print(f"  {run}: {apart} of the answers fallen apart (more than {APART:g} nats); a lower optim.lr or a higher"
+                  " loss.beta keeps them")  # fmt: skip
+    return answers
 
 
 def unseen_prompts(out: Path) -> list[str]:

@@ -8,7 +8,7 @@ first logged step of a run with batch_size 1: nothing is truncated, and the same
 import argparse
 import json
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import islice
 from math import exp
 from os import environ
@@ -22,7 +22,7 @@ from torch import Tensor
 from minidpo.chat import TEMPLATES
 from minidpo.commands.explain_text import render, visible
 from minidpo.commands.sample import unescaped
-from minidpo.config import check_section
+from minidpo.config import check_section, loss_of_run
 from minidpo.dataset import require_fit
 from minidpo.device import autocast, choose_device, row_length
 from minidpo.errors import UserError
@@ -62,8 +62,8 @@ def main(arguments: list[str]) -> None:
     for f in fields(PreferenceLossSection):
         option = "--loss" if f.name == "name" else "--" + f.name.replace("_", "-")
         kind: Any = {"action": "store_true"} if f.default is False else {"type": type(f.default)}
-        about = f"{f.metadata['about']} (default: {f.default})"
-        parser.add_argument(option, dest=f"loss_{f.name}", default=f.default, help=about, **kind)
+        about = f"{f.metadata['about']} (default: the run's whose final/ --model is, else {f.default})"
+        parser.add_argument(option, dest=f"loss_{f.name}", default=None, help=about, **kind)
     parser.add_argument("--max-length", type=int, help="longest prompt + ending (default: the model's)")
     parser.add_argument("--template", default="model", choices=TEMPLATES, help="how messages become text")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -71,11 +71,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object with unrounded numbers")
     options = parser.parse_args(arguments)
 
-    loss = PreferenceLossSection(
-        **{f.name: getattr(options, f"loss_{f.name}") for f in fields(PreferenceLossSection)}
-    )
+    typed = {f.name: getattr(options, f"loss_{f.name}") for f in fields(PreferenceLossSection)}
+    typed = {name: value for name, value in typed.items() if value is not None}
+    of_run = loss_of_run(Path(options.model))
+    # Another loss than the run's begins at its own defaults.
+    begin = of_run if of_run and typed.get("name", of_run.name) == of_run.name else PreferenceLossSection()
+    loss = replace(begin, **typed)
     check_section("loss", loss)
-    explanation = explain(options, loss)
+    settings_from = str(Path(options.model).parent / "config.toml") if begin is of_run else None
+    explanation = explain(options, loss) | {"settings_from": settings_from}
     if options.json:
         print(json.dumps(explanation))
     else:
@@ -111,6 +115,7 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
         reference = _token_logps(options.reference, row, device, options.dtype)
     lengths = row.scored_lengths.cpu().view(1, 2)
     sums, reference_sums = (sum_by_ending(logps, lengths[0]).view(1, 2) for logps in (policy, reference))
+    every = EVERY_LOSS if loss in EVERY_LOSS else (*EVERY_LOSS, loss)
     return {
         "model": options.model,
         "reference": options.reference,
@@ -130,7 +135,7 @@ def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[st
         ),
         **dict(zip(("chosen_length", "rejected_length"), lengths[0].tolist(), strict=True)),
         "loss": under(loss, sums, reference_sums, lengths),
-        "losses": [under(each, sums, reference_sums, lengths) for each in EVERY_LOSS],
+        "losses": [under(each, sums, reference_sums, lengths) for each in every],
     }
 
 

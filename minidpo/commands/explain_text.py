@@ -37,6 +37,8 @@ def _heading(e: dict[str, Any], colour: bool) -> Iterator[str]:
     prompt = sum(not token["scored"] for token in e["tokens"])
     yield f"policy     {e['model']}"
     yield f"reference  {e['reference'] or itself}"
+    if e["settings_from"]:
+        yield f"loss       as {e['settings_from']} says; --loss, --beta, ... change it"
     yield "pair       " + ("as typed" if e["data"] is None else f"record {e['index']} of {e['data']}")
     yield (
         f"           {prompt} tokens of prompt, {e['chosen_length']} of chosen, {e['rejected_length']} of rejected;"

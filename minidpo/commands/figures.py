@@ -48,7 +48,7 @@ def require_matplotlib(what: str) -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError(f"{what} needs matplotlib: pip install 'minidpo[plot]'") from None
+        raise UserError(f"{what} needs matplotlib: pip install -e '.[plot]'") from None
 
 
 def png_and_svg(typed: str | Path) -> list[Path]:

@@ -51,7 +51,12 @@ QUICK = Scale(
     best_samples=4,
     sizes={"sft_records": 300, "train_pairs": 64, "test_pairs": 16, "test_prompts": 8},
 )
-SAME_FOR_ALL = {"optim.lr": "1e-4", "optim.batch_size": "16", "run.keep_checkpoints": "1000"}
+SAME_FOR_ALL = {
+    "optim.lr": "1e-4",
+    "optim.batch_size": "16",
+    "run.keep_checkpoints": "1000",
+    "eval.samples": "0",  # checkpoints are judged afterwards, with many more
+}
 
 
 def main(arguments: list[str]) -> None:

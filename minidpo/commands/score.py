@@ -12,6 +12,7 @@ import numpy as np
 
 from minidpo.chat import TEMPLATES
 from minidpo.commands.score_summary import groups_of, summary
+from minidpo.config import loss_of_run
 from minidpo.data import DataReport, read_preferences
 from minidpo.dataset import longest_pair, require_fit
 from minidpo.device import choose_device
@@ -43,7 +44,9 @@ def main(arguments: list[str]) -> None:
         "--by", metavar="FIELD", help="accuracy also for each value of this field of the records"
     )
     parser.add_argument(
-        "--beta", type=float, help="with --reference: reward = beta * log-ratio in the summary (default: 0.1)"
+        "--beta",
+        type=float,
+        help="with --reference: reward = beta * log-ratio in the summary (default: the run's, else 0.1)",
     )
     parser.add_argument(
         "--max-length", type=int, help="longest prompt + ending scored (default: the model's)"
@@ -62,7 +65,8 @@ def main(arguments: list[str]) -> None:
         raise UserError("--reference goes with --model; a reward model needs none")
     if options.beta is not None and not options.reference:
         raise UserError("--beta goes with --reference: without one there is no log-ratio to scale")
-    beta = PreferenceLossSection().beta if options.beta is None else options.beta
+    of_run = loss_of_run(Path(options.model)) if options.model else None
+    beta = (of_run or PreferenceLossSection()).beta if options.beta is None else options.beta
     if not 0 < beta < float("inf"):
         raise UserError(f"--beta {beta}; it must be > 0 and finite")
     require_place("--out", options.out)
