@@ -58,6 +58,8 @@ def main(arguments: list[str]) -> None:
 
     if config.eval.samples and config.eval.reward_model:  # wanted hours later, but told now
         require_reward_model(Path(config.eval.reward_model))
+    elif config.eval.reward_model:
+        say("eval.reward_model is not read: eval.samples is 0")
 
     # --- data and policy
     sharded = partial(
@@ -90,7 +92,7 @@ def main(arguments: list[str]) -> None:
         f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
     )
     advice = Advice(loss.name, parameters, optim.lr)
-    if optim.warmup_steps >= steps:
+    if optim.warmup_steps > steps:
         say(
             f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}: lr never reaches {optim.lr}"
         )
@@ -232,6 +234,8 @@ def main(arguments: list[str]) -> None:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
                     leave(STOPPED)
     say(f"done: {final}")
+    if stopping:  # while it was finishing: nothing is lost, but whoever pressed Ctrl-C wants nothing more
+        leave(STOPPED)
 
 
 if __name__ == "__main__":

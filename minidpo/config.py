@@ -93,7 +93,8 @@ def describe(kind: type[Config]) -> str:
         lines.append(f"[{section}]")
         for f in dataclasses.fields(values):
             default = _toml_value(getattr(values, f.name))
-            lines.append(f"  {f.name + ' = ' + default:<30} {f.metadata['about']}")
+            choices = f" ({f.metadata['must']})" if f.metadata["must"].startswith("one of") else ""
+            lines.append(f"  {f.name + ' = ' + default:<30} {f.metadata['about']}{choices}")
     return "\n".join(lines)
 
 
@@ -179,6 +180,10 @@ def _parse(config: Any, section: str, name: str, text: str) -> Any:
 def _check(config: Any) -> None:
     for section, values in vars(config).items():
         check_section(section, values)
+    if (Path(config.run.out) / "config.json").is_file():
+        raise UserError(
+            f"run.out = {config.run.out} holds a model (config.json); a run wants a directory of its own"
+        )
     if config.data.max_prompt_length >= config.data.max_length:
         raise UserError(
             f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for an ending;"

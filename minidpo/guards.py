@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -123,6 +124,10 @@ class StopRequest:
     def ask(self, number: int, frame: object) -> None:
         if self._asked and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if not self._asked and rank() == 0:  # written past print, which may be what was interrupted
+            os.write(
+                2, b"\nstopping after this step, and saving; Ctrl-C again stops at once, and loses the step\n"
+            )
         self._asked = True
 
 

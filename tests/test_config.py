@@ -143,3 +143,16 @@ def test_the_table_of_keys_a_loss_reads_covers_every_loss_key():
 def test_a_configuration_of_the_other_script_is_told_as_such(kind, file, says):
     with pytest.raises(UserError, match=says):
         load_config(kind, [str(Path(__file__).parents[1] / "configs" / file)])
+
+
+def test_a_run_into_a_models_directory_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds a model .*; a run wants a directory of its own"):
+        load_config(
+            PreferenceConfig,
+            [str(Path(__file__).parents[1] / "configs/demo_dpo.toml"), f"--run.out={tmp_path}"],
+        )
+
+
+def test_help_names_the_choices():
+    assert "(one of dpo, ipo, simpo, sft)" in describe(PreferenceConfig)

@@ -17,7 +17,7 @@ from runs import run_dpo as run
 
 @pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "sft"])
 def test_a_run_stopped_by_sigint_saves_and_goes_on_to_the_same_weights(
-    name, config, tmp_path, monkeypatch, capsys
+    name, config, tmp_path, monkeypatch, capfd
 ):
     real, settings = train_dpo.batch_rows, config()
     at_once = run(settings, f"--loss.name={name}", f"--run.out={tmp_path / 'once'}")
@@ -32,12 +32,27 @@ def test_a_run_stopped_by_sigint_saves_and_goes_on_to_the_same_weights(
         patch.setattr(train_dpo, "batch_rows", interrupted)
         run(settings, f"--loss.name={name}", in_two)
     assert stop.value.code == 130  # as a shell says of Ctrl-C: `train && publish` stops too
-    assert "stopped after step 2" in capsys.readouterr().out
+    said = capfd.readouterr()
+    assert "stopped after step 2" in said.out and "Ctrl-C again stops at once" in said.err
     assert not (tmp_path / "twice" / "final").exists()
     resumed = run(settings, f"--loss.name={name}", in_two)
     for key, value in final(tmp_path / "once").items():
         assert torch.equal(value, final(tmp_path / "twice")[key]), key
     assert [m["loss"] for m in steps(at_once)] == [m["loss"] for m in steps(resumed)]
+
+
+def test_a_run_interrupted_in_its_last_step_ends_whole_but_as_interrupted(config, monkeypatch, tmp_path):
+    real = train_dpo.batch_rows
+
+    def interrupted(step, *rest):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(step, *rest)
+
+    monkeypatch.setattr(train_dpo, "batch_rows", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(config())
+    assert stop.value.code == 130 and (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 
 def test_a_run_asked_for_more_steps_computes_the_reference_of_the_further_pairs_alone(
