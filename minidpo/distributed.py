@@ -6,6 +6,7 @@ Model, data and run.out must lie at the same paths for all machines of a run.
 """
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -49,7 +50,11 @@ def leave(status: int) -> NoReturn:
     rank 0 may still be writing what they gave it."""
     if ranks() > 1:
         any_rank(True)  # waits for all
-        dist.destroy_process_group()
+        # At once: seldom, the threads of PyTorch's connections abort a process that takes itself down beside its peers,
+        # and torchrun would call a run failed that has ended well.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
     raise SystemExit(status)
 
 
@@ -69,6 +74,8 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=size, timeout=_PATIENCE)
         try:
             main(arguments)
+            if ranks() > 1:
+                leave(0)
         except (UserError, RunStopped, RuntimeError) as error:
             lost = not isinstance(error, UserError | RunStopped) and any(text in str(error) for text in _LOST)
             if not (lost or isinstance(error, UserError | RunStopped)):
@@ -81,7 +88,6 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
                     " with any number of processes"
                 ) from None
             raise
-        dist.destroy_process_group()
 
     return run
 
