@@ -179,8 +179,8 @@ def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any])
         if was.get(name) != identity.get(name):
             if name in ("data", "model", "reference"):  # fingerprints, which say nothing to a reader
                 raise _AnotherRun(
-                    f"{path} was made with another {name}: its files, or settings that say how they are read, have changed since; give the run another"
-                    " run.out, or the old files"
+                    f"{path} was made with another {name}: its files, or settings that say how they are read, have changed"
+                    " since; give the run another run.out, or the old files"
                 )
             raise _AnotherRun(
                 f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
