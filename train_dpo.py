@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
         fingerprints["reference"] = fingerprints["model"] if same else model_fingerprint(reference_path)
     identity = run_identity(to_dict(config), fingerprints)
     claim(out)
-    first_step = resume(out, policy, optimizer, identity)
+    first_step = resume(out, policy, optimizer, identity, run.keep_checkpoints)
     write_config(config, out)
     parameters = sum(p.numel() for p in policy.parameters())
     metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)

@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
     identity = run_identity(to_dict(config), fingerprints)
     claim(out)
-    first_step = resume(out, model, optimizer, identity)
+    first_step = resume(out, model, optimizer, identity, run.keep_checkpoints)
     write_config(config, out)
     parameters = sum(p.numel() for p in model.parameters())
     metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)

@@ -54,21 +54,24 @@ def save_checkpoint(
         write_tensors(directory, moments, "optimizer")
         state = {"step": step, "identity": identity}
         (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    # Not those of later steps: they are torn, or this run would have begun there.
-    for old in [p for p in _checkpoints(out) if _step(p) <= step][:-keep]:
-        remove_directory(old)
+    _remove_old(out, step, keep)
     return path
 
 
-def resume(out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any]) -> int:
+def resume(
+    out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any], keep: int
+) -> int:
     """Load the newest whole checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
 
+    keep: how many checkpoints may stay, for a kill can come between a save and the removal of those before it.
     identity: setting -> value, for everything that would silently make this another run. Raises UserError that
     names the first setting in which the checkpoint differs, where there are checkpoints but none is whole, and where
     processes found different ones: each would train on from its own.
     """
     step = _take_up(out, model, optimizer, identity)
     require_same(identity | {"the step of the last checkpoint": step})
+    if rank() == 0:
+        _remove_old(out, step, keep)
     return step
 
 
@@ -149,6 +152,12 @@ def _checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first, unless something else has harmed them."""
     found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
     return sorted(found, key=_step)
+
+
+def _remove_old(out: Path, step: int, keep: int) -> None:
+    """All but the `keep` newest up to `step`. Those of later steps are torn, or the run would have begun there."""
+    for old in [p for p in _checkpoints(out) if _step(p) <= step][:-keep]:
+        remove_directory(old)
 
 
 def _step(checkpoint: Path) -> int:

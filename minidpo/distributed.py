@@ -8,7 +8,7 @@ Model, data and run.out must lie at the same paths for all machines of a run.
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, NoReturn, TypeGuard, TypeVar
 
@@ -49,7 +49,8 @@ def leave(status: int) -> NoReturn:
     """End this process with an exit status, once all have come as far: torchrun ends the others when one has failed, and
     rank 0 may still be writing what they gave it."""
     if ranks() > 1:
-        any_rank(True)  # waits for all
+        with suppress(RuntimeError):  # who has left, or was killed, takes nothing with it that is wanted here
+            any_rank(True)  # waits for all
         # At once: seldom, the threads of PyTorch's connections abort a process that takes itself down beside its peers,
         # and torchrun would call a run failed that has ended well.
         sys.stdout.flush()

@@ -133,10 +133,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
+    """Until the block ends, signals only ask.
+
+    They still do where one of several processes leaves it by an error: torchrun, which ends all once one has failed,
+    must not cut off the line that says why.
+    """
     request = StopRequest()
     before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    failed = True
     try:
         yield request
+        failed = False
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if ranks() == 1 or not failed:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -33,8 +33,8 @@ class Run:
         self.optimizer.step()
         return save_checkpoint(self.out, step, self.model, self.optimizer, IDENTITY, keep, self.out)
 
-    def resume(self) -> int:
-        return resume(self.out, self.model, self.optimizer, IDENTITY)
+    def resume(self, keep: int = 1) -> int:
+        return resume(self.out, self.model, self.optimizer, IDENTITY, keep)
 
     def names(self) -> set[str]:
         return {path.name for path in (self.out / "checkpoints").iterdir()}
@@ -96,6 +96,12 @@ def test_a_good_checkpoint_is_kept_beside_a_torn_later_one_until_a_better_one_is
     assert Run(run.out).resume() == 2
     run.save(5)
     assert run.names() == {"step-5"} and Run(run.out).resume() == 5
+
+
+def test_what_a_kill_between_a_save_and_its_clearing_left_goes_when_the_run_is_taken_up(run):
+    run.save(1)
+    run.save(2, keep=2)
+    assert Run(run.out).resume(keep=1) == 2 and run.names() == {"step-2"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(run):

@@ -1,6 +1,7 @@
 """Steps that cannot be taken: numbers that are not finite stop the run and show the batch; memory is made to do."""
 
 import json
+import signal
 import sys
 
 import pytest
@@ -8,9 +9,9 @@ import torch
 
 import train_dpo
 import train_rm
-from minidpo import objective
+from minidpo import guards, objective
 from minidpo.errors import RunStopped, exit_on_user_error
-from minidpo.guards import MicroTokens
+from minidpo.guards import MicroTokens, stop_on_signals
 from runs import final
 
 SCRIPTS = pytest.mark.parametrize(
@@ -122,6 +123,19 @@ def test_where_no_smaller_pass_would_do_one_line_names_the_knobs(config, monkeyp
         match=r"^step 1: out of GPU memory .*optim.micro_tokens.*run.activation_checkpointing = true",
     ):
         script.main([*config(), "--data.eval_pairs=0"])
+
+
+@pytest.mark.parametrize("ranks, cut_off", [(1, True), (2, False)])
+def test_a_signal_does_not_cut_off_the_error_of_one_of_several_processes(monkeypatch, ranks, cut_off):
+    monkeypatch.setattr(guards, "ranks", lambda: ranks)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with pytest.raises(RuntimeError), stop_on_signals():
+            raise RuntimeError("Connection closed by peer")
+        assert (signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]) == cut_off
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_passes_are_halved_down_to_the_longest_pair_and_stay_small():
