@@ -41,7 +41,7 @@ def blocks(text: str, language: str) -> list[str]:
 # What is not run here, and why.
 ELSEWHERE = {
     "pip install": "continuous integration installs",
-    "pytest": "this is it",
+    "pytest -n 2": "this is it",
     "hf download": "needs a network",
     "torchrun": "tests/test_distributed.py",
     "python -m minidpo demo": "tests/test_world.py",
