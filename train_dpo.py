@@ -52,8 +52,7 @@ from minidpo.weights import load_model, model_fingerprint, require_reward_model
 def main(arguments: list[str]) -> None:
     config = load_config(PreferenceConfig, arguments)
     loss, optim, run = config.loss, config.optim, config.run
-    out, model_path = Path(run.out), Path(config.model.path)
-    reference_path = Path(config.reference.path or config.model.path)
+    out, model_path, reference_path = Path(run.out), Path(config.model.path), config.reference_path
     device = devices.choose_device(run.device, run.threads)
 
     if config.eval.samples and config.eval.reward_model:  # wanted hours later, but told now
@@ -67,6 +66,7 @@ def main(arguments: list[str]) -> None:
     )  # over torchrun's processes, if there are several
     policy = load_model(model_path, device=device, prepare=sharded)
     tokenizer = Tokenizer.from_directory(model_path)
+    template = tokenizer.chat_template(config.data.template).to_keep
     with first_before_others():
         train, held_out = load_pairs(config.data, optim, tokenizer, policy.config, run.seed, out / "tokens")
     policy.activation_checkpointing = run.activation_checkpointing
@@ -98,16 +98,13 @@ def main(arguments: list[str]) -> None:
         )
     if first_step >= steps:
         # Written again, for it may have been moved away since.
-        say(
-            f"nothing left to do: step {first_step} of {steps} is done, {save_final(out, policy, model_path)}"
-        )
+        final = save_final(out, policy, model_path, template)
+        say(f"nothing left to do: step {first_step} of {steps} is done, {final}")
         return
 
     sampled = None
     if config.eval.samples and len(held_out):
-        sampled = SampledEvaluation(
-            config.eval, held_out, tokenizer, policy, reference_path, out, device, run.dtype, run.seed
-        )
+        sampled = SampledEvaluation(config, held_out, tokenizer, policy, device)
 
     # --- the frozen reference: log-probs of every pair once, or a second model alongside
     train_reference: StoredReference | LiveReference | None = None
@@ -224,7 +221,7 @@ def main(arguments: list[str]) -> None:
             if done == steps or (run.eval_every and done % run.eval_every == 0):
                 evaluate(done)
             if done == steps:  # before its checkpoint, which says that nothing is left to do
-                final = save_final(out, policy, model_path)
+                final = save_final(out, policy, model_path, template)
             stopping = any_rank(bool(stop))
             if stopping or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(

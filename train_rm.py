@@ -59,6 +59,7 @@ def main(arguments: list[str]) -> None:
     )  # over torchrun's processes, if there are several
     model = new_reward_model(model_path, device, loss.lm_weight > 0, prepare=sharded)
     tokenizer = Tokenizer.from_directory(model_path)
+    template = tokenizer.chat_template(config.data.template).to_keep
     with first_before_others():
         train, held_out = load_pairs(config.data, optim, tokenizer, model.config, run.seed, out / "tokens")
     if loss.margin_from_data:
@@ -89,7 +90,8 @@ def main(arguments: list[str]) -> None:
         )
     if first_step >= steps:
         # Written again, for it may have been moved away since.
-        say(f"nothing left to do: step {first_step} of {steps} is done, {save_final(out, model, model_path)}")
+        final = save_final(out, model, model_path, template)
+        say(f"nothing left to do: step {first_step} of {steps} is done, {final}")
         return
 
     wanted = Wanted(chosen_logps=loss.lm_weight > 0, rewards=True)
@@ -198,7 +200,7 @@ def main(arguments: list[str]) -> None:
             if done == steps or (run.eval_every and done % run.eval_every == 0):
                 evaluate(done)
             if done == steps:  # before its checkpoint, which says that nothing is left to do
-                final = save_final(out, model, model_path)
+                final = save_final(out, model, model_path, template)
             stopping = any_rank(bool(stop))
             if stopping or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(

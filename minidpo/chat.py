@@ -27,16 +27,49 @@ TEMPLATES = ("model", "hh", "chatml")
 
 _HH_SPEAKERS = {"user": "Human", "assistant": "Assistant"}
 
+# The same two for other programs, as what is trained leaves them beside its weights.
+_JINJA = {
+    "hh": "{% for message in messages %}"
+    "{% if message['role'] == 'system' and loop.first %}{{ message['content'] }}"
+    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + message['content'] }}"
+    "{% else %}{{ raise_exception('the hh template takes user, assistant and one system message, the first') }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}",
+    "chatml": "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
+}
+
 
 class TemplateError(ValueError):
     """Messages that a template does not take: the message says why."""
 
 
 class ChatTemplate:
-    """kind: one of TEMPLATES. directory: the model's. eos: how its tokenizer spells EOS."""
+    """kind: one of TEMPLATES. directory: the model's. bos: what its tokenizer puts before a text; eos: what ends one."""
 
-    def __init__(self, kind: str, directory: Path | None, eos: str) -> None:
-        self.kind, self._directory, self._eos = kind, directory, eos
+    def __init__(self, kind: str, directory: Path | None, bos: str, eos: str) -> None:
+        self._asked, self._directory, self._bos, self._eos = kind, directory, bos, eos
+
+    @cached_property
+    def kind(self) -> str:
+        """One of TEMPLATES; a model that was trained on hh or chatml has that for its own."""
+        source = find_template(self._directory) if self._asked == "model" else None
+        return next((kind for kind in _JINJA if source == self._jinja(kind)), self._asked)
+
+    @cached_property
+    def form(self) -> str | None:
+        """Equal for templates that write messages alike, but for special tokens; None where the model has none."""
+        return find_template(self._directory) if self.kind == "model" else self.kind
+
+    @property
+    def to_keep(self) -> str | None:
+        """A chat_template.jinja for what is trained on this; None where that is the model's already."""
+        return None if self._asked == "model" else self._jinja(self._asked)
+
+    def _jinja(self, kind: str) -> str:
+        """BOS, which hh and chatml leave to the tokenizer, written out: others tokenize what a template wrote as it is."""
+        return (f"{{{{ {json.dumps(self._bos)} }}}}" if self._bos else "") + _JINJA[kind]
 
     @property
     def writes_special_tokens(self) -> bool:
@@ -46,8 +79,7 @@ class ChatTemplate:
     @cached_property
     def identity(self) -> str:
         """A fingerprint of all that `render` depends on, but for a template that asks for today's date."""
-        source = find_template(self._directory) if self.kind == "model" else None
-        return fingerprint(self.kind, self._eos, source or "", json.dumps(special_tokens(self._directory)))
+        return fingerprint(self.kind, self._eos, self.form or "", json.dumps(special_tokens(self._directory)))
 
     def split(self, prompt: Sequence[Message], endings: Sequence[Message]) -> tuple[str, list[str]]:
         """The prompt's text with its generation prompt, and what each ending's one message adds to it.
@@ -80,13 +112,12 @@ class ChatTemplate:
             return _hh
         if self.kind == "chatml":
             return _chatml
-        source = find_template(self._directory)
-        if source is None:
+        if self.form is None:
             raise UserError(
                 f"{self._directory}: no chat_template in tokenizer_config.json and no chat_template.jinja;"
                 " messages can be written as template = 'hh' or 'chatml' (--data.template=hh; for commands --template hh)"
             )
-        return _compile(source, special_tokens(self._directory), self._directory)
+        return _compile(self.form, special_tokens(self._directory), self._directory)
 
 
 def _hh(messages: Sequence[Message], generation_prompt: bool) -> str:

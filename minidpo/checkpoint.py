@@ -20,13 +20,14 @@ from minidpo.metrics import say
 from minidpo.model import Transformer
 from minidpo.reward import RewardModel
 from minidpo.tensor_files import read_tensors, take_part, tensor_files, write_tensors
+from minidpo.tokenizer_files import CHAT_TEMPLATE
 from minidpo.weights import classification_tensors, save_model, save_reward_model
 
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
-    "chat_template.jinja",
+    CHAT_TEMPLATE,
     "generation_config.json",
 )
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -98,8 +99,8 @@ def _take_up(
     return 0
 
 
-def save_final(out: Path, model: Transformer, tokenizer_from: Path) -> Path:
-    """OUT/final: what transformers, or the next script, opens."""
+def save_final(out: Path, model: Transformer, tokenizer_from: Path, template: str | None) -> Path:
+    """OUT/final: what transformers, or the next script, opens. template: what it was trained on, if not its own."""
     let_go(model)
     if rank():
         take_part(classification_tensors(model) if isinstance(model, RewardModel) else model.state_dict())
@@ -112,6 +113,8 @@ def save_final(out: Path, model: Transformer, tokenizer_from: Path) -> Path:
         else:
             save_model(model, directory)
             copy_tokenizer(tokenizer_from, directory)
+        if template is not None:
+            (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     return out / "final"
 
 
@@ -184,15 +187,20 @@ class _AnotherRun(UserError):
 
 
 def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any]) -> None:
-    for name in sorted(was.keys() | identity.keys()):
-        if was.get(name) != identity.get(name):
+    for name in sorted(was.keys() ^ identity.keys()):
+        raise _AnotherRun(
+            f"{path} is of another script, or another version of it: {name} is a setting of one of them alone; give the"
+            " run another run.out"
+        )
+    for name in sorted(identity):
+        if was[name] != identity[name]:
             if name in ("data", "model", "reference"):  # fingerprints, which say nothing to a reader
                 raise _AnotherRun(
                     f"{path} was made with another {name}: its files, or settings that say how they are read, have changed"
                     " since; give the run another run.out, or the old files"
                 )
             raise _AnotherRun(
-                f"{path} was made with {name} = {was.get(name)!r}, now it is {identity.get(name)!r};"
+                f"{path} was made with {name} = {was[name]!r}, now it is {identity[name]!r};"
                 " give the run another run.out, or the old setting"
             )
 

@@ -36,7 +36,7 @@ from minidpo.metrics import Progress
 from minidpo.model import Transformer
 from minidpo.packing import PackedRow, PairTokens, Wanted
 from minidpo.reference import load_reference, of_every_pair
-from minidpo.sections import EvalSection
+from minidpo.sections import PreferenceConfig
 from minidpo.tokenizer import Tokenizer, TokenPair
 
 
@@ -63,20 +63,20 @@ class SampledEvaluation:
 
     def __init__(
         self,
-        section: EvalSection,
+        config: PreferenceConfig,
         held_out: PairTokens,
         tokenizer: Tokenizer,
         policy: Transformer,
-        reference_path: Path,
-        out: Path,
         device: torch.device,
-        dtype: str,
-        seed: int,
     ) -> None:
-        self._tokenizer, self._reference_path, self._out = tokenizer, reference_path, out
-        self._device, self._dtype, self._seed = device, dtype, seed
+        section, run = config.eval, config.run
+        self._tokenizer, self._device = tokenizer, device
+        self._reference_path, self._out = config.reference_path, Path(run.out)
+        self._dtype, self._seed = run.dtype, run.seed
         self._sampling = Sampling(section.max_new_tokens)
         self._judge = Judge(section.reward_model, device) if section.reward_model else None
+        if self._judge:
+            self._judge.compare_template(tokenizer.chat_template(config.data.template))
         first = dict(zip(reversed(prompt_keys(held_out)), reversed(range(len(held_out))), strict=True))
         rows = sorted(first.values())[: section.samples]  # each prompt once
         self._prompts = [held_out.ids[start:end].tolist() for start, end in held_out.bounds[rows, :2]]
@@ -90,10 +90,15 @@ class SampledEvaluation:
         reference = load_reference(self._reference_path, self._device, self._dtype)
         if self._of_reference is None:
             self._of_reference = self._sample(reference, self._seed, "sampling, reference")
+        base = self._of_reference
+        compare = partial(
+            divergences, policy, reference, self._prompts, device=self._device, dtype=self._dtype
+        )
         # With the seed of the reference's: while the two are equal, so are their samples.
-        samples, base = self._sample(policy, self._seed, "sampling"), self._of_reference
-        divergence = divergences(policy, reference, self._prompts, samples.ids, self._device, self._dtype)
-        del reference
+        equal = step == 0 and not compare(base.ids).any()
+        samples = base if equal else self._sample(policy, self._seed, "sampling")
+        divergence = compare(samples.ids)
+        del reference, compare
         gc.collect()  # sharded layers stand in reference cycles, and would stay beside the policy
         kl, kl_error = mean_and_error(divergence[:, 1])
         figures = {

@@ -6,9 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidpo.chat import ChatTemplate
 from minidpo.dataset import longest_pair, require_fit
 from minidpo.errors import UserError
 from minidpo.formats import PreferencePair, Prompt
+from minidpo.metrics import say
 from minidpo.packing import PackedRow, PairTokens, Wanted
 from minidpo.reference import of_every_pair
 from minidpo.reward import RewardModel
@@ -28,9 +30,18 @@ class Judge:
         self.max_length = self._model.config.max_length
         require_fit("reward model", self._model.config, self.tokenizer, 2)
 
+    def compare_template(self, template: ChatTemplate) -> None:
+        """Warn where the reward model learnt from messages in another form than `template` gives them."""
+        own = self.tokenizer.chat_template().form
+        if own is not None and own != template.form:
+            say(
+                "warning: the reward model has another chat template than these texts: where they were messages, its"
+                " rewards may mean little"
+            )
+
     def room(self, prompt: Prompt) -> int:
         """How many tokens of an ending, EOS included, the reward model can read after `prompt`."""
-        return self.max_length - len(self.tokenizer.encode(prompt.text, prompt.add_special_tokens))
+        return self.max_length - len(self.tokenizer.prompt_ids(prompt))
 
     def rewards(self, prompts: Sequence[Prompt], endings: Sequence[str]) -> list[float]:
         """What `score --reward-model` gives each ending of its prompt in text; of messages, the text is the sampler's.

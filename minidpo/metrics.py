@@ -129,7 +129,7 @@ def _step(line: str) -> float:
 
 
 class Progress:
-    """A line that rewrites itself on a terminal (count, rate, time left); silent elsewhere, but for the end."""
+    """Count, rate and time left: a line that rewrites itself on a terminal, a line a minute elsewhere."""
 
     def __init__(self, label: str, total: int | None = None, unit: str = "items") -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -140,9 +140,10 @@ class Progress:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if self._live and now - self._shown > 0.2:
+        if rank() == 0 and now - self._shown > (0.2 if self._live else 60):
             self._shown = now
-            print("\r\033[K" + self._line(now), end="", file=sys.stderr, flush=True)
+            begin, end = ("\r\033[K", "") if self._live else ("", "\n")
+            print(begin + self._line(now), end=end, file=sys.stderr, flush=True)
 
     def clear(self) -> None:
         """Take the line away: what follows says the result."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from minidpo.chat import TEMPLATES
@@ -170,6 +171,11 @@ class PreferenceConfig:
     loss: PreferenceLossSection = field(default_factory=PreferenceLossSection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
+
+    @property
+    def reference_path(self) -> Path:
+        """The frozen reference's directory: by default where the policy starts."""
+        return Path(self.reference.path or self.model.path)
 
 
 @dataclass

@@ -19,7 +19,7 @@ import tokenizers
 from minidpo.chat import ChatTemplate
 from minidpo.data import DataReport, PreferencePair
 from minidpo.errors import UserError, one_line
-from minidpo.files import fingerprint
+from minidpo.files import fingerprint, require_file
 from minidpo.formats import Prompt
 from minidpo.tokenizer_files import find_eos
 
@@ -76,9 +76,7 @@ class Tokenizer:
         Raises `UserError` where tokenizer.json is missing or broken, and where no EOS is named or the one
         named is not in the vocabulary.
         """
-        file = Path(path) / "tokenizer.json"
-        if not file.is_file():
-            raise UserError(f"{file}: no such file; a model directory with a fast tokenizer has one")
+        file = require_file(Path(path) / "tokenizer.json", "a model directory with a fast tokenizer has one")
         try:
             core = tokenizers.Tokenizer.from_file(str(file))
             core.encode("a")
@@ -86,9 +84,7 @@ class Tokenizer:
                 raise ValueError("its vocabulary is empty")
         except (KeyboardInterrupt, SystemExit):
             raise
-        except (
-            BaseException
-        ) as error:  # the library raises nothing more precise, and its panics are no Exception
+        except BaseException as error:  # all that the library raises, and its panics are no Exception
             raise UserError(
                 f"{file}: not a tokenizer that loads ({one_line(error)}); fetch it again"
             ) from None
@@ -96,7 +92,8 @@ class Tokenizer:
 
     def chat_template(self, kind: str = "model") -> ChatTemplate:
         """How messages become text for this tokenizer; kind: model, hh or chatml."""
-        return ChatTemplate(kind, self._directory, eos=self.piece(self.eos_id))
+        bos = "" if self.bos_id is None else self.piece(self.bos_id)
+        return ChatTemplate(kind, self._directory, bos, eos=self.piece(self.eos_id))
 
     @cached_property
     def identity(self) -> str:
@@ -110,6 +107,9 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens left out."""
         return self._core.decode(ids, skip_special_tokens=True)
+
+    def prompt_ids(self, prompt: Prompt) -> list[int]:
+        return self.encode(prompt.text, prompt.add_special_tokens)
 
     def prompt(self, ids: Sequence[int]) -> Prompt:
         """What `encode` makes `ids` of: special tokens written out, but for the BOS that it adds itself.

@@ -100,6 +100,16 @@ def test_the_best_is_printed_and_all_are_written_in_order(best_of_n, prompts):
     assert "log n - (n-1)/n = 0.8094" in text
 
 
+def test_without_a_reward_model_every_sample_is_kept_too(best_of_n, world, prompts, tmp_path, capsys):
+    judged, _, _ = best_of_n(*prompts)
+    out = tmp_path / "plain.jsonl"
+    plain = ["--model", str(world / "model"), *prompts, "--n", "5", "--max-new-tokens", "6"]
+    sample([*plain, "--device", "cpu", "--out", str(out)])
+    assert f"15 samples written to {out}" in capsys.readouterr().out
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows == [{k: v for k, v in row.items() if k not in ("reward", "best")} for row in judged]
+
+
 def test_a_sample_is_the_text_that_follows_its_prompt_blanks_included(best_of_n, world, prompts, capsys):
     samples, _, _ = best_of_n(*prompts, "--seed", "4")
     plain = ["--model", str(world / "model"), *prompts, "--n", "5", "--max-new-tokens", "6", "--seed", "4"]
@@ -162,6 +172,20 @@ def test_prompts_that_leave_no_room_are_left_out_and_told(best_of_n, tmp_path):
     data.write_text(json.dumps({"prompt": "a cat " * 200}) + "\n")
     with pytest.raises(UserError, match="no prompt leaves room for --max-new-tokens 6"):
         best_of_n("--data", str(data))
+
+
+def test_a_reward_model_of_another_template_is_told_where_a_template_was_used(
+    best_of_n, prompts, reward_model, tmp_path
+):
+    judge = tmp_path / "chatty judge"
+    shutil.copytree(reward_model, judge)
+    template = Tokenizer.from_directory(judge).chat_template("chatml").to_keep
+    (judge / "chat_template.jinja").write_text(template)
+    asked, warning = ("--reward-model", str(judge), "--human", "a cat?"), "has another chat template"
+    assert warning in best_of_n(*asked)[2]
+    assert warning not in best_of_n(*asked, "--template", "chatml")[2]
+    assert warning not in best_of_n("--reward-model", str(judge), *prompts)[2]  # of text
+    assert warning not in best_of_n("--human", "a cat?")[2]  # one without a template
 
 
 @pytest.mark.parametrize("kind", ["model", "hh", "chatml"])

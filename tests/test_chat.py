@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import train_dpo
+import train_rm
 from minidpo.chat import TemplateError
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
@@ -195,6 +197,55 @@ def test_chatml_equals_the_smollm2_template_where_a_system_turn_is_given(model):
     _, theirs = ids(model(), [SYSTEM, *TALK], "model")
     assert pair.prompt == [tokenizer.bos_id, *theirs.prompt]  # BOS: chatml is text like any other
     assert (pair.chosen, pair.rejected) == (theirs.chosen, theirs.rejected)
+
+
+@pytest.mark.parametrize("kind", ["hh", "chatml"])
+@pytest.mark.parametrize("prompt", [ASKED, [SYSTEM, *TALK]], ids=["one", "system multi"])
+def test_a_model_trained_on_one_of_them_has_it_for_its_own_here_and_in_transformers(model, kind, prompt):
+    transformers = pytest.importorskip("transformers")
+    directory = model()
+    tokenizer, expected = ids(directory, prompt, kind)
+    template = tokenizer.chat_template(kind)
+    (directory / "chat_template.jinja").write_text(template.to_keep)
+    _, found = ids(directory, prompt, "model")
+    assert (found.prompt, found.chosen) == (expected.prompt, expected.chosen)
+    assert Tokenizer.from_directory(directory).chat_template().identity == template.identity
+
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+
+    def apply(messages: list[dict], generation_prompt: bool) -> list[int]:
+        return theirs.apply_chat_template(
+            messages, add_generation_prompt=generation_prompt, return_dict=False
+        )
+
+    assert apply(prompt, True) == expected.prompt
+    ending = expected.chosen if kind == "chatml" else expected.chosen[:-1]  # hh writes no EOS: the model does
+    assert apply([*prompt, YES], False)[: len(expected.prompt + ending)] == expected.prompt + ending
+
+
+@pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])
+def test_a_run_leaves_the_template_it_trained_on_with_its_model(config, tmp_path, script):
+    data = tmp_path / "messages.jsonl"
+    record = json.dumps({"prompt": ASKED, "chosen": [YES], "rejected": [NO]})
+    data.write_text(f"{record}\n" * 4)
+    arguments = config(data__train=f'["{data}"]', data__template='"chatml"', data__eval_pairs=0)
+    script.main([*arguments, "--optim.max_steps=1"])
+    assert Tokenizer.from_directory(tmp_path / "out" / "final").chat_template().kind == "chatml"
+    (tmp_path / "out" / "final" / "chat_template.jinja").unlink()
+    script.main([*arguments, "--optim.max_steps=1"])  # nothing left to do, but to write it again
+    assert Tokenizer.from_directory(tmp_path / "out" / "final").chat_template().kind == "chatml"
+
+
+def test_hh_for_other_programs_refuses_the_roles_that_ours_refuses(model):
+    directory = model()
+    (directory / "chat_template.jinja").write_text(
+        "{# ours, as another's #}" + Tokenizer.from_directory(directory).chat_template("hh").to_keep
+    )
+    chat = Tokenizer.from_directory(directory).chat_template()
+    assert chat.kind == "model"
+    for messages in ([turn("tool", "4")], [*ASKED, SYSTEM]):
+        with pytest.raises(TemplateError, match="the hh template takes user"):
+            chat.split(messages, [YES])
 
 
 # Where the template comes from, and what goes wrong

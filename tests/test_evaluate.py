@@ -9,6 +9,7 @@ import torch
 
 import train_dpo
 import train_rm
+from minidpo import evaluate
 from minidpo.errors import UserError
 from minidpo.evaluate import distinct, divergences
 from minidpo.generate import Sampling, generate
@@ -103,6 +104,16 @@ def test_at_step_0_the_policy_says_what_the_reference_says(sampling, tmp_path):
         6 * last["eval/kl"] / sum(line["tokens"] for line in lines)
     )
     assert last["eval/ended"] == np.mean([line["ended"] for line in lines])
+
+
+@pytest.mark.parametrize(("reference", "sampled"), [("model", 1 + 2), ("other", 1 + 3)])
+def test_at_step_0_what_the_reference_has_said_is_not_sampled_again(
+    sampling, world, monkeypatch, reference, sampled
+):
+    calls, real = [], evaluate.generate
+    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: calls.append(a) or real(*a, **k))
+    first = evaluations(run(sampling, f"--reference.path={world / reference}"))[0]
+    assert len(calls) == sampled and (first["eval/kl"] == 0) == (reference == "model")
 
 
 def test_sampling_changes_nothing_of_the_training(sampling, config, tmp_path):

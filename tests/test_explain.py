@@ -168,7 +168,7 @@ def test_the_settings_are_those_of_the_run_whose_final_the_model_is(config, expl
 
 def test_the_table_can_be_checked_with_a_calculator(explained, pair):
     """Read back as a student would: differences, running sums, log-ratios, reward, sigmoid, loss, weight."""
-    text = explained.text(*pair, "--beta", "0.3")
+    text = explained.text(*pair, "--beta", "0.3", "--every-token")
     rows = re.findall(r"^ *\d+ (chosen|rejected|eos) .* yes +(.*)$", text, re.M)
     ending, sums = -1, [0.0] * 3
     totals = {}
@@ -215,15 +215,19 @@ def test_only_endings_are_scored_and_every_token_is_there(world, explained):
     assert (mine["prompt"], mine["rejected"]) == ("\n\nHuman: a cat\n\nAssistant:", " no\nno")
 
 
-def test_long_prompts_are_abbreviated_endings_never_and_lines_fit_100_columns(explained):
+def test_long_texts_are_abbreviated_unless_all_is_asked_for_and_lines_fit_100_columns(explained):
     prompt, ending = "a cat " * 15, " 日本 and" * 8 + "\\n" + " well" * 3
-    arguments = ["--prompt", prompt, "--chosen", ending, "--rejected", " " + "no" * 40]
+    arguments = ["--prompt", prompt, "--chosen", ending, "--rejected", " " + "no" * 45]
     mine, text = explained(*arguments), explained.text(*arguments)
     prompt_length = sum(not token["scored"] for token in mine["tokens"])
     assert f"{prompt_length - 8} tokens left out" in text
     assert len(re.findall(r"^ *\d+ prompt ", text, re.M)) == 8
-    assert len(re.findall(r" yes +-", text)) == len(mine["tokens"]) - prompt_length
-    assert "'\\n'" in text
+    whole = explained.text(*arguments, "--every-token")
+    assert len(re.findall(r" yes +-", whole)) == len(mine["tokens"]) - prompt_length
+    assert "'\\n'" in whole and "left out" not in whole
+    for role, length in (("chosen", mine["chosen_length"]), ("rejected", mine["rejected_length"])):
+        assert length > 42 and f"{role:<8} {length - 40} tokens left out, counted in the sums" in text
+    assert set(text.splitlines()) - set(whole.splitlines()) == set(re.findall(r".* left out.*", text))
     for loss in ("dpo", "ipo", "simpo", "sft"):
         lines = explained.text(*arguments, "--loss", loss).splitlines()
         assert max(map(len, lines)) <= 100
@@ -246,7 +250,7 @@ def test_colour_only_on_a_terminal_without_no_color(
 def test_colour_follows_how_far_the_policy_moved_a_token(explained, pair):
     mine = explained(*pair)
     moved = [token for token in mine["tokens"] if token["scored"] and abs(token["difference"]) >= 0.01]
-    lines = [line for line in render(mine, colour=True).splitlines() if RESET in line][1:]
+    lines = [line for line in render(mine, True, every_token=True).splitlines() if RESET in line][1:]
     assert len(lines) == len(moved) > 10
     for token, line in zip(moved, lines, strict=True):
         assert ("\033[32m" in line) == (token["difference"] > 0)

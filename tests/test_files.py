@@ -1,11 +1,12 @@
 """Files are whole or not there, and metrics of a resumed run have no line twice."""
 
 import json
+import time
 
 import pytest
 
 from minidpo.files import fingerprint, replacing_directory, replacing_file
-from minidpo.metrics import MetricsFile, duration
+from minidpo.metrics import MetricsFile, Progress, duration
 
 
 def test_a_file_that_fails_half_way_leaves_the_old_one(tmp_path):
@@ -54,3 +55,14 @@ def test_a_run_without_a_checkpoint_begins_its_metrics_anew(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 1.0}\n')  # will be evaluated again
     MetricsFile(tmp_path / "metrics.jsonl", last_step=0)
     assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_long_work_off_a_terminal_says_how_far_it_is_once_a_minute(monkeypatch, capsys):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    progress = Progress("sampling", 100, "completions")
+    for _ in range(4):
+        now[0] += 25
+        progress.advance(10)
+    said = capsys.readouterr().err
+    assert said == "sampling: 30/100 completions in 1m 15s (0.4 a second, 2m 55s left)\n"

@@ -1,5 +1,6 @@
 """Token ids kept between starts: the cache gives what tokenizing gives, whole or not at all, and the report too."""
 
+import gzip
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import train_dpo
 from minidpo import dataset, token_store
 from minidpo.commands.data import main as data_command
-from minidpo.dataset import tokenized
+from minidpo.config import load_config
+from minidpo.dataset import load_pairs, tokenized
 from minidpo.errors import UserError
-from minidpo.sections import DataSection
+from minidpo.hf_config import read_config
+from minidpo.sections import DataSection, PreferenceConfig
 from minidpo.token_store import PairTokens
 from minidpo.tokenizer import Tokenizer, TokenPair
 from record_files import record, write
@@ -167,6 +170,24 @@ def test_the_data_command_takes_a_reward_models_configuration_too(config, world)
         data_command([*arguments, "--loss.margn=1"])
     with pytest.raises(UserError, match="texts of up to 4000 tokens .*, but the model takes"):
         data_command([*arguments, "--data.max_length=4000"])
+
+
+def test_the_data_command_writes_the_records_that_a_run_holds_out(config, world, tokenizer, tmp_path):
+    records = [json.loads(line) for line in gzip.open(world / "pairs.jsonl.gz", "rt")]
+    other = tmp_path / "other.jsonl"
+    other.write_text("\n".join(json.dumps(record | {"note": i}) for i, record in enumerate(records[::-1])))
+    out = tmp_path / "held_out.jsonl"
+    arguments = config(data__train=f'["{world / "pairs.jsonl.gz"}", "{other}"]', data__eval_pairs=16)
+    data_command([*arguments, "--held-out", str(out)])
+    settings = load_config(PreferenceConfig, arguments)
+    model = read_config(world / "model")
+    _, held_out = load_pairs(settings.data, settings.optim, tokenizer, model, settings.run.seed)
+    sources = [records, [record | {"note": i} for i, record in enumerate(records[::-1])]]
+    expected = [sources[f][i] for f, i in zip(held_out.file, held_out.index, strict=True)]
+    assert [json.loads(line) for line in out.read_text().splitlines()] == expected
+    assert len(expected) == 16 and len(set(held_out.file)) == 2
+    with pytest.raises(UserError, match=r"--held-out .*: a file in a directory that exists is needed"):
+        data_command([*arguments, f"--held-out={tmp_path}/nowhere/a.jsonl"])
 
 
 def test_the_data_command_skips_and_counts_what_cannot_be_read_when_asked(world, tmp_path, capsys):

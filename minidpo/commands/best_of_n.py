@@ -47,17 +47,23 @@ def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
 
 
 def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
-    """One JSON line a sample: prompt_index, sample, best, prompt (text, or messages), text, ended, reward."""
-    _write(
-        path,
-        (
-            {"prompt_index": p, "sample": k, "best": k == _best(samples)}
-            | {"prompt": sample.prompt.messages or sample.prompt.text, "text": sample.text}
-            | {"ended": sample.ended, "reward": sample.reward}
-            for p, samples in enumerate(prompts)
-            for k, sample in enumerate(samples)
-        ),
-    )
+    """One JSON line a sample: prompt_index, sample, prompt (text, or messages), text, ended; where there was a reward
+    model, reward and best."""
+
+    def row(p: int, k: int, sample: Sample) -> dict:
+        judged = not math.isnan(sample.reward)
+        return (
+            {"prompt_index": p, "sample": k}
+            | {
+                "prompt": sample.prompt.messages or sample.prompt.text,
+                "text": sample.text,
+                "ended": sample.ended,
+            }
+            | ({"reward": sample.reward, "best": k == _best(prompts[p])} if judged else {})
+        )
+
+    _write(path, (row(p, k, sample) for p, samples in enumerate(prompts) for k, sample in enumerate(samples)))
+    say(f"{sum(map(len, prompts))} samples written to {path}")
 
 
 def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
@@ -89,7 +95,16 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
         )
 
 
-def show(prompts: Sequence[Sequence[Sample]]) -> None:
+def show_all(prompts: Sequence[Sequence[Sample]]) -> None:
+    """Every sample, under a heading where there are several."""
+    for p, samples in enumerate(prompts):
+        for k, sample in enumerate(samples):
+            if len(prompts) * len(samples) > 1:
+                say(f"--- prompt {p}, sample {k}")
+            say(sample.text)
+
+
+def show_best(prompts: Sequence[Sequence[Sample]]) -> None:
     """The best sample of every prompt, then what choosing came to."""
     n = len(prompts[0])
     for p, samples in enumerate(prompts):

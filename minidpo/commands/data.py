@@ -1,6 +1,7 @@
 """`python -m minidpo data`: the report with which every run opens, alone: what would be trained on.
 
     python -m minidpo data configs/hh_dpo.toml --data.train=pairs.jsonl --model.path=models/mine     as that run would
+    ... --held-out=held_out.jsonl     and the records that it would hold out, as they stand, for `score` and `explain`
     python -m minidpo data pairs.jsonl --model models/mine
 
 Records read and dropped (by reason, with the first line numbers), truncated prompts and endings, length percentiles,
@@ -8,25 +9,35 @@ and the endings' share of all tokens. Nothing is kept unless --cache (or data.ca
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from minidpo.chat import TEMPLATES
 from minidpo.config import load_either_config
 from minidpo.data import DataReport
 from minidpo.dataset import load_pairs, stream_pairs, tokenized
+from minidpo.files import replacing_file, require_place, writing
 from minidpo.hf_config import read_config
 from minidpo.metrics import say
+from minidpo.records import read_records
 from minidpo.sections import DataSection
+from minidpo.token_store import PairTokens
 from minidpo.tokenizer import Tokenizer
 
 
 def main(arguments: list[str]) -> None:
     if any(argument.endswith(".toml") for argument in arguments):
-        config = load_either_config(arguments)
+        parser = argparse.ArgumentParser(prog="python -m minidpo data", add_help=False, allow_abbrev=False)
+        parser.add_argument("--held-out", metavar="FILE")
+        options, others = parser.parse_known_args(arguments)
+        if options.held_out:
+            require_place("--held-out", options.held_out)
+        config = load_either_config(others)
         model = Path(config.model.path)
-        load_pairs(
-            config.data, config.optim, Tokenizer.from_directory(model), read_config(model), config.run.seed
-        )
+        tokenizer = Tokenizer.from_directory(model)
+        _, held_out = load_pairs(config.data, config.optim, tokenizer, read_config(model), config.run.seed)
+        if options.held_out:
+            write_records(Path(options.held_out), held_out)
         return
     default = DataSection()
     parser = argparse.ArgumentParser(
@@ -61,3 +72,14 @@ def main(arguments: list[str]) -> None:
         pass  # only counted: a report of any number of pairs needs no memory for them
     for line in report.lines():
         say(line)
+
+
+def write_records(path: Path, pairs: PairTokens) -> None:
+    """The records that `pairs` were made of, as their files have them, one JSON line each."""
+    with writing(path), replacing_file(path) as temporary, temporary.open("w") as out:
+        for place, file in enumerate(pairs.files):
+            wanted = set(pairs.index[pairs.file == place].tolist())
+            for index, (_, record) in enumerate(read_records(Path(file))):
+                if index in wanted:
+                    out.write(json.dumps(record) + "\n")
+    say(f"{len(pairs)} records held out, written to {path}")

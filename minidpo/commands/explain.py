@@ -68,6 +68,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--template", default="model", choices=TEMPLATES, help="how messages become text")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--every-token", action="store_true", help="also those in the middle of long texts")
     parser.add_argument("--json", action="store_true", help="one JSON object with unrounded numbers")
     options = parser.parse_args(arguments)
 
@@ -83,7 +84,8 @@ def main(arguments: list[str]) -> None:
     if options.json:
         print(json.dumps(explanation))
     else:
-        print(render(explanation, colour=sys.stdout.isatty() and not environ.get("NO_COLOR")))
+        colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
+        print(render(explanation, colour, options.every_token))
 
 
 def explain(options: argparse.Namespace, loss: PreferenceLossSection) -> dict[str, Any]:

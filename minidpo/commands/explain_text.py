@@ -2,12 +2,14 @@
 
 import unicodedata
 from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 from minidpo.sections import NEEDS_REFERENCE
 from minidpo.tokenizer import Tokenizer
 
-PROMPT_ENDS = 4  # tokens shown at either end of a prompt that is longer than both together, and a bit
+# Tokens shown at either end of a part that is longer than both together, and a bit.
+SHOWN = {"prompt": 4, "chosen": 20, "rejected": 20}
 TOKEN_WIDTH = 16
 GREEN, RED, BOLD, RESET = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
 UNMOVED, MUCH = 0.01, 1.0  # nats: below the first no colour, from the second on bold
@@ -22,11 +24,11 @@ def visible(tokenizer: Tokenizer, token: int) -> str:
     return piece if not text or "\ufffd" in text else text
 
 
-def render(explanation: dict[str, Any], colour: bool) -> str:
+def render(explanation: dict[str, Any], colour: bool, every_token: bool = False) -> str:
     """The explanation that `explain` makes, as text; `colour`: with ANSI escapes."""
     return "\n".join([
         *_heading(explanation, colour),
-        *_tokens(explanation["tokens"], colour),
+        *_tokens(explanation["tokens"], colour, every_token),
         *_calculation(explanation),
         *_every_loss(explanation["losses"]),
     ])  # fmt: skip
@@ -52,35 +54,38 @@ def _heading(e: dict[str, Any], colour: bool) -> Iterator[str]:
         )
 
 
-def _tokens(tokens: list[dict[str, Any]], colour: bool) -> Iterator[str]:
+def _tokens(tokens: list[dict[str, Any]], colour: bool, every_token: bool) -> Iterator[str]:
     yield ""
     yield f"{'':47}{'log-prob under':^18}  {'':10}{'sum so far':^31}".rstrip()
     yield (
         f"{'pos':>4} {'role':<8} {'token':<{TOKEN_WIDTH}} {'scored':<6} {'policy':>9} {'reference':>9}"
         f" {'difference':>10} {'policy':>10} {'reference':>10} {'diff.':>9}"
     )
-    prompt = [token for token in tokens if not token["scored"]]
-    left_out = len(prompt) - 2 * PROMPT_ENDS
-    before = None
-    for place, token in enumerate(tokens):
-        if not token["scored"] and left_out > 2 and PROMPT_ENDS <= place < len(prompt) - PROMPT_ENDS:
-            if place == PROMPT_ENDS:
-                yield f"{'...':>4} {'prompt':<8} {left_out} tokens left out"
-            continue
-        if token["ending"] != before:
+    for part, run in groupby(tokens, key=lambda token: token["ending"] or "prompt"):
+        of_part, ends = list(run), SHOWN[part]
+        left_out = 0 if every_token else len(of_part) - 2 * ends
+        if part != "prompt":
             yield ""
-        before = token["ending"]
-        text = _fit(repr(token["text"]))
-        if not token["scored"]:
-            yield f"{token['position']:>4} {token['role']:<8} {text} no"
-            continue
-        if colour:
-            text = _coloured(text, token["difference"])
-        yield (
-            f"{token['position']:>4} {token['role']:<8} {text} {'yes':<6} {token['policy_logp']:>z9.4f}"
-            f" {token['reference_logp']:>z9.4f} {token['difference']:>+z10.4f} {token['policy_sum']:>z10.4f}"
-            f" {token['reference_sum']:>z10.4f} {token['difference_sum']:>+z9.4f}"
-        )
+        for place, token in enumerate(of_part):
+            if left_out <= 2 or not ends <= place < len(of_part) - ends:
+                yield _token(token, colour)
+            elif place == ends:
+                yield f"{'...':>4} {part:<8} {left_out} tokens left out" + (
+                    ", counted in the sums (--every-token prints them)" if token["scored"] else ""
+                )
+
+
+def _token(token: dict[str, Any], colour: bool) -> str:
+    text = _fit(repr(token["text"]))
+    if not token["scored"]:
+        return f"{token['position']:>4} {token['role']:<8} {text} no"
+    if colour:
+        text = _coloured(text, token["difference"])
+    return (
+        f"{token['position']:>4} {token['role']:<8} {text} {'yes':<6} {token['policy_logp']:>z9.4f}"
+        f" {token['reference_logp']:>z9.4f} {token['difference']:>+z10.4f} {token['policy_sum']:>z10.4f}"
+        f" {token['reference_sum']:>z10.4f} {token['difference_sum']:>+z9.4f}"
+    )
 
 
 def _coloured(text: str, difference: float) -> str:

@@ -88,7 +88,7 @@ def read_run(directory: Path, among: list[Path]) -> Run:
     """The curves of a run. `among`: where two directories have one name, paths tell them apart."""
     file = require_file(
         directory / "metrics.jsonl",
-        "plot takes directories of runs, which train_dpo.py and train_rm.py write",
+        "plot takes directories of runs (run.out, not the final/ in it), which train_dpo.py and train_rm.py write",
     )
     points: dict[str, list[tuple[float, float]]] = {}
     for line in read_metrics(file):

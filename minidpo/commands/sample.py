@@ -1,16 +1,15 @@
 """`python -m minidpo sample`: completions of one prompt, of every line of a file, or of every record of one.
 
-With --reward-model the best of --n samples is printed, by that model's reward; --out keeps all of them, and
---pairs-out makes a preference file of the best and the worst of each prompt.
+--out keeps all samples. With --reward-model the best of --n is printed, by that model's reward, and --pairs-out
+makes a preference file of the best and the worst of each prompt.
 """
 
 import argparse
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minidpo.chat import TEMPLATES
-from minidpo.commands.best_of_n import Sample, show, write_pairs, write_samples
+from minidpo.chat import TEMPLATES, ChatTemplate
+from minidpo.commands.best_of_n import Sample, show_all, show_best, write_pairs, write_samples
 from minidpo.dataset import require_fit
 from minidpo.device import choose_device
 from minidpo.errors import UserError
@@ -47,9 +46,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--n", type=int, default=1, help="samples a prompt")
     parser.add_argument("--reward-model", metavar="DIR", help="print the best of the n samples by its reward")
     parser.add_argument(
-        "--out", metavar="FILE", help="with it: every sample and its reward, one JSON line each"
+        "--out",
+        metavar="FILE",
+        help="every sample as a JSON line, with its reward if there is a reward model",
     )
-    parser.add_argument("--pairs-out", metavar="FILE", help="with it: best and worst as a preference file")
+    parser.add_argument(
+        "--pairs-out", metavar="FILE", help="with a reward model: best and worst as a preference file"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--temperature", type=float, default=1.0, help="0 is greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
@@ -60,32 +63,40 @@ def main(arguments: list[str]) -> None:
 
     config, tokenizer = read_config(Path(options.model)), Tokenizer.from_directory(options.model)
     require_fit("model", config, tokenizer, 1)
-    prompts = _prompts(options, tokenizer)
+    template = tokenizer.chat_template(options.template or ("hh" if options.human is not None else "model"))
+    prompts = _prompts(options, template)
     device = choose_device(options.device)
     model = load_model(options.model, device=device)
     judge = Judge(options.reward_model, device) if options.reward_model else None
+    if judge and (options.template or options.human is not None or any(p.messages for p in prompts)):
+        judge.compare_template(template)
     prompts = _that_fit(prompts, options.max_new_tokens, model.config.max_length, tokenizer, judge)
     progress = Progress("sampling", len(prompts) * options.n, "completions")
     try:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
-        ids = [_ids(tokenizer, prompt) for prompt in prompts for _ in range(options.n)]
+        ids = [tokenizer.prompt_ids(prompt) for prompt in prompts for _ in range(options.n)]
         completions = generate(
             model, ids, sampling, tokenizer.eos_id, options.seed, progress=progress.advance
         )
     except ValueError as error:
         raise UserError(str(error)) from None
     progress.clear()
+    samples = [
+        Sample(prompts[i // options.n], text_after(tokenizer, *both), both[1][-1] == tokenizer.eos_id)
+        for i, both in enumerate(zip(ids, completions, strict=True))
+    ]
     if judge:
-        _best_of_n(options, judge, tokenizer, prompts, ids, completions)
-        return
-    for i, completion in enumerate(completions):
-        if len(completions) > 1:
-            print(f"--- prompt {i // options.n}, sample {i % options.n}")
-        print(tokenizer.decode(completion))
-
-
-def _ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
-    return tokenizer.encode(prompt.text, prompt.add_special_tokens)
+        rewards = judge.rewards([s.prompt for s in samples], [s.text for s in samples])
+        samples = [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
+    by_prompt = [samples[i : i + options.n] for i in range(0, len(samples), options.n)]
+    if judge:
+        show_best(by_prompt)
+    else:
+        show_all(by_prompt)
+    if options.out:
+        write_samples(Path(options.out), by_prompt)
+    if options.pairs_out:
+        write_pairs(Path(options.pairs_out), by_prompt)
 
 
 def _that_fit(
@@ -95,7 +106,7 @@ def _that_fit(
     fit = [
         prompt
         for prompt in prompts
-        if len(_ids(tokenizer, prompt)) + new_tokens <= limit
+        if len(tokenizer.prompt_ids(prompt)) + new_tokens <= limit
         and (not judge or judge.room(prompt) > new_tokens)
     ]
     if not fit:
@@ -110,38 +121,14 @@ def _that_fit(
     return fit
 
 
-def _best_of_n(
-    options: argparse.Namespace,
-    judge: Judge,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Prompt],
-    ids: Sequence[list[int]],
-    completions: Sequence[list[int]],
-) -> None:
-    samples = []
-    for i, (prompt, completion) in enumerate(zip(ids, completions, strict=True)):
-        text = text_after(tokenizer, prompt, completion)
-        samples.append(Sample(prompts[i // options.n], text, completion[-1] == tokenizer.eos_id))
-    rewards = judge.rewards([s.prompt for s in samples], [s.text for s in samples])
-    samples = [replace(sample, reward=reward) for sample, reward in zip(samples, rewards, strict=True)]
-    by_prompt = [samples[i : i + options.n] for i in range(0, len(samples), options.n)]
-    show(by_prompt)
-    if options.out:
-        write_samples(Path(options.out), by_prompt)
-        say(f"{len(samples)} samples written to {options.out}")
-    if options.pairs_out:
-        write_pairs(Path(options.pairs_out), by_prompt)
-
-
 def _check(options: argparse.Namespace) -> None:
     if options.n < 1:
         raise UserError(f"--n {options.n}; at least 1 sample is needed")
     if options.reward_model and options.n < 2:
         raise UserError(f"--reward-model chooses among samples, and --n is {options.n}; give at least 2")
-    for option in ("--out", "--pairs-out"):
-        path = getattr(options, option[2:].replace("-", "_"))
-        if path and not options.reward_model:
-            raise UserError(f"{option} goes with --reward-model")
+    if options.pairs_out and not options.reward_model:
+        raise UserError("--pairs-out goes with --reward-model")
+    for option, path in (("--out", options.out), ("--pairs-out", options.pairs_out)):
         if path:
             require_place(option, path)
     if options.template and options.human is None and not options.data:
@@ -150,8 +137,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"--out and --pairs-out are both {options.out}; give two files")
 
 
-def _prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[Prompt]:
-    template = tokenizer.chat_template(options.template or ("hh" if options.human is not None else "model"))
+def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
     if options.data:
         prompts = []
         for line, record in read_records(Path(options.data)):
