@@ -30,7 +30,7 @@ from minidpo.hf_config import read_config
 from minidpo.logprobs import response_logps
 from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
 from minidpo.objective import preference
-from minidpo.optim import learning_rate, make_optimizer
+from minidpo.optim import AdamW, learning_rate
 from minidpo.out_directory import claim
 from minidpo.packing import (
     PairTokens,
@@ -72,7 +72,7 @@ def main(arguments: list[str]) -> None:
     policy.activation_checkpointing = run.activation_checkpointing
     if run.compile:
         policy.compile_layers()
-    optimizer = make_optimizer(policy, optim)
+    optimizer = AdamW(policy, optim)
     steps = total_steps(len(train), optim.batch_size, optim.epochs, optim.max_steps)
 
     # --- take up an earlier run of this directory, if there is one and it is this run
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> None:
 
     def accumulate(batch: np.ndarray) -> Averages:
         """Add up the gradient of the batch's mean loss, one micro-batch after the other; returns what to watch."""
-        optimizer.zero_grad(set_to_none=True)  # a pass that ran out of memory may have left a part of it
+        optimizer.zero_grad()  # a pass that ran out of memory may have left a part of it
         averages = Averages()
         for rows in micro_batches(batch, tokens[batch], room.tokens, *place):
             losses, watched = compare(train, rows, train_reference)
@@ -186,9 +186,7 @@ def main(arguments: list[str]) -> None:
     with stop_on_signals() as stop:
         for step in range(first_step, steps):
             step_started = time.monotonic()
-            lr = learning_rate(step, steps, optim)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.lr = lr = learning_rate(step, steps, optim)
             batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
             averages = room.fit(step + 1, partial(accumulate, batch))
             norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or float("inf"))
@@ -203,7 +201,7 @@ def main(arguments: list[str]) -> None:
                 partial(losses_one_by_one, batch),
             )
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
             trained, seconds = trained + tokens[batch].sum(), seconds + time.monotonic() - step_started
 

@@ -9,15 +9,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor
 
 from minidpo.distributed import let_go, rank, require_same
 from minidpo.errors import UserError, one_line
 from minidpo.files import remove_directory, replacing_directory, writing
 from minidpo.metrics import say
 from minidpo.model import Transformer
+from minidpo.optim import AdamW
 from minidpo.reward import RewardModel
 from minidpo.tensor_files import read_tensors, take_part, tensor_files, write_tensors
 from minidpo.tokenizer_files import CHAT_TEMPLATE
@@ -30,14 +30,13 @@ TOKENIZER_FILES = (
     CHAT_TEMPLATE,
     "generation_config.json",
 )
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_checkpoint(
     out: Path,
     step: int,
     model: Transformer,
-    optimizer: torch.optim.Optimizer,
+    optimizer: AdamW,
     identity: dict[str, Any],
     keep: int,
     tokenizer_from: Path,
@@ -45,23 +44,20 @@ def save_checkpoint(
     """Write OUT/checkpoints/step-N, then delete all but the `keep` newest. `identity`: see `resume`."""
     path = out / "checkpoints" / f"step-{step}"
     let_go(model)
-    moments = _optimizer_tensors(model, optimizer)
     if rank():
-        take_part(model.state_dict() | moments)
+        take_part(model.state_dict() | optimizer.state)
         return path
     with writing(path), replacing_directory(path) as directory:
         save_model(model, directory)
         copy_tokenizer(tokenizer_from, directory)
-        write_tensors(directory, moments, "optimizer")
+        write_tensors(directory, optimizer.state, "optimizer")
         state = {"step": step, "identity": identity}
         (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
     _remove_old(out, step, keep)
     return path
 
 
-def resume(
-    out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any], keep: int
-) -> int:
+def resume(out: Path, model: Transformer, optimizer: AdamW, identity: dict[str, Any], keep: int) -> int:
     """Load the newest whole checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
 
     keep: how many checkpoints may stay, for a kill can come between a save and the removal of those before it.
@@ -76,22 +72,20 @@ def resume(
     return step
 
 
-def _take_up(
-    out: Path, model: Transformer, optimizer: torch.optim.Optimizer, identity: dict[str, Any]
-) -> int:
+def _take_up(out: Path, model: Transformer, optimizer: AdamW, identity: dict[str, Any]) -> int:
     checkpoints = _checkpoints(out)
     for path in reversed(checkpoints):
         try:
             _require_same_run(path, _read_identity(path), identity)
             weights = _read(path, "model", model.state_dict())
-            moments = _read(path, "optimizer", _expected_moments(model))
+            state = _read(path, "optimizer", optimizer.like())
         except _AnotherRun:
             raise
         except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
             say(f"{path}: not a whole checkpoint ({one_line(error)}); it is passed over")
             continue
         model.load_state_dict(weights, strict=True)
-        _load_optimizer(model, optimizer, moments)
+        optimizer.state = state
         say(f"resuming from {path}")
         return _step(path)
     if checkpoints:
@@ -174,7 +168,7 @@ def _read_identity(path: Path) -> dict[str, Any]:
     return dict(state["identity"])
 
 
-def _read(path: Path, stem: str, expected: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _read(path: Path, stem: str, expected: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of STEM.safetensors, which must be those expected, in their shapes and dtypes."""
     files = tensor_files(path, stem)
     for name in sorted(files.keys() ^ expected.keys()):
@@ -203,35 +197,3 @@ def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any])
                 f"{path} was made with {name} = {was[name]!r}, now it is {identity[name]!r};"
                 " give the run another run.out, or the old setting"
             )
-
-
-def _expected_moments(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What AdamW keeps of each parameter: tensors of the shapes (and the sharding) that a checkpoint must hold."""
-    expected: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        expected |= {f"{name}/{key}": parameter for key in _MOMENTS}
-        expected[f"{name}/step"] = torch.zeros((), device=parameter.device)
-    return expected
-
-
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def _load_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]
-) -> None:
-    """By parameter name, through the optimizer's own load_state_dict, which puts each tensor on its device."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    order = {
-        names[p]: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])
-    }
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        name, _, kind = key.rpartition("/")
-        state.setdefault(order[name], {})[kind] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -79,7 +79,7 @@ class Transformer(nn.Module):
         self.apply(self._initialize)
 
     def _initialize(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
+        if isinstance(module, nn.Linear | nn.Embedding) and not module.weight.is_meta:
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = _embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
@@ -145,6 +145,12 @@ class Decoder(nn.Module):
             self.config, positions.device, dtype
         )
         return angles.cos(), angles.sin()
+
+
+def _embedding(rows: int, width: int) -> nn.Embedding:
+    """nn.Embedding; on the meta device without its initialisation, which imports PyTorch's compiler to draw nothing."""
+    empty = torch.empty(rows, width)
+    return nn.Embedding.from_pretrained(empty, freeze=False) if empty.is_meta else nn.Embedding(rows, width)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:

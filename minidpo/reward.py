@@ -18,7 +18,8 @@ class RewardModel(Transformer):
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
-        self.score.weight = nn.Parameter(fresh_score(config.hidden_size))
+        if not self.score.weight.is_meta:  # to be loaded
+            self.score.weight = nn.Parameter(fresh_score(config.hidden_size))
 
     @classmethod
     def from_language_model(cls, language_model: Transformer) -> "RewardModel":

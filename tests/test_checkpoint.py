@@ -13,7 +13,7 @@ import torch
 from minidpo.checkpoint import resume, save_checkpoint, save_final
 from minidpo.errors import UserError
 from minidpo.files import clear_leftovers
-from minidpo.optim import make_optimizer
+from minidpo.optim import AdamW
 from minidpo.sections import OptimSection
 from tiny import forked, small_files, tiny_model
 
@@ -25,7 +25,7 @@ class Run:
 
     def __init__(self, out: Path, seed: int = 0) -> None:
         self.out, self.model = out, tiny_model(seed)
-        self.optimizer = make_optimizer(self.model, OptimSection(lr=1e-2))
+        self.optimizer = AdamW(self.model, OptimSection(lr=1e-2))
 
     def save(self, step: int, keep: int = 1) -> Path:
         for parameter in self.model.parameters():

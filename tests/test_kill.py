@@ -18,7 +18,7 @@ STEPS = 8
 
 # Every run is forked from one server that has imported torch: a process of its own would take seconds to start.
 processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["pytest", "train_dpo", "train_rm", "torch._dynamo"])  # the last by AdamW
+processes.set_forkserver_preload(["pytest", "train_dpo", "train_rm"])
 
 SETTINGS = {
     "optim__max_steps": STEPS,

@@ -17,7 +17,7 @@ from minidpo.distributed import shard
 from minidpo.logprobs import response_logps
 from minidpo.memory import STATE_BYTES, parameter_counts, step_memory
 from minidpo.model import Transformer
-from minidpo.optim import make_optimizer
+from minidpo.optim import AdamW
 from minidpo.packing import Wanted, pack_row
 from minidpo.reference import load_reference, stored_logps
 from minidpo.sections import OptimSection
@@ -74,7 +74,7 @@ def measured(monkeypatch, layers: int, checkpointing: bool) -> int:
     model = Transformer(tiny_config(**SMALL, num_hidden_layers=layers))
     model.activation_checkpointing = checkpointing
     shard(model, torch.device("cpu"), "bf16")
-    optimizer = make_optimizer(model, OptimSection())
+    optimizer = AdamW(model, OptimSection())
 
     def step() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -85,7 +85,7 @@ def measured(monkeypatch, layers: int, checkpointing: bool) -> int:
     step()
     with PeakMemory(monkeypatch) as memory:
         memory.add(*model.parameters(), *(p.grad for p in model.parameters()))
-        memory.add(*(value for state in optimizer.state.values() for value in state.values()))
+        memory.add(*optimizer.state.values())
         step()
     return memory.peak
 

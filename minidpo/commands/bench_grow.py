@@ -47,7 +47,7 @@ def growth(config: ModelConfig, settings: Settings, device: torch.device) -> lis
         everything = np.arange(pairs)
         times = []
         for _ in range(1 + settings.steps):
-            step.optimizer.zero_grad(set_to_none=True)
+            step.optimizer.zero_grad()
             times.append(seconds(step.accumulate, everything, device))
         flops = necessary_flops(shape, lengths, step.wanted).total
         median = float(np.median(times[1:]))

@@ -14,7 +14,7 @@ from minidpo.device import autocast, row_length
 from minidpo.logprobs import response_logps, sequence_logps, sum_by_ending, token_logps
 from minidpo.metrics import Averages
 from minidpo.model import Transformer, causal_attention
-from minidpo.optim import make_optimizer
+from minidpo.optim import AdamW
 from minidpo.packing import PackedRow, PairTokens, Wanted, micro_batches, pack_row
 from minidpo.reference import BOTH_ENDINGS, of_every_pair
 from minidpo.reward import RewardModel
@@ -37,7 +37,7 @@ class Step:
         self.micro_tokens = max(settings.micro_tokens, int(self.tokens.max()))
         if settings.compile:
             model.compile_layers()
-        self.optimizer = make_optimizer(model, settings.optim)
+        self.optimizer = AdamW(model, settings.optim)
         self.reference: Tensor | None = None
         if settings.loss in NEEDS_REFERENCE:  # of the policy before its first step
             logps = of_every_pair(
@@ -50,7 +50,7 @@ class Step:
         averages = self.accumulate(batch)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         return averages.mean("loss")
 
     def accumulate(self, batch: np.ndarray) -> Averages:
@@ -104,7 +104,7 @@ class Step:
             clock.stop("backward")
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.optim.grad_clip)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         clock.stop("optimizer")
         return clock.seconds
 
