@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> None:
             stopping = any_rank(bool(stop))
             if stopping or done == steps or (run.save_every and done % run.save_every == 0):
                 saved = save_checkpoint(
-                    out, done, policy, optimizer, identity, run.keep_checkpoints, model_path
+                    out, done, policy, optimizer, identity, run.keep_checkpoints, model_path, template
                 )
                 if stopping and done < steps:
                     say(f"stopped after step {done}, saved {saved}; the same command goes on from there")

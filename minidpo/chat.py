@@ -59,7 +59,7 @@ class ChatTemplate:
 
     @cached_property
     def form(self) -> str | None:
-        """Equal for templates that write messages alike, but for special tokens; None where the model has none."""
+        """hh or chatml, or the source of the model's own; None where it has none."""
         return find_template(self._directory) if self.kind == "model" else self.kind
 
     @property

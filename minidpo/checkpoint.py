@@ -6,6 +6,7 @@ There is no random state to keep: the data order is a function of (seed, step) a
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,13 @@ from minidpo.model import Transformer
 from minidpo.optim import AdamW
 from minidpo.reward import RewardModel
 from minidpo.tensor_files import read_tensors, take_part, tensor_files, write_tensors
-from minidpo.tokenizer_files import CHAT_TEMPLATE
+from minidpo.tokenizer_files import CHAT_TEMPLATE, CONFIG, SPECIAL_TOKENS
 from minidpo.weights import classification_tensors, save_model, save_reward_model
 
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
+    CONFIG,
+    SPECIAL_TOKENS,
     CHAT_TEMPLATE,
     "generation_config.json",
 )
@@ -40,8 +41,10 @@ def save_checkpoint(
     identity: dict[str, Any],
     keep: int,
     tokenizer_from: Path,
+    template: str | None,
 ) -> Path:
-    """Write OUT/checkpoints/step-N, then delete all but the `keep` newest. `identity`: see `resume`."""
+    """Write OUT/checkpoints/step-N, then delete all but the `keep` newest. `identity`: see `resume`; `template`: see
+    `copy_tokenizer`."""
     path = out / "checkpoints" / f"step-{step}"
     let_go(model)
     if rank():
@@ -49,26 +52,31 @@ def save_checkpoint(
         return path
     with writing(path), replacing_directory(path) as directory:
         save_model(model, directory)
-        copy_tokenizer(tokenizer_from, directory)
+        copy_tokenizer(tokenizer_from, directory, template)
         write_tensors(directory, optimizer.state, "optimizer")
         state = {"step": step, "identity": identity}
         (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
-    _remove_old(out, step, keep)
+    # Not those of later steps: they are torn, or this run would have begun there.
+    for old in [p for p in _checkpoints(out) if _step(p) <= step][:-keep]:
+        with writing(old):
+            remove_directory(old)
     return path
 
 
 def resume(out: Path, model: Transformer, optimizer: AdamW, identity: dict[str, Any], keep: int) -> int:
     """Load the newest whole checkpoint of `out` into model and optimizer; returns its step, 0 if there is none.
 
-    keep: how many checkpoints may stay, for a kill can come between a save and the removal of those before it.
+    keep: as many checkpoints stay; a kill between a save and the removal of the one before it has left one more.
     identity: setting -> value, for everything that would silently make this another run. Raises UserError that
     names the first setting in which the checkpoint differs, where there are checkpoints but none is whole, and where
     processes found different ones: each would train on from its own.
     """
     step = _take_up(out, model, optimizer, identity)
     require_same(identity | {"the step of the last checkpoint": step})
-    if rank() == 0:
-        _remove_old(out, step, keep)
+    whole = [path for path in _checkpoints(out) if _step(path) <= step]
+    if rank() == 0 and len(whole) == keep + 1:
+        with writing(whole[0]):
+            remove_directory(whole[0])
     return step
 
 
@@ -94,7 +102,7 @@ def _take_up(out: Path, model: Transformer, optimizer: AdamW, identity: dict[str
 
 
 def save_final(out: Path, model: Transformer, tokenizer_from: Path, template: str | None) -> Path:
-    """OUT/final: what transformers, or the next script, opens. template: what it was trained on, if not its own."""
+    """OUT/final: what transformers, or the next script, opens. `template`: see `copy_tokenizer`."""
     let_go(model)
     if rank():
         take_part(classification_tensors(model) if isinstance(model, RewardModel) else model.state_dict())
@@ -102,20 +110,23 @@ def save_final(out: Path, model: Transformer, tokenizer_from: Path, template: st
     with writing(out / "final"), replacing_directory(out / "final") as directory:
         if isinstance(model, RewardModel):
             save_reward_model(model, directory)
-            copy_tokenizer(tokenizer_from, directory)
+            copy_tokenizer(tokenizer_from, directory, template)
             _pad_as_the_config_says(directory)
         else:
             save_model(model, directory)
-            copy_tokenizer(tokenizer_from, directory)
-        if template is not None:
-            (directory / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+            copy_tokenizer(tokenizer_from, directory, template)
     return out / "final"
 
 
-def copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path, template: str | None) -> None:
+    """The files beside the weights. template: what messages were written by, where that is not the model's own."""
     for name in TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
+    if template is not None:
+        (target / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+        if (target / CONFIG).is_file():  # some programs look there first
+            _edit(target / CONFIG, lambda fields: fields.pop("chat_template", None))
 
 
 def _pad_as_the_config_says(directory: Path) -> None:
@@ -127,10 +138,15 @@ def _pad_as_the_config_says(directory: Path) -> None:
     pad_id = json.loads((directory / "config.json").read_text())["pad_token_id"]
     vocabulary = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     pad = next((t["content"] for t in vocabulary.get("added_tokens", []) if t["id"] == pad_id), None)
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+    for name in (CONFIG, SPECIAL_TOKENS):
         if pad is not None and (directory / name).is_file():
-            fields = json.loads((directory / name).read_text(encoding="utf-8")) | {"pad_token": pad}
-            (directory / name).write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
+            _edit(directory / name, lambda fields: fields.update(pad_token=pad))
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    fields = json.loads(file.read_text(encoding="utf-8"))
+    change(fields)
+    file.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
@@ -149,12 +165,6 @@ def _checkpoints(out: Path) -> list[Path]:
     """Whole checkpoints, oldest first, unless something else has harmed them."""
     found = [p for p in (out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
     return sorted(found, key=_step)
-
-
-def _remove_old(out: Path, step: int, keep: int) -> None:
-    """All but the `keep` newest up to `step`. Those of later steps are torn, or the run would have begun there."""
-    for old in [p for p in _checkpoints(out) if _step(p) <= step][:-keep]:
-        remove_directory(old)
 
 
 def _step(checkpoint: Path) -> int:
@@ -181,12 +191,7 @@ class _AnotherRun(UserError):
 
 
 def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any]) -> None:
-    for name in sorted(was.keys() ^ identity.keys()):
-        raise _AnotherRun(
-            f"{path} is of another script, or another version of it: {name} is a setting of one of them alone; give the"
-            " run another run.out"
-        )
-    for name in sorted(identity):
+    for name in sorted(was.keys() & identity.keys()):
         if was[name] != identity[name]:
             if name in ("data", "model", "reference"):  # fingerprints, which say nothing to a reader
                 raise _AnotherRun(
@@ -197,3 +202,8 @@ def _require_same_run(path: Path, was: dict[str, Any], identity: dict[str, Any])
                 f"{path} was made with {name} = {was[name]!r}, now it is {identity[name]!r};"
                 " give the run another run.out, or the old setting"
             )
+    for name in sorted(was.keys() ^ identity.keys()):
+        raise _AnotherRun(
+            f"{path} is of another script, or another version of it: {name} is a setting of one of them alone; give the"
+            " run another run.out"
+        )

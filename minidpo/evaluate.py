@@ -75,7 +75,7 @@ class SampledEvaluation:
         self._dtype, self._seed = run.dtype, run.seed
         self._sampling = Sampling(section.max_new_tokens)
         self._judge = Judge(section.reward_model, device) if section.reward_model else None
-        if self._judge:
+        if self._judge and config.data.template != "model":
             self._judge.compare_template(tokenizer.chat_template(config.data.template))
         first = dict(zip(reversed(prompt_keys(held_out)), reversed(range(len(held_out))), strict=True))
         rows = sorted(first.values())[: section.samples]  # each prompt once
@@ -94,10 +94,11 @@ class SampledEvaluation:
         compare = partial(
             divergences, policy, reference, self._prompts, device=self._device, dtype=self._dtype
         )
+        samples, divergence = base, compare(base.ids) if step == 0 else None
         # With the seed of the reference's: while the two are equal, so are their samples.
-        equal = step == 0 and not compare(base.ids).any()
-        samples = base if equal else self._sample(policy, self._seed, "sampling")
-        divergence = compare(samples.ids)
+        if divergence is None or divergence.any():
+            samples = self._sample(policy, self._seed, "sampling")
+            divergence = compare(samples.ids)
         del reference, compare
         gc.collect()  # sharded layers stand in reference cycles, and would stay beside the policy
         kl, kl_error = mean_and_error(divergence[:, 1])

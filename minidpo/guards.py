@@ -116,27 +116,27 @@ class StopRequest:
     """True once SIGINT or SIGTERM came: finish the step, save, leave. A second SIGINT stops at once."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self.asked = False
 
     def __bool__(self) -> bool:
-        return self._asked
+        return self.asked
 
     def ask(self, number: int, frame: object) -> None:
-        if self._asked and number == signal.SIGINT:
+        if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self._asked and rank() == 0:  # written past print, which may be what was interrupted
+        if not self.asked and rank() == 0:  # written past print, which may be what was interrupted
             os.write(
                 2, b"\nstopping after this step, and saving; Ctrl-C again stops at once, and loses the step\n"
             )
-        self._asked = True
+        self.asked = True
 
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
     """Until the block ends, signals only ask.
 
-    They still do where one of several processes leaves it by an error: torchrun, which ends all once one has failed,
-    must not cut off the line that says why.
+    Where one of several processes leaves it by an error, SIGTERM goes on doing nothing: torchrun, which ends all once
+    one has failed (and after 30 seconds by force), must not cut off the line that says why.
     """
     request = StopRequest()
     before = {number: signal.signal(number, request.ask) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -145,6 +145,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
         failed = False
     finally:
-        if ranks() == 1 or not failed:
+        if failed and ranks() > 1:
+            request.asked = True  # and nothing is said of it
+        else:
             for number, handler in before.items():
                 signal.signal(number, handler)

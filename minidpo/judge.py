@@ -31,12 +31,12 @@ class Judge:
         require_fit("reward model", self._model.config, self.tokenizer, 2)
 
     def compare_template(self, template: ChatTemplate) -> None:
-        """Warn where the reward model learnt from messages in another form than `template` gives them."""
+        """Warn where messages are written by `template` and the reward model has another of its own."""
         own = self.tokenizer.chat_template().form
         if own is not None and own != template.form:
             say(
-                "warning: the reward model has another chat template than these texts: where they were messages, its"
-                " rewards may mean little"
+                "warning: the reward model has another chat template than the messages are written by; unless it was"
+                " trained on text like this, its rewards mean little"
             )
 
     def room(self, prompt: Prompt) -> int:
@@ -61,7 +61,10 @@ class Judge:
             )
         pairs = PairTokens.from_pairs(ids)
         micro_tokens = max(MICRO_TOKENS, longest_pair(pairs))
-        return all_rewards(self._model, pairs, micro_tokens, self._device, "fp32")[:, 0].tolist()
+        rewards = all_rewards(self._model, pairs, micro_tokens, self._device, "fp32")[:, 0]
+        if not np.isfinite(rewards).all():
+            raise UserError(f"the reward model gives {rewards.sum()}: its weights are not whole")
+        return rewards.tolist()
 
 
 def all_rewards(

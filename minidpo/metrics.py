@@ -140,7 +140,7 @@ class Progress:
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if rank() == 0 and now - self._shown > (0.2 if self._live else 60):
+        if now - self._shown > (0.2 if self._live else 60) and rank() == 0:
             self._shown = now
             begin, end = ("\r\033[K", "") if self._live else ("", "\n")
             print(begin + self._line(now), end=end, file=sys.stderr, flush=True)

@@ -149,8 +149,9 @@ class Decoder(nn.Module):
 
 def _embedding(rows: int, width: int) -> nn.Embedding:
     """nn.Embedding; on the meta device without its initialisation, which imports PyTorch's compiler to draw nothing."""
-    empty = torch.empty(rows, width)
-    return nn.Embedding.from_pretrained(empty, freeze=False) if empty.is_meta else nn.Embedding(rows, width)
+    if torch.empty(0).is_meta:
+        return nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return nn.Embedding(rows, width)
 
 
 def rotary_frequencies(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:

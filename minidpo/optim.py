@@ -24,9 +24,8 @@ class AdamW:
     def __init__(self, model: nn.Module, optim: OptimSection) -> None:
         self._parameters, self._optim = dict(model.named_parameters()), optim
         self.lr = optim.lr
-        self.state: dict[
-            str, Tensor
-        ] = {}  # NAME/exp_avg: m, NAME/exp_avg_sq: v, NAME/step: t; from the first step on
+        # From the first step on, by NAME/exp_avg: m, NAME/exp_avg_sq: v, NAME/step: t.
+        self.state: dict[str, Tensor] = {}
 
     def like(self) -> dict[str, Tensor]:
         """The names of the state, each with a tensor that has its shape, dtype, device and sharding."""
@@ -41,19 +40,19 @@ class AdamW:
         """One step at `lr`, of the parameters that have a gradient."""
         self.state = self.state or {name: torch.zeros_like(tensor) for name, tensor in self.like().items()}
         optim = self._optim
-        moving = {name: p for name, p in self._parameters.items() if p.grad is not None}
-        for parameters, weight_decay in (
-            ({name: p for name, p in moving.items() if p.ndim >= 2}, optim.weight_decay),
-            ({name: p for name, p in moving.items() if p.ndim < 2}, 0.0),
-        ):
-            gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        for matrices, weight_decay in ((True, optim.weight_decay), (False, 0.0)):
+            moving = [
+                (name, p, p.grad)
+                for name, p in self._parameters.items()
+                if p.grad is not None and (p.ndim >= 2) == matrices
+            ]
             first, second, steps = (
-                [self.state[f"{name}/{kind}"] for name in parameters]
+                [self.state[f"{name}/{kind}"] for name, _, _ in moving]
                 for kind in ("exp_avg", "exp_avg_sq", "step")
             )
             # Fused: one kernel a step instead of several a tensor; it exists on CPU and CUDA.
             adamw(
-                list(parameters.values()), gradients, first, second, [], steps,
+                [p for _, p, _ in moving], [gradient for _, _, gradient in moving], first, second, [], steps,
                 lr=self.lr, beta1=optim.beta1, beta2=optim.beta2, eps=optim.eps, weight_decay=weight_decay,
                 fused=True, amsgrad=False, maximize=False,
             )  # fmt: skip

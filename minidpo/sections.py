@@ -67,7 +67,9 @@ class DataSection:
     max_length: int = key(512, "most tokens of prompt + one ending", lambda n: n >= 2, ">= 2")
     max_prompt_length: int = key(384, "longer prompts lose their beginning", positive, "> 0")
     template: str = key(
-        "model", "how messages become text: the model's own, hh or chatml", **one_of(*TEMPLATES)
+        "model",
+        "how messages become text: the model's own, hh or chatml (final/ then has it for its own)",
+        **one_of(*TEMPLATES),
     )
     skip_bad: bool = key(False, "leave out and count records that cannot be read, instead of stopping")
     cache: str = key("", "directory where token ids are kept between starts; empty: run.out/tokens")

@@ -182,10 +182,10 @@ def test_a_reward_model_of_another_template_is_told_where_a_template_was_used(
     template = Tokenizer.from_directory(judge).chat_template("chatml").to_keep
     (judge / "chat_template.jinja").write_text(template)
     asked, warning = ("--reward-model", str(judge), "--human", "a cat?"), "has another chat template"
-    assert warning in best_of_n(*asked)[2]
+    assert warning in best_of_n(*asked, "--template", "hh")[2]
     assert warning not in best_of_n(*asked, "--template", "chatml")[2]
     assert warning not in best_of_n("--reward-model", str(judge), *prompts)[2]  # of text
-    assert warning not in best_of_n("--human", "a cat?")[2]  # one without a template
+    assert warning not in best_of_n("--human", "a cat?", "--template", "hh")[2]  # one without a template
 
 
 @pytest.mark.parametrize("kind", ["model", "hh", "chatml"])

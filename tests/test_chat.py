@@ -1,6 +1,7 @@
 """What writing messages out promises: the ids are those of transformers, and an ending stops where the model stops."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -224,13 +225,22 @@ def test_a_model_trained_on_one_of_them_has_it_for_its_own_here_and_in_transform
 
 
 @pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])
-def test_a_run_leaves_the_template_it_trained_on_with_its_model(config, tmp_path, script):
+def test_a_run_leaves_the_template_it_trained_on_with_its_model(config, world, tmp_path, script):
+    base = tmp_path / "base"
+    shutil.copytree(world / "model", base)
+    fields = json.loads((base / "tokenizer_config.json").read_text()) | {"chat_template": SMOLLM2}
+    (base / "tokenizer_config.json").write_text(json.dumps(fields))
     data = tmp_path / "messages.jsonl"
     record = json.dumps({"prompt": ASKED, "chosen": [YES], "rejected": [NO]})
     data.write_text(f"{record}\n" * 4)
-    arguments = config(data__train=f'["{data}"]', data__template='"chatml"', data__eval_pairs=0)
+    arguments = config(
+        model__path=f'"{base}"', data__train=f'["{data}"]', data__template='"chatml"', data__eval_pairs=0
+    )
     script.main([*arguments, "--optim.max_steps=1"])
-    assert Tokenizer.from_directory(tmp_path / "out" / "final").chat_template().kind == "chatml"
+    for place in ("final", "checkpoints/step-1"):
+        assert Tokenizer.from_directory(tmp_path / "out" / place).chat_template().kind == "chatml"
+        fields = json.loads((tmp_path / "out" / place / "tokenizer_config.json").read_text())
+        assert "chat_template" not in fields and fields["eos_token"]
     (tmp_path / "out" / "final" / "chat_template.jinja").unlink()
     script.main([*arguments, "--optim.max_steps=1"])  # nothing left to do, but to write it again
     assert Tokenizer.from_directory(tmp_path / "out" / "final").chat_template().kind == "chatml"

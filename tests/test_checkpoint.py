@@ -31,7 +31,7 @@ class Run:
         for parameter in self.model.parameters():
             parameter.grad = torch.full_like(parameter, float(step))
         self.optimizer.step()
-        return save_checkpoint(self.out, step, self.model, self.optimizer, IDENTITY, keep, self.out)
+        return save_checkpoint(self.out, step, self.model, self.optimizer, IDENTITY, keep, self.out, None)
 
     def resume(self, keep: int = 1) -> int:
         return resume(self.out, self.model, self.optimizer, IDENTITY, keep)
@@ -82,7 +82,7 @@ def test_where_no_checkpoint_is_whole_the_run_does_not_begin_anew_unasked(run):
 
 def test_another_run_is_refused_though_an_older_checkpoint_would_fit(run):
     run.save(1, keep=2)
-    (run.save(2, keep=2) / "state.json").write_text(json.dumps({"step": 2, "identity": {"run.seed": 1}}))
+    (run.save(2, keep=2) / "state.json").write_text(json.dumps({"step": 2, "identity": {"run.seed": 0}}))
     with pytest.raises(UserError, match="step-2 is of another script, .* loss.name is a setting of one"):
         run.resume()
 
@@ -99,9 +99,10 @@ def test_a_good_checkpoint_is_kept_beside_a_torn_later_one_until_a_better_one_is
 
 
 def test_what_a_kill_between_a_save_and_its_clearing_left_goes_when_the_run_is_taken_up(run):
-    run.save(1)
-    run.save(2, keep=2)
-    assert Run(run.out).resume(keep=1) == 2 and run.names() == {"step-2"}
+    for step in (1, 2, 3):
+        run.save(step, keep=3)
+    assert Run(run.out).resume(keep=1) == 3 and len(run.names()) == 3, "kept on purpose, by another setting"
+    assert Run(run.out).resume(keep=2) == 3 and run.names() == {"step-2", "step-3"}
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(run):

@@ -1,6 +1,7 @@
 """Steps that cannot be taken: numbers that are not finite stop the run and show the batch; memory is made to do."""
 
 import json
+import os
 import signal
 import sys
 
@@ -126,13 +127,16 @@ def test_where_no_smaller_pass_would_do_one_line_names_the_knobs(config, monkeyp
 
 
 @pytest.mark.parametrize("ranks, cut_off", [(1, True), (2, False)])
-def test_a_signal_does_not_cut_off_the_error_of_one_of_several_processes(monkeypatch, ranks, cut_off):
+def test_a_signal_does_not_cut_off_the_error_of_one_of_several_processes(monkeypatch, capfd, ranks, cut_off):
     monkeypatch.setattr(guards, "ranks", lambda: ranks)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with pytest.raises(RuntimeError), stop_on_signals():
             raise RuntimeError("Connection closed by peer")
         assert (signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]) == cut_off
+        if not cut_off:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert capfd.readouterr().err == ""
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minidpo import formats
@@ -59,6 +59,7 @@ def test_dialogues_that_are_no_pair_are_refused(chosen, rejected, reason):
         assert str(caught.value) == reason
 
 
+@settings(deadline=None)
 @given(st.text(), st.text(), st.text())
 def test_a_split_is_exact_or_refused(prompt, chosen, rejected):
     texts = prompt + formats.ASSISTANT + chosen, prompt + formats.ASSISTANT + rejected

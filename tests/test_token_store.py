@@ -186,8 +186,23 @@ def test_the_data_command_writes_the_records_that_a_run_holds_out(config, world,
     expected = [sources[f][i] for f, i in zip(held_out.file, held_out.index, strict=True)]
     assert [json.loads(line) for line in out.read_text().splitlines()] == expected
     assert len(expected) == 16 and len(set(held_out.file)) == 2
+    before = other.read_bytes()
     with pytest.raises(UserError, match=r"--held-out .*: a file in a directory that exists is needed"):
         data_command([*arguments, f"--held-out={tmp_path}/nowhere/a.jsonl"])
+    with pytest.raises(UserError, match=r"--held-out .*other.jsonl: is a file of the data"):
+        data_command([*arguments, f"--held-out={tmp_path}/./other.jsonl"])
+    assert other.read_bytes() == before
+
+
+def test_records_of_two_shapes_are_not_written_to_one_file(config, world, tmp_path):
+    texts = write(tmp_path / "texts.jsonl", *(record(f"a dog {i}") for i in range(30)))
+    out = tmp_path / "held_out.jsonl"
+    arguments = config(data__train=f'["{world / "pairs.jsonl.gz"}", "{texts}"]', data__eval_pairs=20)
+    with pytest.raises(
+        UserError, match="records of HH dialogues .* and prompt, chosen, rejected; a file keeps"
+    ):
+        data_command([*arguments, f"--held-out={out}"])
+    assert not out.exists()
 
 
 def test_the_data_command_skips_and_counts_what_cannot_be_read_when_asked(world, tmp_path, capsys):

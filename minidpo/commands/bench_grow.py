@@ -1,5 +1,6 @@
 """`bench --grow`: each cost driver doubled alone; measured growth beside the growth of necessary_flops."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ class Row(NamedTuple):
     doubled: str
     seconds: float
     flops: int
-    measured: float  # seconds, relative to the base case's
+    measured: float  # seconds, relative to the base case's: median of paired ratios
     predicted: float  # flops, likewise
 
 
@@ -39,19 +40,25 @@ def growth(config: ModelConfig, settings: Settings, device: torch.device) -> lis
         f"\nforward and backward; base: {batch} pairs, prompts {PROMPT}, endings {ENDING}; each doubled in turn"
     )
     say(f"  {'doubled':<12} {'seconds':>9} {'measured':>9} {'predicted':>9}")
-    rows: list[Row] = []
-    for name, (shape, prompt, ending, pairs) in cases.items():
+
+    def prepared(shape: ModelConfig, prompt: int, ending: int, pairs: int) -> tuple[Callable[[], float], int]:
         lengths = np.tile([prompt, ending, ending], (pairs, 1))
         tokens = pairs_of_lengths(shape, lengths)
         step = Step(random_model(shape, device), tokens, replace(settings, batch_size=pairs), device)
-        everything = np.arange(pairs)
-        times = []
-        for _ in range(1 + settings.steps):
+
+        def measure() -> float:
             step.optimizer.zero_grad()
-            times.append(seconds(step.accumulate, everything, device))
-        flops = necessary_flops(shape, lengths, step.wanted).total
-        median = float(np.median(times[1:]))
-        base = rows[0] if rows else Row(name, median, flops, 1, 1)
-        rows.append(Row(name, median, flops, median / base.seconds, flops / base.flops))
+            return seconds(step.accumulate, np.arange(pairs), device)
+
+        return measure, necessary_flops(shape, lengths, step.wanted).total
+
+    base, base_flops = prepared(*cases["base"])
+    rows: list[Row] = []
+    for name, case in cases.items():
+        measure, flops = prepared(*case)
+        # In turn with the base case, for a machine's speed drifts; the first of each warms up.
+        times = np.array([(base(), measure()) for _ in range(1 + settings.steps)])[1:]
+        ratio = float(np.median(times[:, 1] / times[:, 0]))
+        rows.append(Row(name, float(np.median(times[:, 1])), flops, ratio, flops / base_flops))
         say("  {0:<12} {1:>9.4f} {3:>9.2f} {4:>9.2f}".format(*rows[-1]))
     return rows

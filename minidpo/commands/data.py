@@ -16,7 +16,9 @@ from minidpo.chat import TEMPLATES
 from minidpo.config import load_either_config
 from minidpo.data import DataReport
 from minidpo.dataset import load_pairs, stream_pairs, tokenized
+from minidpo.errors import UserError
 from minidpo.files import replacing_file, require_place, writing
+from minidpo.formats import shape_of
 from minidpo.hf_config import read_config
 from minidpo.metrics import say
 from minidpo.records import read_records
@@ -30,13 +32,16 @@ def main(arguments: list[str]) -> None:
         parser = argparse.ArgumentParser(prog="python -m minidpo data", add_help=False, allow_abbrev=False)
         parser.add_argument("--held-out", metavar="FILE")
         options, others = parser.parse_known_args(arguments)
-        if options.held_out:
-            require_place("--held-out", options.held_out)
         config = load_either_config(others)
+        if options.held_out is not None:
+            require_place("--held-out", options.held_out)
+            for file in (*config.data.train, *config.data.eval):
+                if Path(file).resolve() == Path(options.held_out).resolve():
+                    raise UserError(f"--held-out {options.held_out}: is a file of the data; name a new one")
         model = Path(config.model.path)
         tokenizer = Tokenizer.from_directory(model)
         _, held_out = load_pairs(config.data, config.optim, tokenizer, read_config(model), config.run.seed)
-        if options.held_out:
+        if options.held_out is not None:
             write_records(Path(options.held_out), held_out)
         return
     default = DataSection()
@@ -76,10 +81,16 @@ def main(arguments: list[str]) -> None:
 
 def write_records(path: Path, pairs: PairTokens) -> None:
     """The records that `pairs` were made of, as their files have them, one JSON line each."""
+    shapes = set()
     with writing(path), replacing_file(path) as temporary, temporary.open("w") as out:
         for place, file in enumerate(pairs.files):
             wanted = set(pairs.index[pairs.file == place].tolist())
             for index, (_, record) in enumerate(read_records(Path(file))):
-                if index in wanted:
+                if index in wanted and isinstance(record, dict):
+                    shapes.add(shape_of(record))
                     out.write(json.dumps(record) + "\n")
+        if len(shapes) > 1:
+            raise UserError(
+                f"--held-out {path}: records of {' and '.join(sorted(shapes))}; a file keeps to one"
+            )
     say(f"{len(pairs)} records held out, written to {path}")

@@ -1,6 +1,6 @@
 """`python -m minidpo explain`: one pair from tokens to loss, a table to check with a calculator.
 
-Every token with its role and its log-prob under policy and reference, the sums, the log-ratios, and what the loss
+Every token (of long texts the ends, unless --every-token is given) with its role and its log-prob under policy and reference, the sums, the log-ratios, and what the loss
 and its gradient make of them; then the same pair under every loss. The numbers are those of `score`, and of the
 first logged step of a run with batch_size 1: nothing is truncated, and the same functions compute them.
 """
@@ -68,7 +68,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--template", default="model", choices=TEMPLATES, help="how messages become text")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
-    parser.add_argument("--every-token", action="store_true", help="also those in the middle of long texts")
+    parser.add_argument(
+        "--every-token", action="store_true", help="also those in the middle of long texts (--json has all)"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object with unrounded numbers")
     options = parser.parse_args(arguments)
 

@@ -68,7 +68,7 @@ def main(arguments: list[str]) -> None:
     device = choose_device(options.device)
     model = load_model(options.model, device=device)
     judge = Judge(options.reward_model, device) if options.reward_model else None
-    if judge and (options.template or options.human is not None or any(p.messages for p in prompts)):
+    if judge and (options.template or any(prompt.messages for prompt in prompts)):
         judge.compare_template(template)
     prompts = _that_fit(prompts, options.max_new_tokens, model.config.max_length, tokenizer, judge)
     progress = Progress("sampling", len(prompts) * options.n, "completions")
