@@ -46,9 +46,9 @@ class TemplateError(ValueError):
 
 
 class ChatTemplate:
-    """kind: one of TEMPLATES. directory: the model's. bos: what its tokenizer puts before a text; eos: what ends one."""
+    """kind: one of TEMPLATES. directory: the model's. eos: what ends a text; bos: what its tokenizer puts before one."""
 
-    def __init__(self, kind: str, directory: Path | None, bos: str, eos: str) -> None:
+    def __init__(self, kind: str, directory: Path | None, eos: str, bos: str = "") -> None:
         self._asked, self._directory, self._bos, self._eos = kind, directory, bos, eos
 
     @cached_property

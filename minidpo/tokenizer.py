@@ -93,7 +93,7 @@ class Tokenizer:
     def chat_template(self, kind: str = "model") -> ChatTemplate:
         """How messages become text for this tokenizer; kind: model, hh or chatml."""
         bos = "" if self.bos_id is None else self.piece(self.bos_id)
-        return ChatTemplate(kind, self._directory, bos, eos=self.piece(self.eos_id))
+        return ChatTemplate(kind, self._directory, self.piece(self.eos_id), bos)
 
     @cached_property
     def identity(self) -> str:
