@@ -1,8 +1,9 @@
 """`python -m minidpo explain`: one pair from tokens to loss, a table to check with a calculator.
 
-Every token (of long texts the ends, unless --every-token is given) with its role and its log-prob under policy and reference, the sums, the log-ratios, and what the loss
-and its gradient make of them; then the same pair under every loss. The numbers are those of `score`, and of the
-first logged step of a run with batch_size 1: nothing is truncated, and the same functions compute them.
+Every token (of long texts the ends, unless --every-token is given) with its role and its log-prob under policy and
+reference, the sums, the log-ratios, and what the loss and its gradient make of them; then the same pair under every
+loss. The numbers are those of `score`, and of the first logged step of a run with batch_size 1: nothing is
+truncated, and the same functions compute them.
 """
 
 import argparse
