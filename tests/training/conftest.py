@@ -1,0 +1,21 @@
+"""The run that the tests of the two scripts' steps share."""
+
+import pytest
+
+from padded import write_pairs
+
+
+@pytest.fixture
+def five_pairs(config, tmp_path) -> list[str]:
+    """Arguments of a run of two steps, each of which averages over all five pairs of padded.py."""
+    return config(
+        data__train=write_pairs(tmp_path / "five.jsonl"),
+        data__eval_pairs=0,
+        optim__batch_size=5,
+        optim__epochs=2,
+        optim__max_steps=2,
+        optim__micro_tokens=64,
+        optim__lr=1e-2,
+        optim__schedule='"constant"',
+        optim__grad_clip=0.0,
+    )
