@@ -1,215 +1,88 @@
-"""Train a reward model on preference pairs: the language model and one Linear(hidden, 1) on the last token.
+"""Train a reward model on preference pairs: the language model, and one Linear(hidden, 1) on each response's
+last token.
 
     python train_rm.py configs/demo_rm.toml --loss.lm_weight=0
 
-    loss = -log sigma(r_chosen - r_rejected - margin) + lm_weight * NLL per token of the chosen ending
+    loss = -log sigma(r_chosen - r_rejected - margin) + lm_weight * NLL per token of the chosen response
                                                       + center_weight * (r_chosen + r_rejected)^2
 
-Both endings of a pair, and the language-modelling loss, come from one forward pass over [prompt | chosen | rejected].
-The same command run again goes on from the last checkpoint.
+Rewards and log-probs come from one forward pass over [prompt | chosen | rejected]. The loop is that of
+train_dpo.py, written out again so that each script reads by itself. The same command run again goes on from
+the last checkpoint.
 """
 
-import time
-from functools import partial
-from pathlib import Path
-
-import numpy as np
 import torch
-from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from minidpo import device as devices
-from minidpo.advice import Advice
-from minidpo.checkpoint import resume, run_identity, save_checkpoint, save_final
-from minidpo.config import load_config, to_dict, write_config
-from minidpo.dataset import load_pairs, longest_pair, require_margins
-from minidpo.distributed import any_rank, first_before_others, launch, leave, rank, ranks, shard, whole
-from minidpo.errors import STOPPED, exit_on_user_error
-from minidpo.guards import MicroTokens, require_finite, stop_on_signals
-from minidpo.losses import bradley_terry_loss, center_penalty, sft_loss
-from minidpo.metrics import Averages, MetricsFile, Progress, console_line, say
-from minidpo.optim import AdamW, learning_rate
-from minidpo.out_directory import claim
-from minidpo.packing import (
-    PairTokens,
-    Wanted,
-    batch_rows,
-    micro_batches,
-    pack_row,
-    padded_pass,
-    total_draws,
-    total_steps,
-)
-from minidpo.reference import pairs_fingerprint
-from minidpo.sections import RewardConfig
-from minidpo.tokenizer import Tokenizer
-from minidpo.weights import model_fingerprint, new_reward_model
+from minidpo.config import RewardConfig, load_config
+from minidpo.data import PairOrder, Tokenizer
+from minidpo.distributed import full_tensor, launch
+from minidpo.errors import exit_on_user_error
+from minidpo.log import Means
+from minidpo.model import new_reward_model
+from minidpo.training import Run, adamw, learning_rate, load_run_pairs, pair_rewards
 
 
 def main(arguments: list[str]) -> None:
     config = load_config(RewardConfig, arguments)
-    loss, optim, run = config.loss, config.optim, config.run
-    out, model_path = Path(run.out), Path(config.model.path)
-    device = devices.choose_device(run.device, run.threads)
-    torch.manual_seed(run.seed)  # of the new head
+    loss, optim = config.loss, config.optim  # loss: BradleyTerry(lm_weight=1.0, margin=0.0, ...)
+    run = Run(config)
 
-    # --- data and model
-    sharded = partial(
-        shard, device=device, dtype=run.dtype
-    )  # over torchrun's processes, if there are several
-    model = new_reward_model(model_path, device, loss.lm_weight > 0, prepare=sharded)
-    tokenizer = Tokenizer.from_directory(model_path)
-    template = tokenizer.chat_template(config.data.template).to_keep
-    with first_before_others():
-        train, held_out = load_pairs(config.data, optim, tokenizer, model.config, run.seed, out / "tokens")
-    if loss.margin_from_data:
-        require_margins(train)
-        require_margins(held_out)
-    model.activation_checkpointing = run.activation_checkpointing
-    if run.compile:
-        model.compile_layers()
-    optimizer = AdamW(model, optim)
-    steps = total_steps(len(train), optim.batch_size, optim.epochs, optim.max_steps)
-
-    # --- take up an earlier run of this directory, if there is one and it is this run
-    fingerprints = {"model": model_fingerprint(model_path), "data": pairs_fingerprint(train)}
-    identity = run_identity(to_dict(config), fingerprints)
-    claim(out)
-    first_step = resume(out, model, optimizer, identity, run.keep_checkpoints)
-    write_config(config, out)
-    parameters = sum(p.numel() for p in model.parameters())
-    metrics = MetricsFile(out / "metrics.jsonl", first_step, run.tensorboard)
-    say(
-        f"reward model: {parameters:,} parameters, {len(train)} pairs to train on,"
-        f" {len(held_out)} held out, {steps} steps of {optim.batch_size} pairs on {devices.describe(device, run)}"
-    )
-    advice = Advice("rm", parameters, optim.lr)
-    if optim.warmup_steps > steps:
-        say(
-            f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}: lr never reaches {optim.lr}"
-        )
-    if first_step >= steps:
-        # Written again, for it may have been moved away since.
-        final = save_final(out, model, model_path, template)
-        say(f"nothing left to do: step {first_step} of {steps} is done, {final}")
-        return
-
-    wanted = Wanted(chosen_logps=loss.lm_weight > 0, rewards=True)
-    tokens = train.lengths.sum(axis=1)
-    place = rank(), ranks()  # each process of the run takes its share of the micro-batches
-    longest, row = longest_pair(train, held_out), optim.micro_tokens
-    if device.type == "cuda":  # where rows are padded to one length
-        row = max(longest, padded_pass(tokens, optim.batch_size, optim.micro_tokens, ranks()))
-    room = MicroTokens(row, longest)
-
-    def compare(pairs: PairTokens, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of each pair in `rows` (one micro-batch), and what to watch, both (B,) a quantity."""
-        packed = pack_row(pairs.select(rows), wanted, devices.row_length(device, room.tokens)).to(device)
-        with devices.autocast(device, run.dtype):
-            rewards, chosen_logps = model.pair_rewards(packed)  # (B, 2), (B,)
-        chosen, rejected = rewards.unbind(dim=1)
-        margin = torch.full_like(chosen, loss.margin)
-        if loss.margin_from_data:
-            margin += torch.as_tensor(pairs.margin)[rows].to(margin)
-        preference = bradley_terry_loss(chosen, rejected, margin, loss.label_smoothing)
-        losses = preference + loss.center_weight * center_penalty(chosen, rejected)
-        watched = {
-            "preference_loss": preference,
-            "accuracy": chosen > rejected,
-            "margin": chosen - rejected,
-            "mean_reward": (chosen + rejected) / 2,
-        }
-        if chosen_logps is not None:
-            watched["lm_loss"] = sft_loss(chosen_logps, packed.scored_lengths)
-            losses = losses + loss.lm_weight * watched["lm_loss"]
-        return losses, {"loss": losses} | watched
-
-    def accumulate(batch: np.ndarray) -> Averages:
-        """Add up the gradient of the batch's mean loss, one micro-batch after the other; returns what to watch."""
-        optimizer.zero_grad()  # a pass that ran out of memory may have left a part of it
-        averages = Averages()
-        for rows in micro_batches(batch, tokens[batch], room.tokens, *place):
-            losses, watched = compare(train, rows)
-            # Over the whole batch's pairs, so that the cut into micro-batches changes nothing but rounding.
-            (losses.sum() / len(batch)).backward()
-            averages.add(watched)
-        return averages.over_all_ranks()
+    # --------------------------------------------------------------------------------------------------------
+    # Data, and the language model under a new head
+    tokenizer = Tokenizer.from_pretrained(config.model.path)
+    train, held_out = load_run_pairs(config, tokenizer)
+    train_tokens, held_out_tokens = train.tokens(), held_out.tokens()  # per pair, with both responses
+    order = PairOrder(len(train), optim.batch_size, optim.epochs, optim.max_steps, run.seed)
+    model = new_reward_model(config.model.path, run.device, loss.lm_weight > 0, prepare=run.prepare)
+    optimizer = adamw(model, optim)
+    step = run.resume(model, optimizer, tokenizer, train, len(order))
+    run.announce(train, held_out)
+    if step == len(order):
+        return run.finish(step, model, optimizer)
 
     @torch.no_grad()
-    def losses_one_by_one(batch: np.ndarray) -> list[float]:
-        return [compare(train, batch[i : i + 1])[0].item() for i in range(len(batch))]
-
-    def evaluate(step: int) -> None:
-        """Loss and metrics over all held-out pairs, to the console and metrics.jsonl."""
+    def evaluate() -> None:
+        """Loss and metrics over all held-out pairs."""
         if not len(held_out):
             return
-        averages = Averages()
-        own = micro_batches(np.arange(len(held_out)), held_out.lengths.sum(axis=1), room.tokens, *place)
-        progress = Progress("evaluating", sum(map(len, own)), "pairs")
-        with torch.no_grad():
-            for rows in own:
-                averages.add(compare(held_out, rows)[1])
-                progress.advance(len(rows))
-        progress.clear()
-        values = averages.over_all_ranks().means()
-        advice.on_evaluation(values)
-        values = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
-        metrics.write(values)
-        say(console_line(values, steps, 0, "eval/"))
+        means = Means()
+        for rows in run.micro_batches(held_out_tokens, label="evaluating"):
+            rewards = pair_rewards(model, held_out, rows, loss, run.device, run.dtype)
+            means.add(loss.metrics(rewards, loss(rewards)))
+        run.log_evaluation(step, means.all_reduce().means())
 
-    # --- the loop
-    if first_step == 0:
-        evaluate(0)
-    started, first_pass = time.monotonic(), first_step
-    trained, seconds = 0, 0.0  # tokens since the last line of the log, and the time their steps took
-    with stop_on_signals() as stop:
-        for step in range(first_step, steps):
-            step_started = time.monotonic()
-            optimizer.lr = lr = learning_rate(step, steps, optim)
-            batch = batch_rows(step, len(train), optim.batch_size, optim.epochs, run.seed)
-            averages = room.fit(step + 1, partial(accumulate, batch))
-            norm = clip_grad_norm_(model.parameters(), optim.grad_clip or float("inf"))
-            grad_norm = whole(norm).item()
-            require_finite(
-                step + 1,
-                averages.mean("loss"),
-                grad_norm,
-                out,
-                train.select(batch),
-                tokenizer,
-                partial(losses_one_by_one, batch),
-            )
+    # --------------------------------------------------------------------------------------------------------
+    # Training loop
+    if step == 0:
+        evaluate()
+    with run.stop_on_signals():
+        while step < len(order) and not run.stop_requested():
+            lr = learning_rate(step, len(order), optim)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+
+            batch, means = order[step], Means()
+            for rows in run.micro_batches(train_tokens, batch):
+                rewards = pair_rewards(model, train, rows, loss, run.device, run.dtype)
+                losses = loss(rewards)  # (B,)
+                (losses.sum() / len(batch)).backward()  # divided by the size of the whole batch
+                means.add(loss.metrics(rewards, losses))
+            metrics = means.all_reduce().means()
+            norm = clip_grad_norm_(model.parameters(), optim.grad_clip or torch.inf)
+            grad_norm = full_tensor(norm).item()
+            run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))
             optimizer.step()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=True)
+            step += 1
 
-            trained, seconds = trained + tokens[batch].sum(), seconds + time.monotonic() - step_started
-
-            done = step + 1
-            if done == 1 or done % run.log_every == 0 or done == steps:
-                drawn = min(done * optim.batch_size, total_draws(len(train), optim.epochs))
-                values = {"step": done, "epoch": drawn / len(train)}
-                values |= averages.means() | {"lr": lr, "grad_norm": grad_norm}
-                values["tokens_per_s"] = trained / seconds
-                trained, seconds = 0, 0.0
-                metrics.write(values)
-                advice.on_step(values)
-                seconds_left = (time.monotonic() - started) / (done - first_pass) * (steps - done)
-                say(console_line(values, steps, seconds_left))
-            if done == steps or (run.eval_every and done % run.eval_every == 0):
-                evaluate(done)
-            if done == steps:  # before its checkpoint, which says that nothing is left to do
-                final = save_final(out, model, model_path, template)
-            stopping = any_rank(bool(stop))
-            if stopping or done == steps or (run.save_every and done % run.save_every == 0):
-                saved = save_checkpoint(
-                    out, done, model, optimizer, identity, run.keep_checkpoints, model_path, template
-                )
-                if stopping and done < steps:
-                    say(f"stopped after step {done}, saved {saved}; the same command goes on from there")
-                    leave(STOPPED)
-    say(f"done: {final}")
-    if stopping:  # while it was finishing: nothing is lost, but whoever pressed Ctrl-C wants nothing more
-        leave(STOPPED)
+            values = {"epoch": order.epoch(step)} | metrics | {"lr": lr, "grad_norm": grad_norm}
+            run.log(step, values, tokens=train_tokens[batch].sum())
+            if run.due(config.run.eval_every, step):
+                evaluate()
+            if run.due(config.run.save_every, step):
+                run.save(step, model, optimizer)
+        run.finish(step, model, optimizer)
 
 
 if __name__ == "__main__":

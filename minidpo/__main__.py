@@ -1,4 +1,4 @@
-"""`python -m minidpo COMMAND`: each command is a file in minidpo/commands with a `main(arguments)`."""
+"""`python -m minidpo COMMAND`: each command is a file in minidpo/tools with a `main(arguments)`."""
 
 import importlib
 
@@ -9,12 +9,11 @@ COMMANDS = {
     "exact": "every loss trained to its analytic optimum in a world small enough to list",
     "frontier": "true reward against KL for DPO, IPO and SimPO: the DPO paper's Figure 2, on a CPU",
     "plot": "how a run went, or how several compare, as a figure",
-    "memory": "which model fits on how many GPUs",
     "data": "what a run would be trained on: read, dropped and why, truncated, lengths",
     "explain": "one pair from tokens to loss and gradient weight, to check with a calculator",
     "score": "log-probs or rewards of every pair of a preference file, accuracy and calibration",
-    "sample": "completions of a prompt; best of n by a reward model, and preferences made of them",
-    "bench": "how fast a training step is here, stage by stage, beside the textbook's and TRL's",
+    "sample": "responses to a prompt; best of n by a reward model, and preferences made of them",
+    "bench": "how fast a training step is here, beside the textbook's and TRL's",
 }
 
 
@@ -25,7 +24,7 @@ def main(arguments: list[str]) -> None:
         return
     if arguments[0] not in COMMANDS:
         raise UserError(f"no command {arguments[0]!r}; there are {', '.join(COMMANDS)}")
-    importlib.import_module(f"minidpo.commands.{arguments[0]}").main(arguments[1:])
+    importlib.import_module(f"minidpo.tools.{arguments[0]}").main(arguments[1:])
 
 
 if __name__ == "__main__":

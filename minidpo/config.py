@@ -1,4 +1,8 @@
-"""Configuration: the defaults of sections.py, then the TOML file, then `--section.key=value`. Unknown keys are fatal."""
+"""Configuration: the defaults, then the TOML file, then `--section.key=value`. Unknown keys are errors.
+
+The keys are those of sections.py; the keys of train_dpo.py's [loss] are `name` and the fields of the loss it
+names.
+"""
 
 import dataclasses
 import tomllib
@@ -8,194 +12,233 @@ from typing import Any, TypeVar, get_type_hints
 from minidpo.distributed import rank
 from minidpo.errors import UserError
 from minidpo.files import writing
-from minidpo.sections import LOSS_READS, PreferenceConfig, PreferenceLossSection, RewardConfig
+from minidpo.losses import DPO, LOSSES, PreferenceLoss
+from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.settings import fault, help_lines, keys_of, one_of, setting, toml
 
-Config = TypeVar("Config", PreferenceConfig, RewardConfig)
+Config = TypeVar("Config", DPOConfig, RewardConfig)
+Values = dict[str, dict[str, Any]]  # section -> key -> value
+
+
+@dataclasses.dataclass
+class LossName:
+    name: str = setting(DPO.name, "which loss", one_of(*LOSSES))
 
 
 def load_config(kind: type[Config], arguments: list[str]) -> Config:
-    """The configuration that `FILE.toml --section.key=value ...` means. Raises UserError naming file and key."""
+    """The configuration that `FILE.toml --section.key=value ...` means. Raises UserError naming file and
+    key."""
     if any(argument in ("-h", "--help") for argument in arguments):
         if rank() == 0:
             print(describe(kind))
         raise SystemExit(0)
-    files = [argument for argument in arguments if not argument.startswith("--")]
-    if len(files) != 1:
-        extra = f" ({', '.join(files)}; settings are written --section.key=value, with =)" if files else ""
-        raise UserError(f"one configuration file is needed, {len(files)} given{extra}; --help lists the keys")
-    config = kind()
-    for section, values in _read_toml(Path(files[0])).items():
-        if not isinstance(values, dict):
-            raise UserError(f"{files[0]}: {section!r} stands outside any [section]")
-        for name, value in values.items():
-            _set(config, section, name, value, files[0])
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, text = argument[2:].partition("=")
-            section, dot, name = name.partition(".")
-            if not (equals and dot):
-                raise UserError(f"{argument}: command-line settings have the form --section.key=value")
-            _set(config, section, name, _parse(config, section, name, text), "command line")
+    file, of_file = _file_of(arguments)
+    typed = _typed([argument for argument in arguments if argument.startswith("--")])
+    if kind is DPOConfig:
+        _drop_keys_of_another_loss(of_file, typed, file)
+
+    sections = _section_types(kind, file, of_file, typed)
+    values: Values = {section: {} for section in sections}
+    for where, given in ((file, of_file), ("command line", typed)):
+        for section, settings in given.items():
+            for name, value in settings.items():
+                key = _key(sections, section, name, where)
+                values[section][name] = _value(section, key, value, where)
+    if kind is DPOConfig:
+        values["loss"].pop("name", None)  # It has chosen the class of the section.
+    made = {section: sections[section](**values[section]) for section in sections}
+    config = kind(**made)
     _check(config)
     return config
 
 
-def load_either_config(arguments: list[str]) -> PreferenceConfig | RewardConfig:
-    """As `load_config`, of a configuration of either script: train_rm.py's where [loss] has a key that only it knows."""
-    files = [argument for argument in arguments if not argument.startswith("--")]
-    loss = _read_toml(Path(files[0])).get("loss") if len(files) == 1 else None
-    of_reward_models = vars(RewardConfig().loss).keys() - vars(PreferenceConfig().loss).keys()
-    if isinstance(loss, dict) and of_reward_models & loss.keys():
+def load_either_config(arguments: list[str]) -> DPOConfig | RewardConfig:
+    """As `load_config`, for the configuration of either script: train_rm.py's if [loss] has a key only it
+    knows."""
+    _, of_file = _file_of(arguments)
+    of_losses = {name for loss in LOSSES.values() for name in keys_of(loss)}
+    of_reward_model = keys_of(get_type_hints(RewardConfig)["loss"]).keys() - of_losses
+    if of_reward_model & of_file.get("loss", {}).keys():
         return load_config(RewardConfig, arguments)
-    return load_config(PreferenceConfig, arguments)
+    return load_config(DPOConfig, arguments)
 
 
-def loss_of_run(model: Path) -> PreferenceLossSection | None:
-    """[loss] of the run whose final/ `model` is, from the config.toml beside it; None where there is none, or it is no
-    preference loss."""
+def loss_of_run(model: Path) -> PreferenceLoss | None:
+    """The loss of the run whose final/ is `model`, from the config.toml beside it; None if there is none."""
     file = model.parent / "config.toml"
     if model.resolve().name != "final" or not file.is_file():
         return None
-    loss = _read_toml(file).get("loss")
-    if not isinstance(loss, dict) or loss.get("name") not in LOSS_READS:
+    given = _read_toml(file).get("loss", {})
+    cls = LOSSES.get(given.get("name", ""))
+    if cls is None:  # the run of a reward model
         return None
-    config = PreferenceConfig()
-    for name, value in loss.items():
-        _set(config, "loss", name, value, str(file))
-    check_section("loss", config.loss)
-    return config.loss
+    values = {
+        name: _value("loss", _key({"loss": cls}, "loss", name, str(file)), value, str(file))
+        for name, value in given.items()
+        if name != "name"
+    }
+    return cls(**values)
 
 
-def to_dict(config: Config) -> dict[str, dict[str, Any]]:
-    return dataclasses.asdict(config)
+def to_dict(config: DPOConfig | RewardConfig) -> Values:
+    """Section -> key -> value. The [loss] of train_dpo.py begins with its name."""
+    sections = dataclasses.asdict(config)
+    if isinstance(config, DPOConfig):
+        sections["loss"] = {"name": config.loss.name} | sections["loss"]
+    return sections
 
 
-def to_toml(config: Config) -> str:
+def to_toml(config: DPOConfig | RewardConfig) -> str:
     """The resolved configuration as TOML that `load_config` reads back to the same values."""
-    lines: list[str] = []
+    blocks = []
     for section, values in to_dict(config).items():
-        lines += ["", f"[{section}]"] if lines else [f"[{section}]"]
-        lines += [f"{name} = {_toml_value(value)}" for name, value in values.items()]
-    return "\n".join(lines) + "\n"
+        blocks.append(
+            "\n".join([f"[{section}]", *(f"{name} = {toml(value)}" for name, value in values.items())])
+        )
+    return "\n\n".join(blocks) + "\n"
 
 
-def write_config(config: Config, out: Path) -> None:
+def write_config(config: DPOConfig | RewardConfig, out: Path) -> None:
     """OUT/config.toml: the resolved configuration."""
     if rank() == 0:
         with writing(out / "config.toml"):
             (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
 
 
-def describe(kind: type[Config]) -> str:
+def describe(kind: type[DPOConfig] | type[RewardConfig]) -> str:
     """Every key with its default and a line about it."""
     lines = ["usage: python SCRIPT CONFIG.toml [--section.key=value ...]", ""]
-    for section, values in vars(kind()).items():
+    for section, section_type in get_type_hints(kind).items():
         lines.append(f"[{section}]")
-        for f in dataclasses.fields(values):
-            default = _toml_value(getattr(values, f.name))
-            choices = f" ({f.metadata['must']})" if f.metadata["must"].startswith("one of") else ""
-            lines.append(f"  {f.name + ' = ' + default:<30} {f.metadata['about']}{choices}")
+        if section_type is not PreferenceLoss:
+            lines += help_lines(section_type)
+            continue
+        lines += help_lines(LossName)
+        for name, loss in LOSSES.items():
+            lines += [f"  with name = {toml(name)}, {loss.equation}:", *help_lines(loss, indent="    ")]
     return "\n".join(lines)
 
 
-def check_section(section: str, values: Any) -> None:
-    """Raises UserError that names the key for a value out of range, or one that the chosen loss does not read."""
-    for f in dataclasses.fields(values):
-        value = getattr(values, f.name)
-        if f.metadata["check"] and not f.metadata["check"](value):
-            raise UserError(f"{section}.{f.name} = {_toml_value(value)}; it must be {f.metadata['must']}")
-    if isinstance(values, PreferenceLossSection):
-        for f in dataclasses.fields(values):
-            used = f.name == "name" or f.name in LOSS_READS[values.name]
-            if not used and getattr(values, f.name) != f.default:
-                raise UserError(
-                    f"{section}.{f.name} = {_toml_value(getattr(values, f.name))} has no meaning for"
-                    f" {section}.name = {values.name!r}; leave it out"
-                )
+def _file_of(arguments: list[str]) -> tuple[str, Values]:
+    """The one configuration file among the arguments, and what it says."""
+    files = [argument for argument in arguments if not argument.startswith("--")]
+    if len(files) != 1:
+        extra = f" ({', '.join(files)}; settings are written --section.key=value, with =)" if files else ""
+        raise UserError(f"one configuration file is needed, {len(files)} given{extra}; --help lists the keys")
+    return files[0], _read_toml(Path(files[0]))
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def _read_toml(path: Path) -> Values:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        sections = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise UserError(f"{path}: cannot be read as TOML ({error})") from None
+    for section, values in sections.items():
+        if not isinstance(values, dict):
+            raise UserError(f"{path}: {section!r} stands outside any [section]")
+    return sections
 
 
-def _lookup(config: Any, section: str, name: str, where: str) -> tuple[Any, dataclasses.Field]:
-    sections = vars(config)
+class _Typed(str):
+    """A value from the command line: the type of its key decides how the text is read."""
+
+
+def _typed(arguments: list[str]) -> Values:
+    sections: Values = {}
+    for argument in arguments:
+        name, equals, text = argument[2:].partition("=")
+        section, dot, name = name.partition(".")
+        if not (equals and dot):
+            raise UserError(f"{argument}: command-line settings have the form --section.key=value")
+        sections.setdefault(section, {})[name] = _Typed(text)
+    return sections
+
+
+def _drop_keys_of_another_loss(of_file: Values, typed: Values, file: str) -> None:
+    """Where the command line changes loss.name, the keys in the file's [loss] belong to another loss."""
+    loss, name = of_file.get("loss", {}), typed.get("loss", {}).get("name")
+    former = loss.get("name", DPO.name)
+    dropped = [key for key in loss if key != "name"]
+    if name is not None and name != former and dropped:
+        of_file["loss"] = {}
+        if rank() == 0:
+            print(f"loss.name = {name}: {', '.join(dropped)} in {file} belong to {former} and are not read")
+
+
+def _section_types(kind: type, file: str, of_file: Values, typed: Values) -> dict[str, Any]:
+    """Section -> its dataclass. loss.name chooses that of train_dpo.py's [loss]."""
+    types = get_type_hints(kind)
+    if kind is DPOConfig:
+        name, where = of_file.get("loss", {}).get("name", DPO.name), file
+        if "name" in typed.get("loss", {}):
+            name, where = typed["loss"]["name"], "command line"
+        types["loss"] = LOSSES[_value("loss", keys_of(LossName)["name"], name, where)]
+    return types
+
+
+def _key(sections: dict[str, Any], section: str, name: str, where: str) -> dataclasses.Field:
+    """The field that section.name is. Raises UserError that lists those there are."""
+    other, script = (RewardConfig, "train_rm.py") if "reference" in sections else (DPOConfig, "train_dpo.py")
+    theirs = get_type_hints(other)
+    theirs["loss"] = theirs["loss"] if other is RewardConfig else DPO
     if section not in sections:
-        raise UserError(
-            f"{where}: no section [{section}]; there are {', '.join(sections)}{_hint(config, section)}"
-        )
-    for f in dataclasses.fields(sections[section]):
-        if f.name == name:
-            return sections[section], f
-    keys = ", ".join(vars(sections[section]))
-    raise UserError(f"{where}: no key {section}.{name}; [{section}] has {keys}{_hint(config, section, name)}")
+        hint = f" (it belongs to {script})" if section in theirs else ""
+        raise UserError(f"{where}: no section [{section}]; there are {', '.join(sections)}{hint}")
+    keys = keys_of(sections[section])
+    if issubclass(sections[section], PreferenceLoss):
+        keys = keys_of(LossName) | keys
+    if name not in keys:
+        of_loss = f" of {sections[section].name}" if section == "loss" else ""
+        hint = f" (it belongs to {script})" if name in keys_of(theirs.get(section)) else ""
+        raise UserError(f"{where}: no key {section}.{name}; [{section}]{of_loss} has {', '.join(keys)}{hint}")
+    return keys[name]
 
 
-def _hint(config: Any, section: str, name: str = "") -> str:
-    """Whose key it would be."""
-    of_rm = type(config) is PreferenceConfig
-    other, script = (
-        vars(RewardConfig() if of_rm else PreferenceConfig()),
-        f"train_{'rm' if of_rm else 'dpo'}.py",
-    )
-    there = vars(other[section]) if section in other else None
-    return f" (it belongs to {script})" if there is not None and (not name or name in there) else ""
-
-
-def _set(config: Any, section: str, name: str, value: Any, where: str) -> None:
-    target, _ = _lookup(config, section, name, where)
-    kind = get_type_hints(type(target))[name]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+def _value(section: str, key: dataclasses.Field, value: Any, where: str) -> Any:
+    """`value` for the setting `key`, of its type and allowed."""
+    if isinstance(value, _Typed):
+        value = _read(key, str(value))
+    if key.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    fits = isinstance(value, list) and all(isinstance(v, str) for v in value) if kind == list[str] else (
-        type(value) is kind
-    )  # fmt: skip
+    if key.type == list[str]:
+        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    else:
+        fits = type(value) is key.type
     if not fits:
         wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-        raise UserError(
-            f"{where}: {section}.{name} = {value!r}; {wanted.get(kind, 'a list of texts')} is needed"
-        )
-    setattr(target, name, value)
+        needed = wanted.get(key.type, "a list of texts")  # type: ignore[arg-type]
+        raise UserError(f"{where}: {section}.{key.name} = {value!r}; {needed} is needed")
+    if wrong := fault(key, value):
+        raise UserError(f"{section}.{key.name} = {toml(value)}; {wrong}")
+    return value
 
 
-def _parse(config: Any, section: str, name: str, text: str) -> Any:
-    """A command-line value by its key's type; text needs no quotes, a list is separated by commas."""
-    target, _ = _lookup(config, section, name, "command line")
-    kind = get_type_hints(type(target))[name]
-    if kind is str:
+def _read(key: dataclasses.Field, text: str) -> Any:
+    """Text from the command line: texts need no quotes there, lists are separated by commas."""
+    if key.type is str:
         return text
-    if kind == list[str] and not text.startswith("["):
+    if key.type == list[str] and not text.startswith("["):
         return [part for part in text.split(",") if part]
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text  # of the wrong type: `_set` says so
+        return text  # which has the wrong type, and `_value` says so
 
 
-def _check(config: Any) -> None:
+def _check(config: DPOConfig | RewardConfig) -> None:
+    """What defaults and settings must fulfil together."""
     for section, values in vars(config).items():
-        check_section(section, values)
+        for name, key in keys_of(values).items():
+            if wrong := fault(key, getattr(values, name)):
+                raise UserError(f"{section}.{name} = {toml(getattr(values, name))}; {wrong}")
     if (Path(config.run.out) / "config.json").is_file():
         raise UserError(
-            f"run.out = {config.run.out} holds a model (config.json); a run wants a directory of its own"
+            f"run.out = {config.run.out} holds a model (config.json); a run needs a directory of its own"
         )
     if config.data.max_prompt_length >= config.data.max_length:
         raise UserError(
-            f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for an ending;"
+            f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for a response;"
             f" it must be below data.max_length = {config.data.max_length}"
         )
-
-
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_toml_value, value)) + "]"
-    return repr(value)

@@ -1,12 +1,10 @@
-"""Files that are either whole or not there: written beside their place, then renamed into it."""
+"""Files and directories that are either whole or absent: written beside their place, then renamed into it."""
 
-import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +17,7 @@ from minidpo.errors import UserError, one_line
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path; when the block ends well the file there takes the place of `path`."""
+    """Yield a temporary path; when the block ends well, the file written there takes the place of `path`."""
     temporary = _beside(path, "tmp")
     try:
         yield temporary
@@ -31,37 +29,34 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
-    """Yield a new temporary directory; when the block ends well it takes the place of `path`."""
+    """Yield a new temporary directory; when the block ends well, it takes the place of `path`."""
     temporary, aside = _beside(path, "tmp"), _beside(path, "old")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
-        _sync(temporary)
-        if not path.exists():
-            os.replace(temporary, path)
-        elif not _exchange(temporary, path):
-            # A directory cannot be renamed over a full one: the old one steps aside first. After a kill between
-            # these two lines it has another name, from which `clear_leftovers` brings it back.
+        for part in (*temporary.iterdir(), temporary):
+            _sync(part)
+        # A directory cannot be renamed over a full one, so the old one is renamed out of the way first. If
+        # the process is killed between the two renames, `clear_leftovers` gives the old one its name back.
+        if path.exists():
             os.replace(path, aside)
-            os.replace(temporary, path)
-            shutil.rmtree(aside)
+        os.replace(temporary, path)
         _sync(path.parent)
+        shutil.rmtree(aside, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def remove_directory(path: Path) -> None:
-    """Delete a directory so that a kill half-way leaves no part of it under its name."""
+    """Delete a directory; if the process is killed half-way, no part of it is left under its name."""
     doomed = _beside(path, "tmp")
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
 
 def clear_leftovers(directory: Path) -> None:
-    """Undo what killed processes left half done in `directory`, in which no other process may be at work."""
+    """Undo what killed processes left half done in `directory`. No other process may be using it."""
     for path in directory.glob(".*"):
         match = re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", path.name)
         if match and match[2] == "old" and not (directory / match[1]).exists():
@@ -79,47 +74,24 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise UserError(
-            f"{path}: cannot be written ({reason}); make room for it, or write elsewhere"
-        ) from None
+        raise UserError(f"{path}: cannot be written ({reason}); make room, or write elsewhere") from None
 
 
 def require_place(option: str, path: str | Path) -> None:
-    """Raises `UserError` that names the option unless a file could be written at `path`: said before the work."""
+    """Raises UserError that names the option unless a file can be made at `path`; called before the work."""
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise UserError(f"{option} {path}: a file in a directory that exists is needed")
 
 
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two directories in one step, so that both names always lead somewhere; False where that cannot be."""
-    if not sys.platform.startswith("linux"):
-        return False
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # Linux: Python has no name for it
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def require_file(path: Path, hint: str) -> Path:
-    """`path` if it is a file; else a UserError that names it and says what should be there."""
+    """`path` if it is a file; otherwise raises UserError that names it and says what should be there."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; {hint}")
     return path
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object that the file is; else a UserError."""
+    """The JSON object in `file`. Raises UserError for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -130,13 +102,25 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def fingerprint(*parts: bytes | str | Path) -> str:
-    """Hex digest of texts, bytes and whole files, in order: equal content, equal fingerprint."""
+    """Hex digest of texts, bytes and whole files, in order: equal contents give equal fingerprints."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Path):
             with part.open("rb") as file:
-                content = hashlib.file_digest(file, "sha256").digest()
-        else:
-            content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
+                part = hashlib.file_digest(file, "sha256").digest()
+        content = part.encode(errors="surrogatepass") if isinstance(part, str) else part
         digest.update(len(content).to_bytes(8, "little") + content)
     return digest.hexdigest()
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until the disk has the contents: a rename may otherwise survive a power cut that they do not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

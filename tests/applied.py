@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-MAKES_THE_OPTIMIZER = "AdamW"  # the name in both scripts that is called with (model, optim)
+MAKES_THE_OPTIMIZER = "adamw"  # the name in both scripts that is called with (model, optim)
 
 
 class Step(NamedTuple):

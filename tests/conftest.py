@@ -1,20 +1,17 @@
-"""Makes the two scripts importable, and gives tests a small world of files: a model directory and preferences."""
+"""A small world of files for the tests: model directories and preferences."""
 
 import gzip
 import json
 import random
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
     """A directory with model/ (random Llama, its tokenizer), other/ (other weights) and pairs.jsonl.gz (HH)."""
-    from minidpo.weights import save_model
+    from minidpo.model.pretrained import save_model
     from tiny import tiny_model, write_tokenizer
 
     directory = tmp_path_factory.mktemp("world")
@@ -39,7 +36,7 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture
 def directory(tmp_path) -> Path:
     """A saved tiny model, to be spoilt by a test."""
-    from minidpo.weights import save_model
+    from minidpo.model.pretrained import save_model
     from tiny import tiny_model
 
     save_model(tiny_model(), tmp_path)
@@ -48,9 +45,9 @@ def directory(tmp_path) -> Path:
 
 @pytest.fixture
 def tokenizer(world):
-    from minidpo.tokenizer import Tokenizer
+    from minidpo.data.tokenizer import Tokenizer
 
-    return Tokenizer.from_directory(world / "model")
+    return Tokenizer.from_pretrained(world / "model")
 
 
 @pytest.fixture

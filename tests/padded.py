@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minidpo.reward import RewardModel
+from minidpo.model import RewardModel
 from tiny import EOS, tiny_reward_model
 
 PAIRS = [  # prompt, chosen, rejected, margin

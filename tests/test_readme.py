@@ -1,6 +1,5 @@
 """The README and docs/: every command is run, small; every equation, path, key and printed number is held against the code."""
 
-import copy
 import dataclasses
 import gzip
 import importlib
@@ -11,21 +10,18 @@ import shlex
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 import train_dpo
 import train_rm
-from minidpo import logprobs, losses
+from minidpo import losses
 from minidpo.__main__ import COMMANDS
 from minidpo.__main__ import main as minidpo
-from minidpo.commands import memory
-from minidpo.commands.exact import claims
-from minidpo.commands.exact_world import make_world
-from minidpo.packing import PairTokens, Wanted, pack_row
-from minidpo.sections import PreferenceConfig, RewardConfig
-from tiny import padded_rows, random_pairs, tiny_model
+from minidpo.losses import LOSSES
+from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.tools.exact import claims
+from minidpo.verify.exact_world import make_world
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,11 +39,11 @@ ELSEWHERE = {
     "pip install": "continuous integration installs",
     "pytest -n 2": "this is it",
     "hf download": "needs a network",
-    "torchrun": "tests/test_distributed.py",
-    "python -m minidpo demo": "tests/test_world.py",
-    "python -m minidpo exact": "tests/test_exact.py",
-    "python -m minidpo frontier": "tests/test_frontier.py",
-    "python -m minidpo bench": "tests/test_bench.py",
+    "torchrun": "tests/robustness/test_distributed.py",
+    "python -m minidpo demo": "tests/tools/test_world.py",
+    "python -m minidpo exact": "tests/verify/test_exact.py",
+    "python -m minidpo frontier": "tests/tools/test_frontier.py",
+    "python -m minidpo bench": "tests/tools/test_bench.py",
 }
 SMALL = {
     "train_dpo.py": "--optim.max_steps=2 --optim.warmup_steps=0 --optim.micro_tokens=256 --data.max_length=64"
@@ -123,7 +119,7 @@ def test_the_first_dpo_loss_that_the_readme_promises_is_ln_2():
 
 
 def rows() -> list[tuple[str, str]]:
-    found = re.findall(r"^\| .* \| `(.*)` \| `(\w+_loss\(.*)` \|$", README, re.MULTILINE)
+    found = re.findall(r"^\| .* \| `(.*)` \| `(\w+\(.*\))` \|$", README, re.MULTILINE)
     assert len(found) >= 6
     return found
 
@@ -134,6 +130,8 @@ def test_an_equation_and_the_code_beside_it_are_equal(equation, code):
     names = {name: torch.randn(5, dtype=torch.float64) for name in "pi_c pi_r ref_c ref_r r_c r_r".split()}
     names |= {"n_c": torch.arange(3, 8), "n_r": torch.arange(9, 4, -1), "beta": 0.3, "gamma": 0.7, "e": 0.1}
     z = names["beta"] * ((names["pi_c"] - names["ref_c"]) - (names["pi_r"] - names["ref_r"]))
+    values = [names[name] for name in ("pi_c", "pi_r", "ref_c", "ref_r", "n_c", "n_r")]
+    names["pairs"] = losses.PairLogps(*values)
     by_hand = eval(equation, {"log": torch.log, "sigmoid": torch.sigmoid, "z": z}, names)
     torch.testing.assert_close(eval(code, vars(losses) | {}, names), by_hand)
 
@@ -149,23 +147,10 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page):
         torch.set_default_dtype(dtype)
 
 
-def test_the_plain_step_of_the_readme_is_minidpos():
+def test_the_textbook_of_the_readme_is_the_file():
+    """The README shows minidpo/textbook.py as it is; tests/model/test_textbook.py holds it against the fast path."""
     (block,) = blocks(README, "python")
-    names: dict = {}
-    exec(block, names)
-    policy, reference = tiny_model(1), tiny_model(2)
-    twin = copy.deepcopy(policy)
-    pairs = random_pairs(np.random.default_rng(0), 4)
-    tokens, mask = padded_rows(pairs)
-    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    names["step"](policy, reference, optimizer, tokens, mask)
-    row = pack_row(PairTokens.from_pairs(pairs), Wanted(chosen_logps=True, rejected_logps=True))
-    with torch.no_grad():
-        reference_logps = logprobs.response_logps(reference, row)
-    policy_logps = logprobs.response_logps(twin, row)
-    losses.dpo_loss(*policy_logps.unbind(1), *reference_logps.unbind(1)).losses.mean().backward()
-    for ours, theirs in zip(twin.parameters(), policy.parameters(), strict=True):
-        torch.testing.assert_close(ours.detach() - ours.grad, theirs.detach(), rtol=1e-4, atol=1e-5)
+    assert block == (ROOT / "minidpo/textbook.py").read_text(encoding="utf-8")
 
 
 # --- paths, keys, names ---------------------------------------------------------------------------------------
@@ -182,19 +167,25 @@ def test_every_path_that_a_page_names_is_there(page):
     ] == []
 
 
-def test_every_file_of_the_package_is_on_the_map():
+def test_the_map_is_true():
+    """Every room of the package and every command is on the map, which fits on a screen."""
     start = README.index("## The map")
     the_map = README[start : README.index("\n## ", start)]
-    files = [path.name for path in (ROOT / "minidpo").glob("*.py") if not path.name.startswith("__")]
-    assert [name for name in files if name not in the_map] == []
+    rooms = [p.name for p in (ROOT / "minidpo").iterdir() if not p.name.startswith("__")]
+    assert [name for name in rooms if name not in the_map] == []
     assert [name for name in COMMANDS if name not in the_map] == []
+    assert len(the_map.splitlines()) <= 30
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_config_key_that_a_page_names_exists(page):
-    sections = {**vars(RewardConfig()), **vars(PreferenceConfig())}
-    keys = {f"{s}.{f.name}" for kind in (PreferenceConfig, RewardConfig) for s, values in vars(kind()).items()
-            for f in dataclasses.fields(values)}  # fmt: skip
+    keys = {"loss.name"} | {
+        f"loss.{key.name}" for loss in LOSSES.values() for key in dataclasses.fields(loss)
+    }
+    for kind in (DPOConfig(), RewardConfig()):
+        for section, values in vars(kind).items():
+            keys |= {f"{section}.{key.name}" for key in dataclasses.fields(values)}
+    sections = {key.partition(".")[0] for key in keys}
     text = page.read_text(encoding="utf-8")
     named = set(re.findall(rf"(?:`|--)((?:{'|'.join(sections)})\.[a-z_]+)(?=[`= ])", text))
     assert named or page.name != "README.md"
@@ -204,22 +195,11 @@ def test_every_config_key_that_a_page_names_exists(page):
 @pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_every_command_has_help_that_the_readme_may_point_to(command, capsys):
     with pytest.raises(SystemExit) as end:
-        importlib.import_module(f"minidpo.commands.{command}").main(["--help"])
+        importlib.import_module(f"minidpo.tools.{command}").main(["--help"])
     assert end.value.code == 0 and command in capsys.readouterr().out
 
 
 # --- numbers --------------------------------------------------------------------------------------------------
-
-
-def test_the_memory_table_is_what_the_command_prints(capsys):
-    memory.main([])
-    page = [row.split() for row in (ROOT / "docs/memory.md").read_text(encoding="utf-8").splitlines()]
-    printed = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
-    assert printed and all(line in page for line in printed)
-    # "0.5B 12 to 32 GB, 1.5B 33 to 75", with activation checkpointing and without
-    for name, size in (("0.49B", "0.5B"), ("1.54B", "1.5B")):
-        (row,) = (line for line in printed if line[0] == name)
-        assert f"{size} {row[2].strip('()')} to {row[1]}" in README
 
 
 def test_the_analytic_optima_of_the_pages_are_those_of_the_exact_world():

@@ -12,10 +12,10 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from minidpo.data.tokenizer import TokenPair
 from minidpo.logprobs import sequence_logps
-from minidpo.model import ModelConfig, Transformer
-from minidpo.reward import RewardModel
-from minidpo.tokenizer import TokenPair
+from minidpo.model.reward_model import RewardModel
+from minidpo.model.transformer import ModelConfig, Transformer
 
 BOS, EOS, VOCABULARY = 1, 2, 61
 
@@ -55,9 +55,9 @@ def random_pairs(
     rng: np.random.Generator,
     n: int,
     prompt: tuple[int, int] = (1, 9),
-    ending: tuple[int, int] = (1, 12),
+    response: tuple[int, int] = (1, 12),
 ) -> list[TokenPair]:
-    """Pairs of random ids with lengths drawn from closed ranges; endings end in EOS."""
+    """Pairs of random ids with lengths drawn from closed ranges; responses end in EOS."""
 
     def ids(length: int) -> list[int]:
         return rng.integers(EOS + 1, VOCABULARY, length).tolist()
@@ -65,35 +65,35 @@ def random_pairs(
     def length(bounds: tuple[int, int]) -> int:
         return int(rng.integers(bounds[0], bounds[1] + 1))
 
-    def one_ending() -> list[int]:
-        return [*ids(length(ending) - 1), EOS]
+    def one_response() -> list[int]:
+        return [*ids(length(response) - 1), EOS]
 
-    return [TokenPair(ids(length(prompt)), one_ending(), one_ending(), index) for index in range(n)]
+    return [TokenPair(ids(length(prompt)), one_response(), one_response(), index) for index in range(n)]
 
 
 def padded_rows(pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
     """tokens (2B, T) padded on the right and response_mask (2B, T): all chosen texts, then all rejected."""
     texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    width = max(len(prompt) + len(ending) for prompt, ending in texts)
+    width = max(len(prompt) + len(response) for prompt, response in texts)
     tokens = torch.zeros(len(texts), width, dtype=torch.int64)
     scored = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, (prompt, ending) in enumerate(texts):
-        end = len(prompt) + len(ending)
-        tokens[row, :end] = torch.tensor(prompt + ending)
+    for row, (prompt, response) in enumerate(texts):
+        end = len(prompt) + len(response)
+        tokens[row, :end] = torch.tensor(prompt + response)
         scored[row, len(prompt) : end] = True
     return tokens, scored
 
 
 def naive_logps(model: Transformer, pairs: list[TokenPair]) -> Tensor:
-    """Summed log-probs (B, 2), chosen first: two padded rows a pair, all logits, a full log-softmax."""
+    """Summed log-probs (B, 2), chosen first: two padded rows per pair, all logits, a full log-softmax."""
     tokens, scored = padded_rows(pairs)
     return sequence_logps(model(tokens), tokens, scored)[0].view(2, -1).T
 
 
 def naive_rewards(model: RewardModel, pairs: list[TokenPair]) -> Tensor:
-    """Rewards (B, 2), chosen first: the score of each text's last token, one unpadded row a text."""
+    """Rewards (B, 2), chosen first: the score of each text's last token, one unpadded row per text."""
     return torch.stack([
-        torch.stack([_score_of_last(model, pair.prompt + ending) for ending in (pair.chosen, pair.rejected)])
+        torch.stack([_score_of_last(model, pair.prompt + text) for text in (pair.chosen, pair.rejected)])
         for pair in pairs
     ])  # fmt: skip
 
@@ -160,13 +160,13 @@ def _score_of_last(model: RewardModel, text: list[int]) -> Tensor:
     tokens = torch.tensor(text)
     positions = torch.arange(len(text))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # plain causal attention, spelled out
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:  # plain causal attention, spelled out
         k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
         scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
         scores = scores.masked_fill(torch.ones(len(q), len(k)).triu(1).bool(), -torch.inf)
         return torch.einsum("hqk,khe->qhe", scores.softmax(-1), v)
 
-    hidden = model.hidden_states(tokens, positions, [attend] * model.config.num_hidden_layers)
+    hidden = model.hidden_states(tokens, positions, attend)
     return hidden[-1] @ model.score.weight[0]
 
 

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from minidpo.attention import shared_prompt_mask
-from minidpo.packing import PairTokens, Wanted, pack_row
-from minidpo.tokenizer import TokenPair
+from minidpo.data import PairTokens, TokenPair
+from minidpo.model.attention import shared_prompt_mask
+from minidpo.packing import BLOCK, pack, padded
 from tiny import random_pairs
 
-BLOCK = 128
 SHAPES = {  # number of pairs, tokens of a prompt, tokens of a response
     "one pair over several blocks": (1, (1, 300), (1, 300)),
     "a long prompt": (2, (260, 400), (1, 20)),
@@ -31,15 +30,14 @@ def some_pairs(shape: str, seed: int = 0) -> list[TokenPair]:
     return random_pairs(np.random.default_rng([seed, *shape.encode()]), *SHAPES[shape])
 
 
-def block_mask(pairs: list[TokenPair], padding: int = 0) -> BlockMask:
+def block_mask(pairs: list[TokenPair], padding: int) -> BlockMask:
     """The mask under test: of the row of these pairs, with so many tokens of padding behind them."""
     tokens = PairTokens.from_pairs(pairs)
-    wanted = Wanted(chosen_logps=True, rejected_logps=True)
-    places = pack_row(tokens, wanted, pad_to=len(tokens.ids) + padding if padding else 0).places
-    return shared_prompt_mask(places, places)
+    row = padded(pack(tokens), len(tokens.ids) + padding)
+    return shared_prompt_mask(row.prompt, row.response, row.position)
 
 
-def rule(pairs: list[TokenPair], padding: int = 0) -> tuple[Tensor, Tensor]:
+def rule(pairs: list[TokenPair], padding: int) -> tuple[Tensor, Tensor]:
     """(N, N) bool each: query and key are of one pair; and the query may attend to the key."""
     pair, response, position = [], [], []
     alone = TokenPair([0], [], [], 0)  # every token of padding is a pair of its own
@@ -55,9 +53,9 @@ def rule(pairs: list[TokenPair], padding: int = 0) -> tuple[Tensor, Tensor]:
     return same_pair, same_pair & not_later & own_text
 
 
-def padding_of(pairs: list[TokenPair]) -> int:
-    """To a multiple of the block, as on a GPU, and one more block that is padding alone."""
-    return -sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) % BLOCK + BLOCK
+def padding_of(pairs: list[TokenPair], more: int = 0) -> int:
+    """Tokens of padding: to a multiple of the block, as on a GPU, and `more`."""
+    return -sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs) % BLOCK + more
 
 
 def blocks_with_any(cells: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ def computed(mask: BlockMask) -> Tensor:
 def test_no_block_with_an_allowed_pair_of_tokens_is_skipped(shape):
     for seed in SEEDS:
         pairs = some_pairs(shape, seed)
-        for padding in (0, padding_of(pairs)):
+        for padding in (padding_of(pairs), padding_of(pairs, more=BLOCK)):
             _, allowed = rule(pairs, padding)
             needed = blocks_with_any(allowed)
             assert len(needed) > 1
@@ -100,22 +98,25 @@ def test_no_block_of_strangers_is_computed(shape):
     """It would change no number, but cost the square of the row."""
     for seed in SEEDS:
         pairs = some_pairs(shape, seed)
-        same_pair, _ = rule(pairs)
-        assert not (computed(block_mask(pairs)) & ~blocks_with_any(same_pair)).any(), seed
+        padding = padding_of(pairs)
+        same_pair, _ = rule(pairs, padding)
+        assert not (computed(block_mask(pairs, padding)) & ~blocks_with_any(same_pair)).any(), seed
 
 
 @SHAPE
 def test_backward_goes_over_the_same_blocks_as_forward(shape):
     """Gradients of keys and values run over a list of their own: the query blocks of each key block."""
-    mask = block_mask(some_pairs(shape))
+    pairs = some_pairs(shape)
+    mask = block_mask(pairs, padding_of(pairs))
     assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), computed(mask).T)
 
 
 @SHAPE
 def test_inside_the_blocks_the_rule_holds_token_by_token(shape):
     pairs = some_pairs(shape)
-    _, allowed = rule(pairs, padding_of(pairs))
+    padding = padding_of(pairs, more=BLOCK)
+    _, allowed = rule(pairs, padding)
     q, k = torch.meshgrid(*[torch.arange(len(allowed))] * 2, indexing="ij")
-    mask = block_mask(pairs, padding_of(pairs))
+    mask = block_mask(pairs, padding)
     assert mask.BLOCK_SIZE == (BLOCK, BLOCK)
     assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), q, k), allowed)

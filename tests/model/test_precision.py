@@ -4,8 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.logprobs import sum_by_ending
-from minidpo.packing import PairTokens, Wanted, pack_row
+from minidpo.data import PairTokens
+from minidpo.logprobs import sum_by_response
+from minidpo.packing import pack
 from tiny import random_pairs, tiny_reward_model
 
 
@@ -27,12 +28,12 @@ def test_the_reward_head_is_a_float32_product_under_autocast():
 def test_rewards_of_packed_pairs_are_float32_under_autocast():
     pairs = PairTokens.from_pairs(random_pairs(np.random.default_rng(0), 8))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        rewards, _ = tiny_reward_model().pair_rewards(pack_row(pairs, Wanted(rewards=True)))
+        rewards, _ = tiny_reward_model().forward_packed(pack(pairs, scored=0))
     assert rewards.dtype == torch.float32 and not is_rounded_to_bf16(rewards)
 
 
 def test_token_log_probs_are_added_up_in_float64():
     """2^24 + 1 is no float32: each of the 64 ones would be lost on its way into a float32 sum."""
-    sums = sum_by_ending(torch.tensor([-(2.0**24)] + [-1.0] * 64 + [-3.0]), torch.tensor([65, 1]))
+    sums = sum_by_response(torch.tensor([-(2.0**24)] + [-1.0] * 64 + [-3.0]), torch.tensor([65, 1]))
     assert sums.dtype == torch.float32
     assert sums.tolist() == [-(2.0**24) - 64, -3.0]

@@ -13,6 +13,7 @@ from torch.nn.functional import logsigmoid
 import train_dpo
 import train_rm
 from applied import Step, applied_gradients
+from minidpo.losses import LOSSES
 from padded import MARGINS, Values, chosen_minus_rejected, model_of, padded_values, pair_ids, saved_weights
 from tiny import gradients, relative_difference
 
@@ -81,6 +82,13 @@ PREFERENCE_LOSSES = [
     (smoothed_simpo, "model", f"{SIMPO} --loss.label_smoothing=0.2"),
     (sft, "model", "--loss.name=sft"),
 ]
+
+
+def test_every_loss_is_here():
+    """A new loss gets its padded twin in PREFERENCE_LOSSES."""
+    assert {arguments.split()[0].removeprefix("--loss.name=") for *_, arguments in PREFERENCE_LOSSES} == set(
+        LOSSES
+    )
 
 
 @pytest.mark.parametrize(("loss", "reference", "arguments"), PREFERENCE_LOSSES)

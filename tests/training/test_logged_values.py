@@ -28,7 +28,7 @@ from padded import (
 )
 from runs import metrics, run_dpo, run_rm, steps
 
-SATURATED = "idle"  # the share of pairs whose logistic loss has all but vanished
+SATURATED = "saturated"
 SCRIPTS = pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])
 
 

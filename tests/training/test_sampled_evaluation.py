@@ -13,10 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minidpo import evaluate
-from minidpo.generate import Sampling, generate
-from minidpo.judge import mean_and_error
-from minidpo.weights import load_model
+from minidpo.model import Sampling, generate, load_model
+from minidpo.training import evaluate
+from minidpo.training.reward_scorer import mean_and_error
 from padded import saved_weights
 from runs import run_dpo, run_rm
 from tiny import EOS, tiny_model

@@ -1,0 +1,84 @@
+"""The report with which every run begins: what was read, kept and dropped, and on which lines it stood."""
+
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from minidpo.data.pair_tokens import TokenPair
+
+PARTS = ("prompt", "chosen", "rejected")
+_FIRST_FEW = 5
+
+
+@dataclass
+class FileReport:
+    """What one file held."""
+
+    path: str
+    format: str = ""
+    read: int = 0  # records
+    kept: int = 0
+    unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
+    dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
+
+
+@dataclass
+class DataReport:
+    """What became of the records: one `FileReport` per file, then what the tokenizing stage adds."""
+
+    files: list[FileReport] = field(default_factory=list)
+    tokenized: int = 0  # pairs given to the tokenizing stage
+    kept: int = 0
+    dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> FILE:RECORD
+    limits: tuple[int, int] = (0, 0)  # max_length, max_prompt_length
+    lengths: array = field(default_factory=lambda: array("I"))  # of the three parts of each pair, uncut
+    # Of the kept pairs, as they go to the model:
+    truncated_prompts: int = 0
+    truncated_responses: int = 0
+    prompt_tokens: int = 0
+    response_tokens: int = 0
+    prompts: array = field(default_factory=lambda: array("q"))  # one hash per pair
+
+    def add(self, whole: TokenPair, pair: TokenPair, reason: str) -> None:
+        """Count one pair before and after the cut. reason: why it is dropped; empty if it is kept."""
+        self.tokenized += 1
+        self.lengths.extend(map(len, whole[:3]))
+        if reason:
+            file = Path(self.files[pair.file].path).name + ":" if self.files else ""
+            self.dropped[reason].append(f"{file}{pair.index}")
+            return
+        self.kept += 1
+        self.prompts.append(hash(tuple(pair.prompt)))
+        self.truncated_prompts += len(pair.prompt) < len(whole.prompt)
+        self.truncated_responses += len(pair.chosen) < len(whole.chosen)
+        self.truncated_responses += len(pair.rejected) < len(whole.rejected)
+        self.prompt_tokens += len(pair.prompt)
+        self.response_tokens += len(pair.chosen) + len(pair.rejected)
+
+    def lines(self) -> Iterator[str]:
+        """The report as printable lines."""
+        for file in self.files:
+            yield f"{file.path}: {file.format}: {file.read} records read, {file.kept} kept"
+            yield from ("  " + line for line in dropped_lines(file.dropped, file.unit))
+        if not self.tokenized:
+            return
+        different = len(np.unique(self.prompts))
+        yield f"tokenized {self.tokenized} pairs, {self.kept} kept, with {different} different prompts"
+        yield from ("  " + line for line in dropped_lines(self.dropped, "record"))
+        cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
+        yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
+        for part, lengths in zip(PARTS, np.reshape(self.lengths, (-1, 3)).T, strict=True):
+            yield f"  {part} tokens before any cut: median {np.median(lengths):.0f}, longest {max(lengths)}"
+        if total := self.prompt_tokens + self.response_tokens:
+            yield f"  responses are {self.response_tokens / total:.0%} of the {total} tokens kept"
+
+
+def dropped_lines(dropped: Mapping[str, Sequence], unit: str) -> Iterator[str]:
+    """One line per reason: how many were dropped, and the first few of their places, called `unit`."""
+    for reason, places in dropped.items():
+        first = ", ".join(map(str, places[:_FIRST_FEW])) + (", ..." if len(places) > _FIRST_FEW else "")
+        yield f"dropped {len(places)}: {reason} ({unit} {first})"

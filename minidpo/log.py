@@ -1,0 +1,184 @@
+"""What a run says: lines on the console, progress lines, and metrics.jsonl."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minidpo.distributed import all_reduce_sum, rank
+from minidpo.errors import UserError
+from minidpo.files import replacing_file, writing
+
+
+def print0(line: str) -> None:
+    if rank() == 0:
+        print(line, flush=True)
+
+
+class Means:
+    """Means over pairs of several quantities. The sums stay on the device until `means` reads them."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._count: Any = 0  # a tensor once it is summed over processes
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """values: quantity -> one number per pair, (B,)."""
+        count = 0
+        for name, value in values.items():
+            count = len(value)
+            total = value.detach().double().sum()
+            self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._count += count
+
+    def all_reduce(self) -> "Means":
+        """These sums and counts, added up over the processes of the run."""
+        device = next(iter(self._sums.values())).device
+        count = torch.full((), self._count, dtype=torch.float64, device=device)
+        *sums, self._count = all_reduce_sum(torch.stack([*self._sums.values(), count])).unbind()
+        self._sums = dict(zip(self._sums, sums, strict=True))
+        return self
+
+    def means(self) -> dict[str, float]:
+        means = torch.stack([*self._sums.values()]) / self._count
+        return dict(zip(self._sums, means.tolist(), strict=True))
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The lines of a metrics.jsonl. A torn last line is passed over: the run was killed, or is writing it
+    now.
+
+    Raises UserError that names the file and the line for any other line that is no JSON object with a step.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    values = []
+    for number, line in enumerate(lines, start=1):
+        if _step(line) < math.inf:
+            values.append(json.loads(line))
+        elif number < len(lines):
+            raise UserError(f"{path}:{number}: {line[:40]!r} is no line of metrics; give the file of a run")
+    return values
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object per logged step. On resume, lines later than the checkpoint are dropped.
+
+    last_step: the checkpoint's, or 0 if there is none; then step 0 is evaluated again, so its line is dropped
+    too.
+    tensorboard: whether the same numbers go to `tensorboard` beside it, one scalar per key and step.
+    """
+
+    def __init__(self, path: Path, last_step: int, tensorboard: bool = False) -> None:
+        self.path = path
+        self._events = None
+        if rank() == 0 and path.exists():
+            kept = [line for line in path.read_text().splitlines() if _step(line) <= (last_step or -1)]
+            with writing(path), replacing_file(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in kept))
+        if rank() == 0 and tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # sections.py has checked that it is there
+
+            with writing(path.parent / "tensorboard"):
+                # TensorBoard forgets what a run has written before that began at this step or later.
+                purge = last_step + 1 if last_step else 0
+                self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
+
+    def write(self, values: dict[str, float]) -> None:
+        if rank() != 0:
+            return
+        with writing(self.path):
+            with self.path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+            if self._events:
+                for name in values.keys() - {"step"}:
+                    self._events.add_scalar(name, values[name], values["step"])
+                self._events.flush()  # so that a killed run has lost nothing
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # the torn last line of a killed run
+
+
+class Progress:
+    """Count, rate and time left: one line that rewrites itself on a terminal, one line per minute
+    elsewhere."""
+
+    def __init__(self, label: str, total: int | None = None, unit: str = "items") -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self._start = self._shown = time.monotonic()
+        self._live = rank() == 0 and sys.stderr.isatty()
+
+    def advance(self, count: int) -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self._shown > (0.2 if self._live else 60) and rank() == 0:
+            self._shown = now
+            begin, end = ("\r\033[K", "") if self._live else ("", "\n")
+            print(begin + self._line(now), end=end, file=sys.stderr, flush=True)
+
+    def close(self, last_line: bool = True) -> None:
+        """Remove the line from a terminal; print it a last time unless what is printed next says the
+        result."""
+        if self._live:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if last_line and rank() == 0:
+            print(self._line(time.monotonic()), file=sys.stderr, flush=True)
+
+    def _line(self, now: float) -> str:
+        seconds = max(now - self._start, 1e-9)
+        rate = self.done / seconds
+        of, left = (f"/{self.total}" if self.total else ""), ""
+        if self.total and 0 < self.done < self.total:
+            left = f", {duration((self.total - self.done) / rate)} left"
+        per_second = f"{rate:{',.0f' if rate >= 10 else '.2g'}} per second"
+        return f"{self.label}: {self.done}{of} {self.unit} in {duration(seconds)} ({per_second}{left})"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: 8.4s, 3m 20s, 2h 05m."""
+    if seconds < 60:
+        return f"{seconds:.1f}s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
+
+
+def console_line(values: dict[str, float], total_steps: int, seconds_left: float, prefix: str = "") -> str:
+    """One aligned line of a training step or, with prefix "eval/", of an evaluation."""
+    columns = [f"{'eval' if prefix else 'step'} {values['step']:>{len(str(total_steps))}}/{total_steps}"]
+    for name, label, form in _COLUMNS:
+        if prefix + name in values:
+            error = values.get(f"{prefix}{name}_standard_error")
+            known = "" if error is None else f" ± {error:{form.lstrip('0123456789')}}"
+            columns.append(f"{label} {values[prefix + name]:{form}}{known}")
+    if not prefix:
+        columns += [f"{values['tokens_per_s']:6.0f} tok/s", f"{duration(seconds_left)} left"]
+    return "  ".join(columns)
+
+
+_COLUMNS = (
+    ("loss", "loss", "8.4f"),
+    ("rewards/accuracies", "accuracy", "5.3f"),
+    ("accuracy", "accuracy", "5.3f"),
+    ("rewards/margins", "margin", "8.4f"),
+    ("margin", "margin", "8.4f"),
+    ("rewards/chosen", "chosen", "8.4f"),
+    ("rewards/rejected", "rejected", "8.4f"),
+    ("lm_loss", "lm", "7.4f"),
+    ("kl", "KL", "6.2f"),
+    ("sample_length", "length", "5.1f"),
+    ("ended", "ended", "4.2f"),
+    ("reward", "reward", "7.3f"),
+    ("win_rate", "wins", "5.3f"),
+    ("tie_rate", "ties", "5.3f"),
+    ("grad_norm", "grad", "8.3g"),
+    ("lr", "lr", "8.2e"),
+)

@@ -1,0 +1,79 @@
+"""The reward model's loss: Bradley-Terry on the rewards of both responses, and its two regularisers."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from minidpo.losses.inputs import Rewards, given
+from minidpo.losses.preference import logistic
+from minidpo.settings import check_fields, not_negative, setting, smoothing
+
+
+def bradley_terry(
+    chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, label_smoothing: float = 0.0
+) -> Tensor:
+    """-log sigma(r(x, y_w) - r(x, y_l) - margin), with label smoothing as in DPO. Bradley & Terry 1952.
+
+    Shapes: chosen and rejected (B,), margin a number or (B,); returns (B,), nats. The margin is that of Llama
+    2 (Touvron et al. 2023, Eq. 2): by how much the chosen response must win.
+    """
+    return logistic(chosen - rejected - margin, label_smoothing)
+
+
+@dataclass(frozen=True)
+class BradleyTerry:
+    """What a reward model is trained with. Ouyang et al. 2022, Eq. 1, with two regularisers.
+
+        loss = -log sigma(r_w - r_l - margin) + lm_weight * NLL per token of y_w
+                                              + center_weight * (r_w + r_l)^2
+
+    The language-modelling loss keeps the body a language model. Bradley-Terry sees only differences, so
+    rewards may drift; the centring term of Eisenstein et al. 2023 holds their sum near 0.
+    """
+
+    name = "reward model"
+    equation, unit, usual_lr = "-log sigma(r_w - r_l - margin)", "nats", (1e-6, 5e-5)
+    needs_reference, responses = False, 2
+
+    lm_weight: float = setting(
+        1.0, "weight of the language-modelling loss on the chosen response", not_negative
+    )
+    margin: float = setting(0.0, "reward difference demanded of every pair", not_negative)
+    margin_from_data: bool = setting(
+        False, "add each record's margin (or score_chosen - score_rejected) to it"
+    )
+    center_weight: float = setting(0.0, "weight of (r_chosen + r_rejected)^2", not_negative)
+    label_smoothing: float = setting(0.0, "assumed share of swapped labels", smoothing)
+
+    def __post_init__(self) -> None:
+        check_fields(self.name, self)
+
+    def preference(self, rewards: Rewards) -> Tensor:
+        """The Bradley-Terry term alone."""
+        margin = self.margin + given("margin", rewards.margin) if self.margin_from_data else self.margin
+        return bradley_terry(rewards.chosen, rewards.rejected, margin, self.label_smoothing)
+
+    def language_modelling(self, rewards: Rewards) -> Tensor:
+        """-log pi(y_w|x) / |y_w|, as in SFT."""
+        return -given("chosen_logps", rewards.chosen_logps) / given("chosen_length", rewards.chosen_length)
+
+    def __call__(self, rewards: Rewards) -> Tensor:
+        """B losses, differentiable in rewards and log-probs."""
+        losses = self.preference(rewards)
+        if self.center_weight:
+            losses = losses + self.center_weight * (rewards.chosen + rewards.rejected).square()
+        if self.lm_weight:
+            losses = losses + self.lm_weight * self.language_modelling(rewards)
+        return losses
+
+    def metrics(self, rewards: Rewards, losses: Tensor) -> dict[str, Tensor]:
+        """What is logged of each pair. Accuracy counts strict wins."""
+        chosen, rejected = rewards.chosen, rewards.rejected
+        values = {
+            "loss": losses,
+            "preference_loss": self.preference(rewards),
+            "accuracy": chosen > rejected,
+            "margin": chosen - rejected,
+            "mean_reward": (chosen + rejected) / 2,
+        }
+        return values | ({"lm_loss": self.language_modelling(rewards)} if self.lm_weight else {})

@@ -1,0 +1,128 @@
+"""Hugging Face model directories, in and out: config.json and safetensors files. No pickle, ever."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from minidpo.distributed import rank, reshard, shard_like
+from minidpo.errors import UserError
+from minidpo.files import fingerprint, replacing_file
+from minidpo.model.hf_config import format_config, read_config
+from minidpo.model.reward_model import RewardModel, fresh_score
+from minidpo.model.tensors import read_tensors, tensor_files, write_tensors
+from minidpo.model.transformer import Transformer
+
+Model = TypeVar("Model", bound=Transformer)
+# Called on a model that has no weights yet, to shard it over several processes.
+Prepare = Callable[[Transformer], None]
+
+
+def load_model(
+    directory: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    prepare: Prepare = lambda model: None,
+) -> Transformer:
+    """The causal language model of a Hugging Face directory, its weights cast to `dtype` on `device`.
+
+    Raises UserError for a missing file, a model family or field that is not supported, or weights that do not
+    fit the config.
+    """
+    return _load(Transformer, Path(directory), dtype, device, prepare)
+
+
+def load_reward_model(directory: str | Path, device: torch.device | str = "cpu") -> RewardModel:
+    """A reward model of `save_reward_model`, or transformers' sequence classification with one label."""
+    require_reward_model(Path(directory))
+    # Classification models are saved without the output matrix; only the language-modelling loss needs it.
+    lm_head = "lm_head.weight" in tensor_files(Path(directory))
+    return _load(RewardModel, Path(directory), torch.float32, device, lm_head=lm_head)
+
+
+def require_reward_model(directory: Path) -> None:
+    """Raises UserError unless the directory holds the weights of a reward model, judging by their names."""
+    read_config(directory)
+    if "score.weight" not in tensor_files(directory):
+        hint = "a reward model is needed, such as the final/ of a run of train_rm.py"
+        raise UserError(f"{directory}: no score.weight among its tensors: a language model; {hint}")
+
+
+def new_reward_model(
+    directory: str | Path,
+    device: torch.device | str = "cpu",
+    language_modelling: bool = True,
+    prepare: Prepare = lambda model: None,
+) -> RewardModel:
+    """The language model of a directory with a fresh head, drawn from torch's generator; float32.
+
+    language_modelling: whether to keep the output matrix, which the language-modelling loss needs.
+    """
+    path = Path(directory)
+    return _load(
+        RewardModel, path, torch.float32, device, prepare, lm_head=language_modelling, new_score=True
+    )
+
+
+def save_model(model: Transformer, directory: str | Path, lm_head: bool = True) -> None:
+    """Write config.json and the weights, which transformers opens unchanged. Weights keep their dtype.
+
+    All ranks of a run call it: rank 0 writes, the others only hand over their shards.
+    """
+    reshard(model)  # state_dict() would miss the sharded weights where an evaluation has left them gathered.
+    tensors = model.state_dict()
+    if not lm_head:
+        tensors.pop("lm_head.weight", None)
+    write_tensors(Path(directory), tensors)
+    if rank() == 0:
+        dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
+        fields = format_config(model.config, isinstance(model, RewardModel), dtype)
+        with replacing_file(Path(directory, "config.json")) as temporary:
+            temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def save_reward_model(model: RewardModel, directory: str | Path) -> None:
+    """As `save_model`, but without the output matrix: the form of transformers' sequence classification."""
+    save_model(model, directory, lm_head=False)
+
+
+def model_fingerprint(directory: str | Path) -> str:
+    """One digest of everything that the numbers of a model directory depend on."""
+    directory = Path(directory)
+    return fingerprint(directory / "config.json", *sorted(set(tensor_files(directory).values())))
+
+
+def _load(
+    kind: type[Model],
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    prepare: Prepare = lambda model: None,
+    lm_head: bool = True,
+    new_score: bool = False,
+) -> Model:
+    """A model with the weights of a directory, which must hold its parameters and nothing else.
+
+    lm_head: whether an untied model has its output matrix. new_score: whether the head is drawn, not read.
+    """
+    config, files = read_config(directory), tensor_files(directory)
+    with torch.device("meta"):
+        model = kind(config).to(dtype)
+    if not lm_head:
+        model.lm_head = None
+    prepare(model)
+    expected = model.state_dict()
+    score = expected.pop("score.weight") if new_score else None
+    # Files of a tied model may still hold the copy that tying made, and older files hold the rotary buffer.
+    unused = {"lm_head.weight"} if model.lm_head is None else set()
+    extra = {name for name in files if not name.endswith("rotary_emb.inv_freq")} - expected.keys() - unused
+    if extra:
+        hint = "it is a reward model's, or config.json is another model's"
+        raise UserError(f"{directory}: tensor {min(extra)!r} has no place in this model; {hint}")
+    tensors = dict(read_tensors(directory, expected, device))
+    if score is not None:
+        tensors["score.weight"] = shard_like(fresh_score(config.hidden_size).to(device), score)
+    model.load_state_dict(tensors, assign=True)
+    return model

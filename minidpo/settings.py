@@ -1,0 +1,80 @@
+"""A setting: a dataclass field with a default, a line of help, and the values that it may take.
+
+Losses and the sections of a configuration declare their keys with `setting`. The configuration, --help and
+the commands read all they need to know about a key from its field.
+"""
+
+from collections.abc import Callable
+from dataclasses import Field, field, fields
+from typing import Any, NamedTuple
+
+
+class Check(NamedTuple):
+    """Which values are allowed, in code and in words."""
+
+    test: Callable[[Any], bool]
+    must: str  # completes the sentence "it must be ..."
+
+
+positive = Check(lambda value: 0 < value < float("inf"), "> 0")
+not_negative = Check(lambda value: 0 <= value < float("inf"), ">= 0")
+fraction = Check(lambda value: 0 <= value < 1, "in [0, 1)")
+smoothing = Check(lambda value: 0 <= value < 0.5, "in [0, 0.5)")
+
+
+def at_least(least: int) -> Check:
+    return Check(lambda value: value >= least, f">= {least}")
+
+
+def one_of(*names: str) -> Check:
+    return Check(names.__contains__, "one of " + ", ".join(names))
+
+
+def setting(default: Any, about: str, check: Check | None = None) -> Any:
+    """A dataclass field with its default, a line for --help, and the check of its values."""
+    metadata = {"about": about, "check": check}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def fault(key: Field, value: Any) -> str:
+    """What is wrong with the value of a setting, such as "it must be > 0"; empty if nothing is."""
+    check = key.metadata.get("check")
+    return f"it must be {check.must}" if check and not check.test(value) else ""
+
+
+def check_fields(owner: str, settings: Any) -> None:
+    """Raises ValueError for the first field of the dataclass object `settings` whose value is not allowed."""
+    for key in fields(settings):
+        value = getattr(settings, key.name)
+        if wrong := fault(key, value):
+            raise ValueError(f"{owner}: {key.name} is {value!r}; {wrong}")
+
+
+def keys_of(settings: Any) -> dict[str, Field]:
+    """Name -> field of a dataclass or one of its objects; nothing for None."""
+    return {key.name: key for key in fields(settings)} if settings is not None else {}
+
+
+def help_lines(settings: Any, indent: str = "  ") -> list[str]:
+    """Every setting of a dataclass with its default, its line of help and its choices, as --help prints
+    them."""
+    lines, defaults = [], settings()
+    for name, key in keys_of(settings).items():
+        check = key.metadata["check"]
+        choices = f" ({check.must})" if check and check.must.startswith("one of") else ""
+        assignment = f"{name} = {toml(getattr(defaults, name))}"
+        lines.append(f"{indent}{assignment:<{32 - len(indent)}} {key.metadata['about']}{choices}")
+    return lines
+
+
+def toml(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    if isinstance(value, list):
+        return "[" + ", ".join(map(toml, value)) + "]"
+    return repr(value)

@@ -1,0 +1,212 @@
+"""`python -m minidpo bench`: the speed and memory of an optimizer step here, and of others beside it.
+
+    python -m minidpo bench --shape A --against textbook
+    python -m minidpo bench --model models/mine --data pairs.jsonl --against trl:best
+    python -m minidpo bench --config configs/hh_rm.toml --loss rm
+
+The step is the one of train_dpo.py, or of train_rm.py without its language-modelling loss. The reference's
+log-probs are computed beforehand. The last line printed is the same numbers as JSON.
+"""
+
+import argparse
+import json
+import resource
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from minidpo.config import load_config
+from minidpo.errors import UserError
+from minidpo.log import print0
+from minidpo.losses import DPO, LOSSES
+from minidpo.model import Transformer, read_config, response_logps
+from minidpo.packing import pack
+from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.settings import toml
+from minidpo.tools.bench_steps import SHAPES, Case, Step, TextbookStep, make_case, matmul_peak, seconds
+from minidpo.tools.bench_trl import MODES, require_trl, train_trl
+from minidpo.training.device import choose_device, describe
+
+RM = "rm"  # the name of train_rm.py's loss on the command line
+# Keys of a configuration that are options of this command, such as --batch-size.
+KEYS = """optim.batch_size optim.micro_tokens run.dtype run.device run.threads run.compile
+    run.activation_checkpointing""".split()
+
+
+def main(arguments: list[str]) -> None:
+    options = parse(arguments)
+    with tempfile.TemporaryDirectory() as temporary:
+        config = config_of(options, Path(temporary))
+        if options.against in MODES:
+            require_trl(options.against, config.loss)
+        elif options.against and config.loss != DPO(beta=getattr(config.loss, "beta", 0.1)):
+            raise UserError(
+                f"--against textbook: minidpo/textbook.py has plain DPO alone, and this is {config.loss}"
+            )
+        case = make_case(options, config, Path(temporary))
+        result = {
+            "model": options.shape or config.model.path,
+            "loss": str(config.loss),
+            "steps": options.steps,
+        }
+        result |= {name: vars(config.optim)[name] for name in ("batch_size", "micro_tokens")}
+        result |= {"device": describe(case.device, config.run), "torch": torch.__version__}
+        result |= measure(case, options.against)
+    show(result)
+    print(json.dumps(result))
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m minidpo bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", choices=SHAPES, help="random weights of a named shape")
+    which.add_argument("--model", metavar="DIR", help="a model directory")
+    which.add_argument("--config", metavar="FILE", help="a run's configuration: its model, data and settings")
+    parser.add_argument("--data", metavar="FILE", action="append", help="preferences; default: random pairs")
+    parser.add_argument("--loss", choices=(*LOSSES, RM), help=f"default {DPO.name}")
+    parser.add_argument("--steps", type=int, default=10, help="steps measured (default 10)")
+    parser.add_argument("--against", choices=("textbook", *MODES), help="another's steps in turn with ours")
+    for key in KEYS:
+        option = "--" + key.partition(".")[2].replace("_", "-")
+        parser.add_argument(option, dest=key, nargs="?", const="true", help=f"as {key} of a configuration")
+    return parser.parse_args(arguments)
+
+
+def config_of(options: argparse.Namespace, temporary: Path) -> DPOConfig | RewardConfig:
+    """The configuration that is named, or else the defaults, with what was typed on top of it."""
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps}; it must be >= 1")
+    if options.data and options.shape:
+        raise UserError("--data needs a tokenizer: give --model DIR that has one, not --shape")
+    file = Path(options.config or temporary / "defaults.toml")
+    if not options.config:
+        model = toml(options.model or str(temporary / "model"))
+        file.write_text(f'model.path = {model}\ndata.train = ["-"]\noptim.batch_size = 8\nrun.out = "-"\n')
+    typed = {key: vars(options)[key] for key in KEYS if vars(options)[key] is not None}
+    if typed.get("run.dtype") == "float32":
+        typed["run.dtype"] = "fp32"
+    typed |= {"data.eval": "", "data.eval_pairs": "0"}  # Steps may take every pair.
+    if options.data:
+        typed["data.train"] = ",".join(options.data)
+    kind: type = RewardConfig if options.loss == RM else DPOConfig
+    if kind is RewardConfig:
+        typed |= {"loss.lm_weight": "0", "loss.margin_from_data": "false"}
+    elif options.loss:
+        typed["loss.name"] = options.loss
+    return load_config(kind, [str(file), *(f"--{key}={value}" for key, value in typed.items())])
+
+
+def measure(case: Case, opponent: str | None = None) -> dict[str, Any]:
+    """What our step costs, and what an opponent's costs on the same pairs, in turn with ours."""
+    times, batches, peaks = take_steps(case, opponent)
+    torch.cuda.empty_cache()  # The processes that measure memory share the GPU.
+    theirs, own = np.array(times[1:]).T  # The first step warms up.
+    tokens = case.pairs.tokens(case.responses)[np.concatenate(batches[1:])]
+    flops = np.array([necessary_flops(case, batch) for batch in batches[1:]])
+    result: dict[str, Any] = {
+        "step_seconds": spread(own),
+        "pairs_per_s": len(tokens) / own.sum(),
+        "tokens_per_s": tokens.sum() / own.sum(),
+        "tflop_per_step": flops.mean() / 1e12,
+        "matmul_peak_tflop_per_s": np.median(peaks) / 1e12,
+        "utilisation": spread(flops / own / peaks[1:]),
+        "peak_mib": peak_mib(case, "ours"),
+    }
+    if opponent:
+        result |= {
+            "against": opponent,
+            "their_step_seconds": spread(theirs),
+            "time_ratio": spread(theirs / own),
+        }
+        result["their_peak_mib"] = peak_mib(case, opponent)
+        result["memory_ratio"] = result["their_peak_mib"] / result["peak_mib"]
+    return result
+
+
+def take_steps(case: Case, opponent: str | None) -> tuple[list[tuple[float, float]], list, list[float]]:
+    """Seconds of each step (theirs, ours), the rows of its pairs, and the machine's peak just before ours."""
+    step, peaks = Step(case), []
+
+    def ours(batch: np.ndarray) -> float:
+        # The peak is measured anew each time, because what else a machine does changes both.
+        peaks.append(matmul_peak(case.device, case.config.run.dtype))
+        return seconds(step, batch, case.device)
+
+    batches = [case.batches()[0], *case.batches()]
+    if opponent in MODES:
+        times, batches = train_trl(opponent, case, len(batches), ours)
+    elif opponent:
+        textbook = TextbookStep(case)
+        times = [(seconds(textbook, batch, case.device), ours(batch)) for batch in batches]
+    else:
+        times = [(0.0, ours(batch)) for batch in batches]
+    return times, batches, peaks
+
+
+def spread(values: np.ndarray) -> dict[str, float]:
+    return dict(zip(("q25", "median", "q75"), np.quantile(values, (0.25, 0.5, 0.75)).tolist(), strict=True))
+
+
+def peak_mib(case: Case, who: str) -> float:
+    """Peak memory of up to four steps in a process of its own."""
+    try:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            return process.submit(_peak_mib, case, who).result()
+    except BrokenProcessPool:
+        raise UserError(
+            f"the process of {who} was killed, most likely for its memory; lower --batch-size"
+        ) from None
+
+
+def _peak_mib(case: Case, who: str) -> float:
+    """Allocated by PyTorch on CUDA, resident elsewhere."""
+    choose_device(case.device.type, case.config.run.threads)
+    batches = case.batches()[:4]
+    if who in MODES:
+        train_trl(who, case, len(batches))
+    else:
+        step = Step(case) if who == "ours" else TextbookStep(case)
+        for batch in batches:
+            step(batch)
+    if case.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(case.device) / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():  # On Linux, ru_maxrss would begin with the peak of the process that started this one.
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS
+
+
+def necessary_flops(case: Case, rows: np.ndarray) -> int:
+    """FLOPs that the forward and backward pass over these pairs need, as PyTorch counts them.
+
+    Counted are the matrix products of one forward pass, and backward as twice that. Attention counts as whole
+    rectangles of queries and keys, although half of each is masked. What backward computes a second time
+    (logits in chunks, activation checkpointing) does not count.
+    """
+    batch = pack(case.pairs, rows, case.responses, scored=0 if case.rewards else case.responses)
+    # Fake tensors have shapes, but neither memory nor numbers, so that counting takes no time.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model = Transformer(read_config(case.directory))
+        with FlopCounterMode(display=False) as counter:
+            response_logps(model, batch)
+    return 3 * counter.get_total_flops()
+
+
+def show(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = "{median:.3g} ({q25:.3g} to {q75:.3g})".format(**value)
+        print0(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")

@@ -1,0 +1,178 @@
+"""What `bench` measures: a model, pairs, our optimizer step on them, and the textbook's; and its clock."""
+
+import statistics
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.benchmark import Timer
+
+from minidpo.data import PairTokens, Tokenizer, load_pairs, micro_batches, require_fit
+from minidpo.errors import UserError
+from minidpo.losses import BradleyTerry
+from minidpo.model import ModelConfig, Transformer, pretrained, read_config
+from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.textbook import dpo_step, pad
+from minidpo.training.device import autocast, choose_device
+from minidpo.training.optim import adamw
+from minidpo.training.scoring import all_logps
+from minidpo.training.step import pair_logps, pair_rewards
+
+SHAPES = {  # vocabulary, hidden size, MLP, layers, query heads, key/value heads, head size
+    "A": (32_000, 512, 1408, 8, 8, 8, 64),
+    "B": (8_192, 256, 704, 6, 4, 4, 64),
+    "C": (49_152, 576, 1536, 30, 9, 3, 64),  # SmolLM2-135M
+}
+PAD, EOS = 0, 2
+
+
+@dataclass
+class Case:
+    """What is measured. It can be sent to another process, where peak memory is measured."""
+
+    directory: Path  # of the language model, or of the reward model where the loss is BradleyTerry
+    pairs: PairTokens
+    config: Any  # DPOConfig or RewardConfig
+    device: torch.device
+
+    @property
+    def rewards(self) -> bool:
+        return isinstance(self.config.loss, BradleyTerry)
+
+    @property
+    def responses(self) -> int:
+        """How many responses of each pair the loss reads."""
+        return self.config.loss.responses
+
+    def batches(self) -> list[np.ndarray]:
+        """Row numbers of the pairs of each step."""
+        return np.split(np.arange(len(self.pairs)), len(self.pairs) // self.config.optim.batch_size)
+
+    def token_lists(self) -> list[tuple[list[int], ...]]:
+        """The ids of prompt, chosen and rejected response of every pair."""
+        ends = self.pairs.bounds.tolist()
+        return [tuple(self.pairs.ids[a:b].tolist() for a, b in zip(e, e[1:], strict=False)) for e in ends]
+
+
+def make_case(options: Namespace, config: DPOConfig | RewardConfig, temporary: Path) -> Case:
+    """Model and pairs as files and arrays, from which several steps and processes can start."""
+    device = choose_device(config.run.device, config.run.threads)
+    directory, count = Path(config.model.path), options.steps * config.optim.batch_size
+    torch.manual_seed(0)
+    if options.shape:
+        model = ModelConfig(
+            *SHAPES[options.shape], tie_word_embeddings=True, eos_token_id=EOS, pad_token_id=PAD
+        )
+        pretrained.save_model(Transformer(model), directory)
+    if options.data or options.config:
+        tokenizer = Tokenizer.from_pretrained(directory)
+        require_fit("model", read_config(directory), tokenizer, config.data.max_length)
+        pairs, _ = load_pairs(config.data, tokenizer, config.run.seed)
+    else:
+        pairs = random_pairs(read_config(directory), count)
+    if len(pairs) < count:
+        raise UserError(f"there are {len(pairs)} pairs, and --steps {options.steps} takes {count}; lower it")
+    if isinstance(config.loss, BradleyTerry):
+        reward_model = pretrained.new_reward_model(directory, language_modelling=False)
+        pretrained.save_reward_model(reward_model, directory := temporary / "reward")
+    return Case(directory, pairs.select(np.arange(count)), config, device)
+
+
+def random_pairs(config: ModelConfig, count: int) -> PairTokens:
+    """Random ids, lengths like HH-RLHF's: log-normal quantiles in random order, so few are typical too."""
+    rng, longest = np.random.default_rng(0), min(512, config.max_length)
+    normal = [statistics.NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)]
+    normals = np.stack([rng.permutation(normal) for _ in range(3)], axis=1)  # prompt, chosen, rejected
+    lengths = (np.array([95, 60, 60]) * np.exp(np.array([0.95, 0.85, 0.85]) * normals)).astype(int)  # (n, 3)
+    prompts = lengths[:, :1].clip(2, longest * 3 // 4)
+    responses = lengths[:, 1:].clip(2, longest - prompts)
+
+    def ids(length: int) -> list[int]:
+        return rng.integers(3, config.vocab_size, length).tolist()
+
+    both = [[[*ids(length - 1), EOS] for length in pair] for pair in responses]
+    return PairTokens.from_responses([ids(length) for length in prompts[:, 0]], both)
+
+
+class Step:
+    """One optimizer step over a batch of pairs, as train_dpo.py and train_rm.py take it."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.pairs, optim, run = case, case.pairs, case.config.optim, case.config.run
+        load = pretrained.load_reward_model if case.rewards else pretrained.load_model
+        self.model = load(case.directory, device=case.device)
+        self.model.activation_checkpointing = run.activation_checkpointing
+        if run.compile:
+            self.model.compile_layers()
+        self.optimizer = adamw(self.model, optim)
+        self.tokens = case.pairs.tokens(case.responses)  # that each pair lays out
+        if case.config.loss.needs_reference:
+            logps = all_logps(self.model, case.pairs, optim.micro_tokens, case.device, run.dtype)
+            self.pairs = replace(case.pairs, ref_logps=logps)
+
+    def __call__(self, batch: np.ndarray) -> float:
+        """The mean loss of the batch, before the step."""
+        case, loss, optim = self.case, self.case.config.loss, self.case.config.optim
+        forward: Any = pair_rewards if case.rewards else pair_logps
+        total = torch.zeros((), device=case.device)
+        for rows in micro_batches(batch, self.tokens[batch], optim.micro_tokens):
+            losses = loss(forward(self.model, self.pairs, rows, loss, case.device, case.config.run.dtype))
+            (losses.sum() / len(batch)).backward()
+            total += losses.detach().sum() / len(batch)
+        clip_grad_norm_(self.model.parameters(), optim.grad_clip or torch.inf)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total.item()
+
+
+class TextbookStep:
+    """textbook.dpo_step with our weights, optimizer and precision. Its reference runs in each step."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.pairs = case, case.token_lists()
+        self.policy, self.reference = (
+            pretrained.load_model(case.directory, device=case.device) for _ in range(2)
+        )
+        self.optimizer = adamw(self.policy, case.config.optim)
+
+    def __call__(self, batch: np.ndarray) -> float:
+        tokens, mask = (part.to(self.case.device) for part in pad([self.pairs[row] for row in batch]))
+        policy: Any = partial(self.logits, self.policy)
+        reference: Any = partial(self.logits, self.reference)
+        return dpo_step(policy, reference, self.optimizer, tokens, mask, self.case.config.loss.beta)
+
+    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        """(R, T, V) float32: autocast is for the forward pass, and bf16 log-probs would be too coarse."""
+        with autocast(self.case.device, self.case.config.run.dtype):
+            return model(tokens).float()
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds(step: Callable[[np.ndarray], object], batch: np.ndarray, device: torch.device) -> float:
+    started = now(device)
+    step(batch)
+    return now(device) - started
+
+
+def matmul_peak(device: torch.device, dtype: str) -> float:
+    """FLOPs per second of the fastest square matrix product of several sizes: a utilisation of 1."""
+    best = 0.0
+    for size in (512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
+        a = torch.randn(size, size, device=device, dtype=torch.bfloat16 if dtype == "bf16" else torch.float32)
+        timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+        best = max(best, 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.1).times))
+    return best

@@ -1,0 +1,119 @@
+"""Best of n: several samples per prompt, ranked by a reward model; best and worst may make a preference pair.
+
+Moving from the policy to its best of n costs at most log n - (n-1)/n nats of KL (Beirami et al. 2024, who
+prove the bound for what Stiennon et al. 2020 gave as the value).
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minidpo.data import Message, Prompt
+from minidpo.errors import UserError
+from minidpo.files import replacing_file, writing
+from minidpo.log import print0
+from minidpo.training.reward_scorer import mean_and_error
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One response. ended: whether the model closed it with EOS, or max_new_tokens cut it off."""
+
+    prompt: Prompt
+    text: str
+    ended: bool
+    reward: float = math.nan  # what `score --reward-model` gives it; NaN without a reward model
+
+
+def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
+    """The pair that one prompt's samples make: highest and lowest reward. None if there is nothing to prefer.
+
+    Blank samples are left out, because no reader takes a blank response. If all rewards are tied, best and
+    worst are both the first; equal texts have equal rewards but for rounding.
+    """
+    spoken = [sample for sample in samples if sample.text.strip()]
+    if not spoken:
+        return None
+    best, worst = (choose(spoken, key=lambda sample: sample.reward) for choose in (max, min))
+    return None if best.text == worst.text else (best, worst)
+
+
+def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
+    """One JSON line per sample: prompt_index, sample, prompt (text, or messages), text, ended; with a reward
+    model also reward and best."""
+    rows = []
+    for p, samples in enumerate(prompts):
+        for k, sample in enumerate(samples):
+            row: dict[str, Any] = {"prompt_index": p, "sample": k, "prompt": _prompt(sample)}
+            row |= {"text": sample.text, "ended": sample.ended}
+            if not math.isnan(sample.reward):
+                row |= {"reward": sample.reward, "best": sample is _best(samples)}
+            rows.append(row)
+    _write(path, rows)
+    print0(f"{len(rows)} samples written to {path}")
+
+
+def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
+    """A preference file of best and worst, in text or messages as the prompts were, with their scores."""
+    pairs = [pair for samples in prompts if (pair := best_and_worst(samples))]
+    if not pairs:
+        raise UserError(f"--pairs-out {path}: no prompt has two samples of different reward; raise --n")
+    rows = []
+    for pair in pairs:
+        row: dict[str, Any] = {"prompt": _prompt(pair[0])}
+        for name, sample in zip(("chosen", "rejected"), pair, strict=True):
+            turn = [{"role": "assistant", "content": sample.text}]
+            row |= {name: turn if sample.prompt.messages else sample.text, f"score_{name}": sample.reward}
+        rows.append(row)
+    _write(path, rows)
+    skipped = f"{len(prompts) - len(pairs)} prompts skipped, whose samples are all equal, tied or blank"
+    print0(f"{len(pairs)} pairs of best and worst written to {path}; {skipped}")
+    if cut := sum(not sample.ended for pair in pairs for sample in pair):
+        were = f"{cut} of their {2 * len(pairs)} responses were cut off"
+        print0(f"warning: {were}, and training would put an EOS there; raise --max-new-tokens")
+
+
+def show_all(prompts: Sequence[Sequence[Sample]]) -> None:
+    """Every sample, under a heading where there are several."""
+    for p, samples in enumerate(prompts):
+        for k, sample in enumerate(samples):
+            if len(prompts) * len(samples) > 1:
+                print0(f"--- prompt {p}, sample {k}")
+            print0(sample.text)
+
+
+def show_best(prompts: Sequence[Sequence[Sample]]) -> None:
+    """The best sample of every prompt, then what choosing came to."""
+    n = len(prompts[0])
+    rewards = np.array([[sample.reward for sample in samples] for samples in prompts])  # (prompts, n)
+    for p, samples in enumerate(prompts):
+        best, mean, worst = rewards[p].max(), rewards[p].mean(), rewards[p].min()
+        print0(f"--- prompt {p}, best of {n}: reward {best:.4f} (mean {mean:.4f}, worst {worst:.4f})")
+        print0(_best(samples).text)
+    per_prompt = rewards.mean(axis=1), rewards.max(axis=1)
+    every, top = (f"{mean:.4f} ± {error:.4f}" for mean, error in map(mean_and_error, per_prompt))
+    print0(f"--- {len(prompts)} prompts, {n} samples each; mean ± standard error over prompts")
+    print0(f"reward of a sample {every}, of the best of {n} {top}")
+    bound = math.log(n) - (n - 1) / n
+    print0(f"KL of the best of {n} from the model: at most log n - (n-1)/n = {bound:.4f} nats per prompt")
+    if cut := sum(not sample.ended for samples in prompts for sample in samples):
+        were = f"{cut} of {rewards.size} samples were cut off at --max-new-tokens"
+        print0(f"{were}, and are scored as if they ended there")
+
+
+def _prompt(sample: Sample) -> str | list[Message]:
+    return sample.prompt.messages or sample.prompt.text
+
+
+def _best(samples: Sequence[Sample]) -> Sample:
+    return max(samples, key=lambda sample: sample.reward)
+
+
+def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    with writing(path), replacing_file(path) as temporary, temporary.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)

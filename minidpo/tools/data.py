@@ -1,0 +1,86 @@
+"""`python -m minidpo data`: the report with which every run opens, alone: what would be trained on.
+
+    python -m minidpo data configs/hh_dpo.toml --data.train=pairs.jsonl --model.path=models/mine
+                                         as that run would have it; with --held-out=FILE also the records that
+                                         it would hold out, as they stand, for `score` and `explain`
+    python -m minidpo data pairs.jsonl --model models/mine
+
+Records read and dropped (by reason, with the first line numbers), truncated prompts and responses, median
+and longest lengths, and the share of all tokens that are responses. Nothing is kept unless --cache (or
+data.cache) names a directory.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from minidpo.config import load_either_config
+from minidpo.data import PairTokens, Tokenizer, load_pairs, read_records, require_fit, shape_of
+from minidpo.errors import UserError
+from minidpo.files import replacing_file, require_place, writing
+from minidpo.log import print0
+from minidpo.model import read_config
+from minidpo.sections import TEMPLATES, DataSection
+
+
+def main(arguments: list[str]) -> None:
+    if any(argument.endswith(".toml") for argument in arguments):
+        _as_a_run_would(arguments)
+        return
+    parser = argparse.ArgumentParser(
+        prog="python -m minidpo data",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, default = parser.add_argument, DataSection()
+    add("files", metavar="FILE", nargs="+", help="preference files (.jsonl or .json, plain or .gz)")
+    add("--model", metavar="DIR", required=True, help="whose tokenizer and chat template to use")
+    add("--max-length", type=int, default=default.max_length, help="as data.max_length")
+    add("--max-prompt-length", type=int, help="as data.max_prompt_length")
+    add("--template", default=default.template, choices=TEMPLATES, help="as data.template")
+    add("--skip-bad", action="store_true", help="as data.skip_bad")
+    add("--cache", metavar="DIR", default="", help="as data.cache: keep the token ids for runs to read")
+    options = parser.parse_args(arguments)
+    data = DataSection(
+        train=options.files,
+        eval_pairs=0,
+        max_length=options.max_length,
+        max_prompt_length=options.max_prompt_length or min(default.max_prompt_length, options.max_length - 1),
+        template=options.template,
+        skip_bad=options.skip_bad,
+        cache=options.cache,
+    )
+    load_pairs(data, Tokenizer.from_pretrained(options.model), seed=0, cache=None)
+
+
+def _as_a_run_would(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m minidpo data", add_help=False, allow_abbrev=False)
+    parser.add_argument("--held-out", metavar="FILE")
+    options, others = parser.parse_known_args(arguments)
+    config = load_either_config(others)
+    if options.held_out is not None:
+        require_place("--held-out", options.held_out)
+        files = [*config.data.train, *config.data.eval]
+        if Path(options.held_out).resolve() in [Path(file).resolve() for file in files]:
+            raise UserError(f"--held-out {options.held_out}: is a file of the data; name a new one")
+    tokenizer = Tokenizer.from_pretrained(config.model.path)
+    require_fit("model", read_config(Path(config.model.path)), tokenizer, config.data.max_length)
+    _, held_out = load_pairs(config.data, tokenizer, config.run.seed, cache=None)
+    if options.held_out is not None:
+        write_records(Path(options.held_out), held_out)
+
+
+def write_records(path: Path, pairs: PairTokens) -> None:
+    """The records that `pairs` were made of, as their files have them, one JSON line each."""
+    shapes = set()
+    with writing(path), replacing_file(path) as temporary, temporary.open("w") as out:
+        for place, file in enumerate(pairs.files):
+            held_out = set(pairs.index[pairs.file == place].tolist())
+            for index, (_, record) in enumerate(read_records(Path(file))):
+                if index in held_out and isinstance(record, dict):
+                    shapes.add(shape_of(record))
+                    out.write(json.dumps(record) + "\n")
+        if len(shapes) > 1:
+            both = " and ".join(sorted(shapes))
+            raise UserError(f"--held-out {path}: records of {both}; a file keeps to one")
+    print0(f"{len(pairs)} records held out, written to {path}")

@@ -1,0 +1,5 @@
+"""`python -m minidpo demo`: see command.py."""
+
+from minidpo.tools.demo.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,216 @@
+"""`python -m minidpo frontier`: what reward each loss buys for its KL, where the true reward is known.
+
+The DPO paper's Figure 2, in the demo's world: runs with DPO, IPO and SimPO at several settings start from one
+SFT model; at several steps of each, responses to unseen prompts are sampled and judged by rule. The figure
+has the reward upwards and the distance from the reference to the right: up and to the left is the better
+bargain. Runs share learning rate and batch size; only the loss differs. The same command run again goes on
+from what is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from minidpo.errors import UserError
+from minidpo.files import fingerprint, remove_directory, replacing_file, writing
+from minidpo.losses import DPO, IPO, SFT, PreferenceLoss, SimPO
+from minidpo.model import load_model, model_fingerprint
+from minidpo.tools.demo.command import OUT, REPOSITORY, fit_reference, from_sft, run_script
+from minidpo.tools.demo.samples import UnseenPrompts
+from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, require_matplotlib
+from minidpo.tools.frontier_points import Point, best_of_reference, measure
+from minidpo.tools.tables import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+class Scale(NamedTuple):
+    """How much work the figure is."""
+
+    losses: tuple[PreferenceLoss, ...]  # one run each
+    every: int  # steps between two points of a run
+    samples: int  # responses per prompt at each point
+    best_samples: int  # responses per prompt of the reference, to estimate what could be reached
+    sizes: dict[str, int]  # of a world of its own; empty: the demo's
+
+
+FULL = Scale(
+    (
+        *(DPO(beta=beta) for beta in (0.03, 0.1, 0.3, 1.0)),
+        *(IPO(beta=beta) for beta in (0.05, 0.2, 1.0)),
+        *(SimPO(beta=beta, gamma=gamma) for beta, gamma in ((2.0, 0.0), (2.0, 1.0), (10.0, 3.0))),
+    ),
+    every=50,
+    samples=2,
+    best_samples=64,
+    sizes={},
+)
+QUICK = Scale(
+    (DPO(beta=0.1), IPO(beta=0.2), SimPO(beta=2.0, gamma=1.0)),
+    every=2,
+    samples=1,
+    best_samples=4,
+    sizes={"sft_records": 300, "train_pairs": 64, "test_pairs": 16, "test_prompts": 8},
+)
+SAME_FOR_ALL = {
+    "optim.lr": "1e-4",
+    "optim.batch_size": "16",
+    "run.keep_checkpoints": "1000",
+    "eval.samples": "0",  # The checkpoints are judged afterwards, with many more.
+}
+
+
+def main(arguments: list[str]) -> None:
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(prog="python -m minidpo frontier", description=about)
+    option = parser.add_argument
+    option("--out", metavar="DIR", type=Path, default="runs/frontier", help="default: runs/frontier")
+    demo_help = f"where the demo's world and SFT model are, or will be written (default: {OUT})"
+    option("--demo", metavar="DIR", type=Path, help=demo_help)
+    option("--quick", action="store_true", help="few steps in a tiny world of its own: does it work here?")
+    options = parser.parse_args(arguments)
+    require_matplotlib("frontier")
+    if options.quick and options.demo:
+        raise UserError("--quick makes a tiny world of its own; leave out --demo, or --quick")
+    started, out = time.monotonic(), options.out
+    scale, world = (QUICK, out / "world") if options.quick else (FULL, options.demo or OUT)
+    if not Path(from_sft(world)["model.path"]).is_dir():
+        fit_reference(world, seed=0, **scale.sizes)
+    found = measure_all(out, world, scale)
+    start = Point(**found["reference"])
+    runs = {loss: [Point(**point) for point in found["runs"][run_name(loss)]] for loss in scale.losses}
+    print("\n" + table(start, runs))
+    files = png_and_svg(out / "frontier")
+    draw(start, found["best_reachable"], runs, files)
+    print(f"\n{time.monotonic() - started:.0f} s; wrote {out / 'frontier.json'}, {files[0]} and {files[1]}")
+
+
+def numbers(loss: PreferenceLoss) -> dict[str, float]:
+    """The hyperparameters that the runs differ in: beta, and gamma where the loss has one."""
+    return {name: getattr(loss, name) for name in ("beta", "gamma") if hasattr(loss, name)}
+
+
+def run_name(loss: PreferenceLoss) -> str:
+    return "-".join([loss.name, *(f"{number:g}" for number in numbers(loss).values())])
+
+
+def measure_all(out: Path, world: Path, scale: Scale) -> dict[str, Any]:
+    """OUT/frontier.json, completed: the points of the reference and of each run, and the best reachable."""
+    unseen, file = UnseenPrompts(world), out / "frontier.json"
+    # What the numbers depend on; points of another reference, or of other settings, are measured again.
+    settings = from_sft(world) | SAME_FOR_ALL | {"run.save_every": str(scale.every)}
+    configs = sorted({REPOSITORY / config_of(loss) for loss in scale.losses})
+    counts = f"{scale.samples} {scale.best_samples}"
+    reference = model_fingerprint(from_sft(world)["model.path"])
+    identity = fingerprint(reference, *unseen.prompts, repr(settings), *configs, counts)
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if found.get("identity") != identity:
+        print(f"sampling the reference, {scale.best_samples} responses per prompt", flush=True)
+        start = measure(unseen, unseen.reference, 0, scale.samples)
+        best = best_of_reference(unseen, scale.best_samples)
+        found = {"identity": identity, "reference": start._asdict(), "best_reachable": best, "runs": {}}
+        save(file, found)
+    for loss in scale.losses:
+        if run_name(loss) in found["runs"]:
+            continue
+        checkpoints = train(loss, out / run_name(loss), scale, settings)
+        print(f"measuring {run_name(loss)} at steps {', '.join(map(str, checkpoints))}", flush=True)
+        points = [
+            measure(unseen, load_model(path), step, scale.samples) for step, path in checkpoints.items()
+        ]
+        found["runs"][run_name(loss)] = [point._asdict() for point in points]
+        save(file, found)
+        # Each checkpoint has 30 MB.
+        remove_directory(out / run_name(loss) / "checkpoints")
+    return found
+
+
+def config_of(loss: PreferenceLoss) -> str:
+    return f"configs/demo_{loss.name}.toml"
+
+
+def train(loss: PreferenceLoss, directory: Path, scale: Scale, settings: dict[str, str]) -> dict[int, Path]:
+    """Train with one loss by the ordinary script; returns its checkpoints by step."""
+    of_loss = {f"loss.{name}": str(number) for name, number in numbers(loss).items()}
+    run_script("train_dpo.py", config_of(loss), settings | of_loss | {"run.out": str(directory)})
+    paths = (directory / "checkpoints").glob("step-*")
+    return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
+
+
+def save(file: Path, found: dict[str, Any]) -> None:
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing_file(file) as temporary:
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+
+
+# --- table and figure ---------------------------------------------------------------------------------------
+
+
+def table(start: Point, runs: dict[PreferenceLoss, list[Point]]) -> str:
+    """The last point of each run: the mean of what its responses earn, and what they cost."""
+    rows = [["loss", "beta", "gamma", "true reward, nats", "KL, nats", "words"]]
+    for loss, point in [(SFT(), start), *((loss, points[-1]) for loss, points in runs.items())]:
+        beta, gamma = (
+            f"{numbers(loss)[name]:g}" if name in numbers(loss) else "" for name in ("beta", "gamma")
+        )
+        reward = f"{point.reward:.2f} +- {point.reward_error:.2f}"
+        kl = f"{point.kl:.2f} +- {point.kl_error:.2f}"
+        rows.append([type(loss).__name__, beta, gamma, reward, kl, f"{point.length:.1f}"])
+    legend = "+-: one standard error over prompts. KL: of the next token, summed along sampled responses."
+    return aligned(rows, width=5) + "\n" + legend
+
+
+def draw(
+    start: Point, best: dict[str, list[float]], runs: dict[PreferenceLoss, list[Point]], files: list[Path]
+) -> None:
+    """Reward against KL, on a square-root axis that leaves room both near the reference and far from it."""
+    with drawing(files, 7.2, 4.8) as figure:
+        axes = figure.subplots()
+        axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+        axes.plot(best["kl"], best["reward"], "--", color=INK, label="most that a policy can earn, estimated")
+        star: dict[str, Any] = {
+            "marker": "*",
+            "ms": 11,
+            "color": INK,
+            "ls": "",
+            "zorder": 4,
+            "clip_on": False,
+        }
+        axes.plot(start.kl, start.reward, label="SFT, the reference", **star)
+        kinds = list(dict.fromkeys(type(loss) for loss in runs))
+        for kind, colour, mark in zip(kinds, COLOURS, MARKS, strict=False):
+            names = ", ".join(numbers(kind()))
+            axes.plot([], [], mark, ms=8, color=colour, label=f"{kind.__name__} ({names})")
+        for loss, points in runs.items():
+            draw_run(axes, loss, [start, *points], kinds.index(type(loss)))
+        farthest = max(point.kl for points in runs.values() for point in points)
+        # Squares are equally far apart on this axis.
+        axes.set(xlim=(0, None), xticks=[n * n for n in range(math.ceil(math.sqrt(farthest)) + 1)])
+        axes.set_xlabel("KL from the reference, nats per response (square-root scale)")
+        axes.set_ylabel("true reward of sampled responses, nats")
+        axes.set_title("What each loss earns for how far it goes from the reference")
+        axes.legend(loc="upper right")
+
+
+def draw_run(axes: Axes, loss: PreferenceLoss, points: list[Point], kind: int) -> None:
+    """A thin line from the reference on, a small mark per point, and then a large one with standard errors.
+
+    Beside the end stand the loss's numbers, on a side that belongs to its kind: below, above or right.
+    """
+    look: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKS[kind]}
+    kls, rewards, end = [point.kl for point in points], [point.reward for point in points], points[-1]
+    axes.plot(kls, rewards, lw=0.8, ms=3.5, alpha=0.5, markevery=slice(1, -1), **look)
+    axes.errorbar(end.kl, end.reward, end.reward_error, end.kl_error, ms=8, mec="white", elinewidth=1, **look)
+    offset, alignment = (((0, -17), "center"), ((0, 10), "center"), ((8, -3), "left"))[kind]
+    text = ", ".join(f"{number:g}" for number in numbers(loss).values())
+    place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": alignment}
+    axes.annotate(text, (end.kl, end.reward), color=COLOURS[kind], **place)

@@ -1,0 +1,143 @@
+"""`python -m minidpo sample`: responses to one prompt, to every line of a file, or to every record of one.
+
+--out keeps all samples. With --reward-model the best of --n is printed, by that model's reward, and
+--pairs-out makes a preference file of the best and the worst of each prompt.
+"""
+
+import argparse
+from math import nan
+from pathlib import Path
+from typing import Any
+
+from minidpo.data import BadRecord, ChatTemplate, Prompt, Tokenizer, prompt_of, read_records, require_fit
+from minidpo.errors import UserError
+from minidpo.files import require_file, require_place
+from minidpo.log import Progress, print0
+from minidpo.model import Sampling, generate, load_model
+from minidpo.sections import TEMPLATES
+from minidpo.tools.best_of_n import Sample, show_all, show_best, write_pairs, write_samples
+from minidpo.training.device import choose_device
+from minidpo.training.reward_scorer import RewardScorer, text_after
+
+
+def main(arguments: list[str]) -> None:
+    options = _options(arguments)
+    tokenizer, device = Tokenizer.from_pretrained(options.model), choose_device(options.device)
+    template = tokenizer.chat_template(options.template or ("hh" if options.human is not None else "model"))
+    prompts = _prompts(options, template)
+    model = load_model(options.model, device=device)
+    require_fit("model", model.config, tokenizer, 1)
+    scorer = RewardScorer(options.reward_model, device) if options.reward_model else None
+    if scorer and (options.template or any(prompt.messages for prompt in prompts)):
+        scorer.compare_template(template)
+    prompts = _that_fit(prompts, options.max_new_tokens, model.config.max_length, tokenizer, scorer)
+
+    n = options.n
+    of_samples = [prompt for prompt in prompts for _ in range(n)]
+    ids = list(map(tokenizer.prompt_ids, of_samples))
+    progress = Progress("sampling", len(ids), "responses")
+    try:
+        sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+        drawn = generate(model, ids, sampling, tokenizer.eos_id, options.seed, progress=progress.advance)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    progress.close(last_line=False)
+    texts = [text_after(tokenizer, *both) for both in zip(ids, drawn, strict=True)]
+    ended = [tokens[-1] == tokenizer.eos_id for tokens in drawn]
+    rewards = scorer.rewards(prompts, texts).tolist() if scorer else [nan] * len(texts)
+    samples = list(map(Sample, of_samples, texts, ended, rewards))
+    by_prompt = [samples[i : i + n] for i in range(0, len(samples), n)]
+    (show_best if scorer else show_all)(by_prompt)
+    if options.out:
+        write_samples(Path(options.out), by_prompt)
+    if options.pairs_out:
+        write_pairs(Path(options.pairs_out), by_prompt)
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minidpo sample", description=__doc__)
+    prompt, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    add("--model", metavar="DIR", required=True, help="Hugging Face model directory")
+    prompt.add_argument("--prompt", help="text to continue, exactly as given (\\n is read as a line break)")
+    about = "a question, put as \\n\\nHuman: TEXT\\n\\nAssistant: or by --template"
+    prompt.add_argument("--human", metavar="TEXT", help=about)
+    prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, \\n is a line break")
+    about = "records (.jsonl, .json) with a `prompt` in text or messages, or dialogues"
+    prompt.add_argument("--data", metavar="FILE", help=about)
+    add("--template", choices=TEMPLATES, help="of messages (default model) and of --human (default hh)")
+    add("--n", type=int, default=1, help="samples per prompt")
+    add("--reward-model", metavar="DIR", help="print the best of the n samples by its reward")
+    add("--out", metavar="FILE", help="every sample as a JSON line, with its reward if it has one")
+    add("--pairs-out", metavar="FILE", help="with a reward model: best and worst as a preference file")
+    add("--max-new-tokens", type=int, default=128)
+    add("--temperature", type=float, default=1.0, help="0 is greedy")
+    add("--top-p", type=float, default=1.0)
+    add("--seed", type=int, default=0)
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    options = parser.parse_args(arguments)
+    if options.n < 1:
+        raise UserError(f"--n {options.n}; at least 1 sample is needed")
+    if options.reward_model and options.n < 2:
+        raise UserError(f"--reward-model chooses among samples, and --n is {options.n}; give at least 2")
+    if options.pairs_out and not options.reward_model:
+        raise UserError("--pairs-out goes with --reward-model")
+    for option, path in (("--out", options.out), ("--pairs-out", options.pairs_out)):
+        if path:
+            require_place(option, path)
+    if options.template and options.human is None and not options.data:
+        raise UserError("--template is for messages and --human; a prompt in text is taken as it is")
+    if options.out and options.out == options.pairs_out:
+        raise UserError(f"--out and --pairs-out are both {options.out}; give two files")
+    return options
+
+
+def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
+    if options.prompt is not None:
+        return [Prompt(unescaped(options.prompt))]
+    file = options.data or options.prompts_file
+    records: list[tuple[str, Any]]
+    if options.human is not None:
+        records = [("--human", {"prompt": [{"role": "user", "content": options.human}]})]
+    elif options.data:
+        records = [(f"{file}:{line}", record) for line, record in read_records(Path(file))]
+    else:
+        path = require_file(Path(file), "a text file with one prompt per line is needed")
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text ({error})") from None
+        records = [(file, {"prompt": unescaped(line)}) for line in lines if line]
+    prompts = []
+    for place, record in records:
+        try:
+            if isinstance(record, BadRecord):
+                raise record
+            prompts.append(prompt_of(record, template))
+        except BadRecord as bad:
+            raise UserError(f"{place}: {bad}") from None
+    if not prompts:
+        raise UserError(f"{file}: no prompt in the file; at least one is needed")
+    return prompts
+
+
+def _that_fit(
+    prompts: list[Prompt], new_tokens: int, limit: int, tokenizer: Tokenizer, scorer: RewardScorer | None
+) -> list[Prompt]:
+    """The prompts that leave room for `new_tokens` in the model, and with EOS in the reward model."""
+
+    def fits(prompt: Prompt) -> bool:
+        in_model = len(tokenizer.prompt_ids(prompt)) + new_tokens <= limit
+        return in_model and (scorer is None or scorer.room(prompt) > new_tokens)
+
+    fit = [prompt for prompt in prompts if fits(prompt)]
+    if not fit:
+        too_long = f"no prompt leaves room for --max-new-tokens {new_tokens}: the model takes {limit} tokens"
+        raise UserError(too_long + (f", the reward model {scorer.max_length}" if scorer else ""))
+    if out := len(prompts) - len(fit):
+        print0(f"{out} of {len(prompts)} prompts left out: no room for {new_tokens} more tokens")
+    return fit
+
+
+def unescaped(text: str) -> str:
+    """Text as typed in a shell, its \\n read as line breaks."""
+    return text.replace("\\n", "\n")

@@ -1,0 +1,197 @@
+"""`python -m minidpo score`: what a model thinks of every pair of a preference file, one JSON line per pair.
+
+Nothing is truncated: a pair that does not fit max_length is left out and counted, so every number is of a
+whole text. Printed is what the set shows: accuracy, mean margin, two baselines, calibration.
+
+accuracy       share of pairs whose margin is > 0: strict, as in training, so a model that cannot tell has 0
+a ± b          a mean and its standard error sqrt(variance / n); of an accuracy p that is sqrt(p (1 - p) / n)
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from minidpo.config import loss_of_run
+from minidpo.data import DataReport, PairTokens, Tokenizer, read_preferences, require_fit, tokenize_pairs
+from minidpo.data.records import BadRecord, read_records
+from minidpo.errors import UserError
+from minidpo.files import replacing_file, require_place, writing
+from minidpo.log import print0
+from minidpo.losses import DPO
+from minidpo.model import RewardModel, Transformer, load_model, load_reward_model, read_config
+from minidpo.sections import TEMPLATES
+from minidpo.training.device import choose_device
+from minidpo.training.reward_scorer import mean_and_error
+from minidpo.training.scoring import MICRO_TOKENS, all_logps, all_rewards
+
+MOST_GROUPS = 50
+BINS = 10  # of predicted probabilities, from 0.5 to 1
+WITHOUT = "(none)"
+
+
+def main(arguments: list[str]) -> None:
+    options = _options(arguments)
+    device = choose_device(options.device)
+    directory, data = Path(options.reward_model or options.model), Path(options.data)
+    model = (load_reward_model if options.reward_model else load_model)(directory, device=device)
+    limit = model.config.max_length if options.max_length is None else options.max_length
+    if limit < 2:
+        raise UserError(f"--max-length {limit}; it must be at least 2")
+    tokenizer = Tokenizer.from_pretrained(directory)
+    require_fit("model", model.config, tokenizer, limit)
+    if options.reference:
+        require_fit("reference", read_config(Path(options.reference)), tokenizer, limit)
+    pairs = _read_whole(data, tokenizer, limit, options.template)
+    groups = groups_of(data, options.by, pairs.index) if options.by else None
+
+    def logps(of: Transformer, name: str) -> dict[str, np.ndarray]:
+        values = all_logps(of, pairs, options.micro_tokens, device, options.dtype, f"{name}log-probs")
+        return {f"{name}chosen_logps": values[:, 0], f"{name}rejected_logps": values[:, 1]}
+
+    columns: dict[str, np.ndarray] = {"index": pairs.index}
+    if isinstance(model, RewardModel):
+        rewards = all_rewards(model, pairs, options.micro_tokens, device, options.dtype, "rewards")
+        columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
+        margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"
+    else:
+        columns |= logps(model, "")
+        columns |= {"chosen_length": pairs.lengths[:, 1], "rejected_length": pairs.lengths[:, 2]}
+        margins = columns["chosen_logps"] - columns["rejected_logps"]
+        meaning = "log pi(chosen) - log pi(rejected), nats; without --reference no reward and no calibration"
+        if options.reference:
+            columns |= logps(load_model(options.reference, device=device), "reference_")
+            chosen_logratios = columns["chosen_logps"] - columns["reference_chosen_logps"]
+            rejected_logratios = columns["rejected_logps"] - columns["reference_rejected_logps"]
+            margins = options.beta * (chosen_logratios - rejected_logratios)
+            meaning = f"beta * (log-ratio of chosen - log-ratio of rejected), beta {options.beta:g}"
+
+    out = Path(options.out)
+    with writing(out), replacing_file(out) as temporary, temporary.open("w") as file:
+        for values in zip(*(column.tolist() for column in columns.values()), strict=True):
+            file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
+    are_logits = bool(options.reward_model or options.reference)
+    for line in summary(margins, meaning, pairs.lengths[:, 1:], groups, are_logits):
+        print0(line)
+    print0(f"{len(pairs)} pairs, one per line, written to {options.out}")
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m minidpo score", description=__doc__)
+    which, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
+    which.add_argument("--model", metavar="DIR", help="a language model: log-probs of both responses")
+    which.add_argument("--reward-model", metavar="DIR", help="a reward model: rewards of both responses")
+    add("--reference", metavar="DIR", help="with --model: this model's log-probs too")
+    add("--data", metavar="FILE", required=True, help="preference file (.jsonl, .jsonl.gz)")
+    add("--out", metavar="FILE", required=True, help="for the scores, one JSON line per pair")
+    add("--by", metavar="FIELD", help="accuracy also for each value of this field of the records")
+    about = "with --reference: reward = beta * log-ratio in the summary (default: the run's, else 0.1)"
+    add("--beta", type=float, help=about)
+    add("--max-length", type=int, help="longest prompt + response scored (default: the model's)")
+    add("--template", default="model", choices=TEMPLATES, help="how messages become text")
+    add("--micro-tokens", type=int, default=MICRO_TOKENS, help="tokens of one forward pass")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    add("--dtype", default="fp32", choices=("fp32", "bf16"))
+    options = parser.parse_args(arguments)
+    if options.reference and options.reward_model:
+        raise UserError("--reference goes with --model; a reward model needs none")
+    if options.beta is None:
+        of_run = loss_of_run(Path(options.model)) if options.model else None
+        options.beta = getattr(of_run, "beta", DPO().beta)
+    elif not options.reference:
+        raise UserError("--beta goes with --reference: without one there is no log-ratio to scale")
+    if not 0 < options.beta < float("inf"):
+        raise UserError(f"--beta {options.beta}; it must be > 0 and finite")
+    require_place("--out", options.out)
+    return options
+
+
+def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: str) -> PairTokens:
+    report = DataReport()
+    texts = read_preferences(path, report, drop_identical=False, template=tokenizer.chat_template(template))
+    whole = tokenize_pairs(texts, tokenizer, max_length, report=report, truncate=False, drop_identical=False)
+    pairs = PairTokens.from_pairs(whole)
+    for line in report.lines():
+        print0(line)
+    return pairs
+
+
+def groups_of(path: Path, field: str, index: np.ndarray) -> np.ndarray:
+    """What the records at `index` (their places in the file, rising) hold under `field`, as text: (pairs,).
+
+    Raises UserError where none of them has the field, or where its values are too many for groups.
+    """
+    scored, values = set(index.tolist()), []
+    for place, (_, record) in enumerate(read_records(path)):
+        if place in scored and not isinstance(record, BadRecord):
+            value = record.get(field, WITHOUT)
+            values.append(value if isinstance(value, str) else json.dumps(value))
+    different = set(values)
+    if different == {WITHOUT}:
+        raise UserError(f"--by {field}: no scored record of {path} has such a field")
+    if len(different) > MOST_GROUPS:
+        raise UserError(
+            f"--by {field}: {len(different)} different values; a field with at most {MOST_GROUPS} is needed"
+        )
+    return np.array(values)
+
+
+def calibration(margins: np.ndarray) -> tuple[list[tuple[float, int, float, float]], float]:
+    """How often a model is right when it is as sure as it is: a reliability table, and its summary.
+
+        predicted = sigma(|margin|)    probability that the model gives to the response it ranks higher
+        observed  = share of pairs in which that is the chosen one; a margin of 0 counts one half
+        ECE       = sum over bins of n / N * |mean observed - mean predicted|
+
+    Of sigma(margin) itself nothing could be observed, because chosen is the preferred response of every pair.
+    margins (N,), in units of a logit. Returns the bins that hold pairs, (lower edge, n, mean predicted,
+    observed), and the expected calibration error.
+    """
+    predicted = 1 / (1 + np.exp(-np.abs(margins)))
+    right = (np.sign(margins) + 1) / 2
+    bins = np.minimum(((predicted - 0.5) * 2 * BINS).astype(int), BINS - 1)
+    table = []
+    for b in np.unique(bins).tolist():
+        held = bins == b
+        means = float(predicted[held].mean()), float(right[held].mean())
+        table.append((0.5 + b / (2 * BINS), int(held.sum()), *means))
+    error = sum(n * abs(observed - mean) for _, n, mean, observed in table) / len(margins)
+    return table, error
+
+
+def summary(
+    margins: np.ndarray, meaning: str, lengths: np.ndarray, groups: np.ndarray | None, are_logits: bool
+) -> Iterator[str]:
+    """The printed lines. margins (N,), and in words what they are; lengths (N, 2): tokens of both responses;
+    groups (N,) as `groups_of` gives them; are_logits: whether sigma(margin) is a probability."""
+    margins = margins.astype(np.float64)
+    yield f"margin: {meaning}"
+    yield f"  {'':<28}{'pairs':>7}   {'accuracy':<16} mean margin"
+    rows = [("all", margins)]
+    if groups is not None:
+        rows += [(name, margins[groups == name]) for name in sorted(set(groups.tolist()))]
+    for name, of_row in rows:
+        margin, error = mean_and_error(of_row)
+        yield f"  {name[:28]:<28}{_share(of_row > 0)}    {margin:>8.4f} ± {error:.4f}"
+    if ties := int((margins == 0).sum()):
+        yield f"  ({ties} margins are 0 and count as wrong)"
+    longer = (np.sign(lengths[:, 0] - lengths[:, 1]) + 1) / 2
+    ties = int((longer == 0.5).sum())
+    yield f"  {'baseline: longer response':<28}{_share(longer)}    {ties} ties, each counted as half"
+    yield f"  {'baseline: a coin':<28}{'':>7}   0.500"
+    if not are_logits:
+        return
+    table, error = calibration(margins)
+    yield "calibration: of choices predicted right with probability sigmoid(|margin|), the share that is"
+    yield f"  {'between':<14}{'pairs':>7}{'predicted':>12}{'observed':>12}"
+    for low, n, predicted, observed in table:
+        between = f"{low:.2f} and {low + 0.5 / BINS:.2f}"
+        yield f"  {between:<14}{n:>7}{predicted:>12.3f}{observed:>12.3f}"
+    yield f"  expected calibration error {error:.3f}"
+
+
+def _share(right: np.ndarray) -> str:
+    share, error = mean_and_error(right)
+    return f"{len(right):>7}   {share:.3f} ± {error:.3f}"

@@ -1,0 +1,90 @@
+"""Warnings that an expert looking on would give: one line each, once per run, with what to try.
+
+The thresholds are rules of thumb, not theorems.
+"""
+
+from minidpo.log import print0
+from minidpo.losses import SATURATED
+
+APART = 30.0  # nats of KL of one short response, which as a rule is then no language any more
+MOST_KL = 10.0  # nats per response; beyond it, samples are seldom what the preferences were about
+FALLEN = 10.0  # nats per chosen response
+LARGE_MARGIN = 10.0  # in units of reward: a pair's gradient is then 9e-5 of what it is at 0
+FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
+
+
+class Advice:
+    """Looks at the logged values of a run as they come. usual_lr: the published rates for this loss."""
+
+    def __init__(self, loss: str, usual_lr: tuple[float, float], parameters: int, lr: float) -> None:
+        self._given: set[str] = set()
+        self._first: dict[str, float] = {}
+        self._overfitted_steps = 0
+        self._lengths: list[float] = []
+        low, high = usual_lr
+        far = not low / 10 <= lr <= high * 10
+        effect = "no change" if lr < low else "a model that falls apart"
+        published = f"far from what is published for {loss}, {low:g} to {high:g}"
+        self._warn(far and parameters >= FEW_PARAMETERS, f"optim.lr = {lr:g} is {published}: expect {effect}")
+
+    def on_step(self, values: dict[str, float]) -> None:
+        """values: what is logged of a training step."""
+        accuracy = values.get("rewards/accuracies", values.get("accuracy", 0.0))
+        loss = values.get("preference_loss", values["loss"])
+        self._overfitted_steps = self._overfitted_steps + 1 if accuracy == 1.0 and loss < 0.01 else 0
+        self._warn(
+            self._overfitted_steps >= 3,
+            "accuracy 1.0 and a loss near 0 in three logged steps: the pairs are learnt by heart;"
+            " fewer epochs, a higher loss.beta or label smoothing keep more of the model",
+        )
+        margin = values.get("rewards/margins", values.get("margin", 0.0))
+        self._warn(
+            margin > LARGE_MARGIN,
+            f"a mean margin of {margin:.1f} leaves no gradient; fewer epochs, a lower optim.lr or smoothing",
+        )
+        saturated = values.get("saturated", 0.0)
+        self._warn(
+            saturated > 0.5,
+            f"{saturated:.0%} of the pairs have a loss below {SATURATED:g} and almost no gradient:"
+            " the rest of the run learns from few of them; stop here, or add harder pairs",
+        )
+
+    def on_evaluation(self, values: dict[str, float]) -> None:
+        """values: what is logged of an evaluation, without "eval/"."""
+        watched = {name: values.get(name, 0.0) for name in ("logps/chosen", "rewards/margins")}
+        self._first = self._first or watched
+        kl, worst = values.get("kl", 0.0), values.get("kl_of_worst", 0.0)
+        self._warn(
+            kl > MOST_KL,
+            f"KL {kl:.1f} nats from the reference, more than {MOST_KL:g}: a higher loss.beta, a lower"
+            " optim.lr or an earlier checkpoint stays closer; read OUT/samples",
+        )
+        self._warn(
+            worst > APART and kl <= MOST_KL,
+            f"one response has a KL of {worst:.0f} nats: read OUT/samples for text that has fallen apart",
+        )
+        fallen = self._first["logps/chosen"] - watched["logps/chosen"]
+        self._warn(
+            fallen > FALLEN and watched["rewards/margins"] > self._first["rewards/margins"],
+            f"chosen responses are {fallen:.1f} nats less likely than at the start while margins rise: both"
+            " responses fall, the rejected one faster; a higher loss.beta or lower optim.lr",
+        )
+        self._warn(
+            values.get("ended") == 0.0,
+            "no sampled response ended within eval.max_new_tokens: raise it, or see whether the data's"
+            " responses have an EOS",
+        )
+        if "sample_length" in values:
+            self._lengths.append(values["sample_length"])
+            first, *last = self._lengths[0], *self._lengths[-4:]
+            self._warn(
+                len(last) == 4 and last == sorted(set(last)) and last[-1] > 1.25 * first,
+                f"responses get longer at every evaluation, {first:.0f} to {last[-1]:.0f} tokens: length is"
+                " what is learnt; loss.length_normalize or SimPO",
+            )
+
+    def _warn(self, condition: bool, text: str) -> None:
+        kind = text.translate({ord(digit): None for digit in "0123456789.%"})
+        if condition and kind not in self._given:
+            self._given.add(kind)
+            print0(f"warning: {text}")

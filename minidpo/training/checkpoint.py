@@ -1,0 +1,172 @@
+"""Training state on disk: OUT/checkpoints/step-N/, a model directory, optimizer.safetensors and state.json.
+
+A checkpoint is renamed into place when it is complete, so a killed save leaves the one before. Nothing is
+pickled. There is no random state to keep: the data order is a function of (seed, step) and no layer draws
+random numbers.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.optim import AdamW
+
+from minidpo.data.tokenizer_files import CHAT_TEMPLATE, CONFIG, SPECIAL_TOKENS
+from minidpo.distributed import rank, require_same
+from minidpo.errors import UserError, one_line
+from minidpo.files import remove_directory, replacing_directory, writing
+from minidpo.log import print0
+from minidpo.model import RewardModel, Transformer, save_model, save_reward_model
+from minidpo.model.tensors import read_tensors, write_tensors
+from minidpo.training.optim import load_optimizer_tensors, optimizer_tensors
+
+TOKENIZER_FILES = ("tokenizer.json", CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, "generation_config.json")
+
+
+def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
+    """The settings that make a run this run: the loss, the optimizer, the data, the model and the precision.
+
+    Its length, its directory, what is logged and how batches are cut are left out: they may change.
+    """
+    free = {"epochs", "max_steps", "micro_tokens"}
+    settings = {f"loss.{k}": v for k, v in config["loss"].items()}
+    settings |= {f"optim.{k}": v for k, v in config["optim"].items() if k not in free}
+    return settings | {f"run.{k}": config["run"][k] for k in ("seed", "dtype")} | fingerprints
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The model directories that a run writes: OUT/checkpoints/step-N and OUT/final. All ranks call it."""
+
+    out: Path
+    identity: dict[str, Any]  # setting -> value of everything that would silently make this another run
+    keep: int  # how many checkpoints stay, the newest ones
+    tokenizer_from: Path  # the model directory whose tokenizer files are copied
+    template: str | None  # the chat template, where it is not that of `tokenizer_from`
+
+    def save(self, step: int, model: Transformer, optimizer: AdamW) -> Path:
+        """Write OUT/checkpoints/step-N, then delete the oldest ones."""
+        path = self.out / "checkpoints" / f"step-{step}"
+        with self._model_directory(path, save_model, model) as directory:
+            write_tensors(directory, optimizer_tensors(model, optimizer), "optimizer")
+            if rank() == 0:
+                state = {"step": step, "identity": self.identity}
+                (directory / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+        # Checkpoints of later steps do not count: they are torn, or this run would have begun there.
+        _remove(self._saved(step)[: -self.keep])
+        return path
+
+    def save_final(self, model: Transformer) -> Path:
+        """Write OUT/final, which transformers or the next script opens."""
+        rewards = isinstance(model, RewardModel)
+        save = save_reward_model if rewards else save_model
+        with self._model_directory(self.out / "final", save, model) as directory:
+            if rank() == 0 and rewards:
+                _pad_as_in_config(directory)
+        return self.out / "final"
+
+    def resume(self, model: Transformer, optimizer: AdamW) -> int:
+        """Load the newest complete checkpoint into model and optimizer; returns its step, 0 without one.
+
+        Raises UserError that names the first setting in which the checkpoint is another run's. Also raises it
+        if there are checkpoints but none is complete, and if the processes found different ones.
+        """
+        checkpoints, step = self._saved(), 0
+        for path in reversed(checkpoints):
+            try:
+                difference = self._load(path, model, optimizer)
+            except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+                print0(f"{path}: not a whole checkpoint ({one_line(error)}); it is passed over")
+                continue
+            if difference:
+                hint = "give the run another run.out, or the old settings, files and version"
+                raise UserError(f"{path} was made with {difference}; {hint}")
+            print0(f"resuming from {path}")
+            step = _step(path)
+            break
+        else:
+            if checkpoints:
+                where = self.out / "checkpoints"
+                raise UserError(f"{where}: no checkpoint in it is whole; remove it to start anew")
+        require_same(self.identity | {"the step of the last checkpoint": step})
+        # A run killed between a save and the removal of the oldest has left one too many.
+        complete = self._saved(step)
+        if len(complete) == self.keep + 1:
+            _remove(complete[:1])
+        return step
+
+    def _load(self, path: Path, model: Transformer, optimizer: AdamW) -> str:
+        """Load a checkpoint, unless it is another run's: then returns in what it differs."""
+        state = json.loads((path / "state.json").read_text())
+        was, now = dict(state["identity"]), self.identity
+        if state["step"] != _step(path):
+            raise ValueError(f"state.json is of step {state['step']!r}")
+        if names := [name for name in was | now if was.get(name) != now.get(name)]:
+            # Another loss has other settings, too, so its name is said first, then what only one of them has.
+            name = min(names, key=lambda name: (name != "loss.name", name in was and name in now, name))
+            return f"{name} = {was.get(name)!r}, now it is {now.get(name)!r}"
+        # In place, because a second copy may not fit in memory. If the files turn out to be torn, the
+        # checkpoint before overwrites all that was read, or the run ends.
+        moments = optimizer_tensors(model, optimizer)
+        for stem, tensors in (("model", model.state_dict()), ("optimizer", moments)):
+            for name, value in read_tensors(path, tensors, stem=stem):
+                tensors[name].copy_(value)
+        load_optimizer_tensors(model, optimizer, moments)
+        return ""
+
+    @contextmanager
+    def _model_directory(self, path: Path, save: Callable[..., None], model: Transformer) -> Iterator[Path]:
+        """On rank 0, a directory with model and tokenizer that takes the place of `path` after the block."""
+        if rank() > 0:
+            save(model, path)  # Other ranks write nothing.
+            yield path
+            return
+        with writing(path), replacing_directory(path) as directory:
+            save(model, directory)
+            for name in TOKENIZER_FILES:
+                if (self.tokenizer_from / name).is_file():
+                    shutil.copyfile(self.tokenizer_from / name, directory / name)
+            if self.template is not None:
+                (directory / CHAT_TEMPLATE).write_text(self.template, encoding="utf-8")
+                _edit(directory / CONFIG, "chat_template", None)  # Some programs look there first.
+            yield directory
+
+    def _saved(self, last: float = float("inf")) -> list[Path]:
+        """The checkpoints up to step `last`, oldest first; complete, unless more than a kill spoilt them."""
+        paths = [p for p in (self.out / "checkpoints").glob("step-*") if p.name[5:].isdecimal()]
+        return sorted((path for path in paths if _step(path) <= last), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name[5:])
+
+
+def _remove(checkpoints: list[Path]) -> None:
+    for path in checkpoints if rank() == 0 else ():
+        with writing(path):
+            remove_directory(path)
+
+
+def _pad_as_in_config(directory: Path) -> None:
+    """Give the tokenizer files of a reward model the pad token of its config.json.
+
+    transformers reads the score at the last token that is not the config's pad token: behind a tokenizer that
+    pads with another one (often EOS) it would read the score of the padding.
+    """
+    pad_id = json.loads((directory / "config.json").read_text())["pad_token_id"]
+    vocabulary = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    for pad in (token["content"] for token in vocabulary.get("added_tokens", []) if token["id"] == pad_id):
+        for name in (CONFIG, SPECIAL_TOKENS):
+            _edit(directory / name, "pad_token", pad)
+
+
+def _edit(file: Path, key: str, value: str | None) -> None:
+    """Set a field of a JSON file, if there is that file; None removes the field."""
+    if file.is_file():
+        fields = json.loads(file.read_text(encoding="utf-8")) | {key: value}
+        fields = {k: v for k, v in fields.items() if k != key or v is not None}
+        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")

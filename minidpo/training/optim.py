@@ -1,0 +1,63 @@
+"""AdamW, its state by parameter name, and the learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minidpo.sections import OptimSection
+
+_STATE = ("exp_avg", "exp_avg_sq", "step")  # m, v and t in the equations below
+
+
+def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
+    """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019), of all parameters.
+
+        m <- beta1 m + (1 - beta1) g
+        v <- beta2 v + (1 - beta2) g^2
+        w <- w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
+
+    g: the gradient of a parameter w; t: the steps taken, this one included. Weight decay is for matrices
+    only: norms and biases have no size to keep small.
+    """
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    # Fused: one kernel per step instead of several per parameter, on CPU as on CUDA.
+    return torch.optim.AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
+    """The rate of step `step` (from 0): linear warm-up to lr, then constant or falling to 0 at the end."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return optim.lr
+    done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    return optim.lr * ((1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done)
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
+    """The state of the optimizer: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every parameter NAME.
+
+    A parameter that has not taken a step yet has fresh zeros, so that the names are always the same.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in model.named_parameters():
+        moments = {
+            "exp_avg": parameter,
+            "exp_avg_sq": parameter,
+            "step": torch.zeros((), device=parameter.device),
+        }
+        state = optimizer.state.get(parameter) or {k: torch.zeros_like(like) for k, like in moments.items()}
+        tensors |= {f"{name}/{key}": state[key] for key in _STATE}
+    return tensors
+
+
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]
+) -> None:
+    """Make `tensors`, named as by `optimizer_tensors`, the state that the next step goes on from."""
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = {key: tensors[f"{name}/{key}"] for key in _STATE}

@@ -1,0 +1,229 @@
+"""What happens to a run, as opposed to a model: its processes, directory, checkpoints, log lines and stop
+signals.
+
+`Run` never calls the model, the loss or the optimizer, and has no hooks: the training loop is in the two
+scripts.
+"""
+
+import math
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minidpo.config import DPOConfig, RewardConfig, to_dict, write_config
+from minidpo.data import PairTokens, Tokenizer, micro_batches
+from minidpo.distributed import any_rank, leave, rank, ranks, shard
+from minidpo.errors import STOPPED, RunStopped
+from minidpo.log import MetricsFile, Progress, console_line, print0
+from minidpo.model import Transformer, model_fingerprint, read_config
+from minidpo.training.advice import Advice
+from minidpo.training.checkpoint import Checkpoints, run_identity
+from minidpo.training.device import choose_device, describe
+from minidpo.training.out_directory import lock_directory
+
+
+class Run:
+    """One run of a script, from its configuration on. See train_dpo.py for the order in which its methods are
+    called."""
+
+    def __init__(self, config: DPOConfig | RewardConfig) -> None:
+        settings = config.run
+        read_config(Path(config.model.path))  # Fail now if it is no model directory.
+        self.config, self.settings = config, settings
+        self.out, self.seed, self.dtype = Path(settings.out), settings.seed, settings.dtype
+        self.device = choose_device(settings.device, settings.threads)
+        torch.manual_seed(self.seed)  # for a new reward head
+        self._stop_requested = False
+        self._saved_step = -1
+        self._tokens, self._seconds = 0, 0.0  # of the steps since the last line of the log
+        self._clock = self._started = time.monotonic()
+
+    # --- where it computes --------------------------------------------------------------------------------
+
+    def prepare(self, model: Transformer) -> None:
+        """Split a model over torchrun's processes if there are several, and say what of it is compiled or
+        computed again in backward. The model has no weights yet, so that no process ever holds all of a large
+        one."""
+        shard(model, self.device, self.dtype)
+        model.activation_checkpointing = self.settings.activation_checkpointing
+        if self.settings.compile:
+            model.compile_layers()
+
+    def micro_batches(
+        self, tokens: np.ndarray, rows: np.ndarray | None = None, label: str = ""
+    ) -> Iterator[np.ndarray]:
+        """`rows` (default: all) in few parts that fit one pass, optim.micro_tokens; of those, this process's
+        share.
+
+        tokens: how many tokens each pair lays out. A label makes a line of progress.
+        """
+        rows = np.arange(len(tokens)) if rows is None else rows
+        own = micro_batches(rows, tokens[rows], self.config.optim.micro_tokens, rank(), ranks())
+        progress = Progress(label, sum(map(len, own)), "pairs")
+        for part in own:
+            yield part
+            if label:
+                progress.advance(len(part))
+        if label:
+            progress.close(last_line=False)
+
+    # --- its directory ------------------------------------------------------------------------------------
+
+    def resume(
+        self,
+        model: Transformer,
+        optimizer: torch.optim.AdamW,
+        tokenizer: Tokenizer,
+        train: PairTokens,
+        steps: int,
+    ) -> int:
+        """Take the directory run.out, load its newest checkpoint if there is one, and return that
+        checkpoint's step.
+
+        steps: of the whole run. Raises UserError if another process works in run.out, or if it holds another
+        run.
+        """
+        config, optim = self.config, self.config.optim
+        self.steps = steps
+        self.fingerprints = self._fingerprints(train)
+        identity = run_identity(to_dict(config), self.fingerprints)
+        template = tokenizer.chat_template(config.data.template).to_keep
+        keep = self.settings.keep_checkpoints
+        self._checkpoints = Checkpoints(self.out, identity, keep, Path(config.model.path), template)
+        lock_directory(self.out)
+        step = self._checkpoints.resume(model, optimizer)
+        write_config(config, self.out)
+        self.first_step = self._saved_step = step
+        self._metrics = MetricsFile(self.out / "metrics.jsonl", step, self.settings.tensorboard)
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._advice = Advice(config.loss.name, config.loss.usual_lr, self.parameters, optim.lr)
+        if optim.warmup_steps > steps:
+            print0(
+                f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}:"
+                f" lr never reaches {optim.lr}"
+            )
+        return step
+
+    def _fingerprints(self, train: PairTokens) -> dict[str, str]:
+        """Of the files whose content makes this run what it is."""
+        paths = {"model": Path(self.config.model.path)}
+        if isinstance(self.config, DPOConfig) and self.config.loss.needs_reference:
+            paths["reference"] = self.config.reference_path
+        of_path = {path: model_fingerprint(path) for path in {*paths.values()}}  # equal paths are read once
+        return {name: of_path[path] for name, path in paths.items()} | {"data": train.fingerprint()}
+
+    def announce(self, train: PairTokens, held_out: PairTokens) -> None:
+        """The line with which training begins."""
+        batch, where = self.config.optim.batch_size, describe(self.device, self.settings)
+        print0(
+            f"{self.config.loss.name}: {self.parameters:,} parameters, {len(train)} pairs to train on,"
+            f" {len(held_out)} held out, {self.steps} steps of {batch} pairs on {where}"
+        )
+
+    def save(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
+        """OUT/checkpoints/step-N, from which the same command goes on. All processes save together."""
+        self._checkpoint = self._checkpoints.save(step, model, optimizer)
+        self._saved_step = step
+        self._clock = time.monotonic()
+
+    def finish(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
+        """OUT/final if all steps are done; otherwise a checkpoint, and the exit status of Ctrl-C."""
+        if step < self.steps:
+            if self._saved_step != step:
+                self.save(step, model, optimizer)
+            print0(
+                f"stopped after step {step}, saved {self._checkpoint}; the same command goes on from there"
+            )
+            leave(STOPPED)
+        # Written again even if it was there: somebody may have moved it away since.
+        final = self._checkpoints.save_final(model)
+        nothing_left = f"nothing left to do: step {step} of {self.steps} is done, {final}"
+        print0(nothing_left if step == self.first_step else f"done: {final}")
+        if any_rank(
+            self._stop_requested
+        ):  # Nothing is lost, but whoever pressed Ctrl-C wants nothing more to run.
+            leave(STOPPED)
+
+    # --- its log ------------------------------------------------------------------------------------------
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something done every so many steps (0: only at the end) is to be done after `step`."""
+        return step == self.steps or bool(every and step % every == 0)
+
+    def log(self, step: int, values: dict[str, float], tokens: int) -> None:
+        """A line of the console and of metrics.jsonl, every run.log_every steps. tokens: of this step."""
+        self._tokens, self._seconds = self._tokens + tokens, self._seconds + time.monotonic() - self._clock
+        if step == 1 or self.due(self.settings.log_every, step):
+            values = {"step": step} | values | {"tokens_per_s": self._tokens / self._seconds}
+            self._tokens, self._seconds = 0, 0.0
+            if self.device.type == "cuda":
+                values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            self._metrics.write(values)
+            self._advice.on_step(values)
+            seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
+            print0(console_line(values, self.steps, seconds_per_step * (self.steps - step)))
+        self._clock = time.monotonic()
+
+    def log_evaluation(self, step: int, values: dict[str, float]) -> None:
+        """The figures of an evaluation, under "eval/" in metrics.jsonl."""
+        self._advice.on_evaluation(values)
+        values = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
+        self._metrics.write(values)
+        print0(console_line(values, self.steps, 0, "eval/"))
+        self._clock = time.monotonic()
+
+    def require_finite(self, step: int, loss: float, grad_norm: float, batch: PairTokens) -> None:
+        """Raises RunStopped before the optimizer takes a step on a loss or gradient that is not finite."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        what = f"gradient norm is {grad_norm}" if math.isfinite(loss) else f"loss is {loss}"
+        where = batch.records(np.arange(len(batch)))
+        raise RunStopped(
+            f"step {step}: {what}, {where}; nothing was updated,"
+            f" and the checkpoints in {self.out} are from before"
+        )
+
+    # --- Ctrl-C -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step.
+
+        If one of several processes leaves the block by an error, SIGTERM goes on doing nothing: torchrun,
+        which ends all processes once one has failed, must not cut off the line that says why.
+        """
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        self._clock = self._started = time.monotonic()
+        failed = True
+        try:
+            yield
+            failed = False
+        except SystemExit:
+            failed = False
+            raise
+        finally:
+            if failed and ranks() > 1:
+                self._stop_requested = True  # so that the handler says nothing
+            else:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    def stop_requested(self) -> bool:
+        """Whether a signal has reached any of the processes: all must leave the loop at the same step."""
+        return any_rank(self._stop_requested)
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self._stop_requested and rank() == 0:
+            # os.write, because print may be what was interrupted.
+            text = "\nstopping after this step, and saving; Ctrl-C again stops at once, and loses the step\n"
+            os.write(2, text.encode())
+        self._stop_requested = True

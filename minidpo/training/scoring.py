@@ -1,0 +1,79 @@
+"""What a model says of every prompt and its responses: log-probs or rewards, without gradients.
+
+Each process computes its share of the prompts, and all return the whole.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minidpo.data import PairTokens, micro_batches
+from minidpo.distributed import all_reduce_sum, rank, ranks
+from minidpo.log import Progress
+from minidpo.model import RewardModel, Transformer, response_logps
+from minidpo.packing import PackedBatch, pack
+from minidpo.training.device import autocast
+
+MICRO_TOKENS = 8192  # tokens of one pass without gradients, where nobody says how many
+
+
+@torch.no_grad()
+def values_of_every_prompt(
+    compute: Callable[[PackedBatch], Tensor],
+    pairs: PairTokens,
+    micro_tokens: int,
+    device: torch.device,
+    dtype: str,
+    label: str = "",
+    responses: int | None = None,
+    scored: int | None = None,
+) -> np.ndarray:
+    """compute(batch) -> (P, K) over all n prompts of `pairs`, without gradients: (n, K) float32.
+
+    responses and scored: how many responses of each prompt are laid out and meet the vocabulary, as for
+    `pack`. A prompt with more tokens than micro_tokens is computed alone. With a label, a last line says how
+    long it took.
+    """
+    every = np.arange(len(pairs))
+    own = micro_batches(every, pairs.tokens(responses), micro_tokens, rank(), ranks())
+    progress = Progress(label or "scoring", sum(map(len, own)), "prompts")
+    values = torch.zeros(len(pairs), 0)
+    for rows in own:
+        batch = pack(pairs, rows, responses, scored).to(device)
+        with autocast(device, dtype):
+            computed = compute(batch).float().cpu()
+        if not values.shape[1]:  # Only `compute` knows how many values a prompt has.
+            values = torch.zeros(len(pairs), computed.shape[1])
+        values[rows] = computed
+        progress.advance(len(rows))
+    progress.close(last_line=bool(label))
+    return all_reduce_sum(values).numpy()
+
+
+def all_logps(
+    model: Transformer,
+    pairs: PairTokens,
+    micro_tokens: int,
+    device: torch.device,
+    dtype: str,
+    label: str = "",
+) -> np.ndarray:
+    """Summed log-probs of every response: (n, K) float32, nats."""
+    return values_of_every_prompt(partial(response_logps, model), pairs, micro_tokens, device, dtype, label)
+
+
+def all_rewards(
+    model: RewardModel,
+    pairs: PairTokens,
+    micro_tokens: int,
+    device: torch.device,
+    dtype: str,
+    label: str = "",
+) -> np.ndarray:
+    """Rewards of every response: (n, K) float32."""
+    return values_of_every_prompt(
+        lambda batch: model.forward_packed(batch)[0], pairs, micro_tokens, device, dtype, label, scored=0
+    )

@@ -1,0 +1,207 @@
+"""Model directories in and out: nothing lost, nothing guessed, nothing read that was not meant."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minidpo.data.dataset import PairTokens
+from minidpo.errors import UserError
+from minidpo.model import load_model, load_reward_model, model_fingerprint, save_model, save_reward_model
+from minidpo.model import tensors as tensor_files
+from minidpo.model.transformer import Llama3Rope
+from minidpo.packing import pack
+from tiny import EOS, edit_config, naive_rewards, padded_rows, random_pairs, tiny_model, tiny_reward_model
+
+TOKENS = torch.arange(40).view(2, 20)
+EVERYTHING = dict(
+    model_type="qwen3", qk_norm=True, qkv_bias=True, output_bias=True, head_dim=16, rope_theta=777.0,
+    rms_norm_eps=1e-4, rope_scaling=Llama3Rope(4.0, 1.0, 4.0, 32), tie_word_embeddings=True,
+    eos_token_id=(2, 5), pad_token_id=0,
+)  # fmt: skip
+INDEX = "model.safetensors.index.json"
+
+
+def rewrite(directory, change) -> None:
+    file = directory / "model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+def shard(directory) -> dict[str, str]:
+    """Split model.safetensors in two files and an index, as transformers does with large models."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    weight_map = {}
+    for i in (0, 1):
+        file = f"model-{i + 1:05}-of-00002.safetensors"
+        part = {name: tensor for name, tensor in sorted(tensors.items())[i::2]}
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    write_index(directory, {"weight_map": weight_map})
+    return weight_map
+
+
+def write_index(directory, index) -> None:
+    (directory / "model.safetensors").unlink(missing_ok=True)
+    (directory / INDEX).write_text(index if isinstance(index, str) else json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "over", [{}, EVERYTHING, dict(model_type="mistral", sliding_window=33), dict(mlp_bias=True)]
+)
+def test_what_is_saved_is_what_is_loaded(tmp_path, over):
+    """initializer_range and all else that transformers keeps, too; the numbers themselves bit for bit."""
+    model = tiny_model(**over)
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config
+    assert torch.equal(loaded(TOKENS), model(TOKENS))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_dtypes(directory):
+    """Weights are cast to the dtype asked for, and saved in their own."""
+    model = load_model(directory, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    save_model(model, directory)
+    assert {t.dtype for t in load_file(directory / "model.safetensors").values()} == {torch.bfloat16}
+    assert load_model(directory).model.norm.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("links", [False, True], ids=["files", "links"])
+def test_shards_with_an_index_load_as_the_single_file(directory, links):
+    """Links to elsewhere, too: that is what Hugging Face's download cache consists of."""
+    whole = load_model(directory)
+    shard(directory)
+    if links:
+        (directory / "blobs").mkdir()
+        for i, file in enumerate(sorted(directory.glob("*-of-*"))):
+            file.rename(directory / "blobs" / str(i))
+            file.symlink_to(directory / "blobs" / str(i))
+    assert torch.equal(load_model(directory)(TOKENS), whole(TOKENS))
+
+
+def test_a_tied_file_loads_with_and_without_its_copy_of_lm_head(tmp_path):
+    model = tiny_model(tie_word_embeddings=True)
+    save_model(model, tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, lambda t: {"lm_head.weight": t["model.embed_tokens.weight"].clone()} | t)
+    assert torch.equal(load_model(tmp_path)(TOKENS), model(TOKENS))
+
+
+def tensors_of(change):
+    return lambda directory: rewrite(directory, change)
+
+
+def index_of(content):
+    return lambda directory: write_index(directory, content)
+
+
+def only_pickles(directory) -> None:
+    (directory / "model.safetensors").unlink()
+    torch.save({}, directory / "pytorch_model.bin")
+
+
+def index_that_lies(directory) -> None:
+    weight_map = shard(directory)
+    other = next(file for file in weight_map.values() if file != weight_map[NORM])
+    write_index(directory, {"weight_map": weight_map | {NORM: other}})
+
+
+NORM = "model.norm.weight"
+BROKEN = {
+    "a tensor short": (tensors_of(lambda t: {k: t[k] for k in t if k != NORM}), f"no tensor '{NORM}'"),
+    "untied": (tensors_of(lambda t: {k: t[k] for k in t if k != "lm_head.weight"}), "no tensor 'lm_head"),
+    "one too many": (tensors_of(lambda t: t | {"extra": torch.ones(1)}), "'extra' has no place"),
+    "reward head": (tensors_of(lambda t: t | {"score.weight": torch.ones(1)}), "'score.weight' has no place"),
+    "another shape": (tensors_of(lambda t: t | {NORM: torch.ones(31)}), f"'{NORM}' is (31,) in F32; (32,)"),
+    "whole numbers": (tensors_of(lambda t: t | {NORM: t[NORM].int()}), f"'{NORM}' is (32,) in I32; (32,)"),
+    "fp8": (tensors_of(lambda t: t | {NORM: t[NORM].to(torch.float8_e4m3fn)}), f"'{NORM}' is (32,) in F8_E4M3"),
+    "no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x"), "not a safetensors file"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
+    "only pickles": (only_pickles, "pickles and are not read"),
+    "torn config": (lambda d: (d / "config.json").write_text("[1"), "config.json: not JSON"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no such file"),
+    "torn index": (index_of("{"), "not an index of shards"),
+    "index of a list": (index_of([]), "not an index of shards"),
+    "index of a number": (index_of({"weight_map": 3}), "not an index of shards"),
+    "index of numbers": (index_of({"weight_map": {"a": 3}}), "not an index of shards"),
+    "index that lies": (index_that_lies, f"does not contain tensor {NORM}"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "said"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_directory(directory, spoil, said):
+    """The error names the directory, and in it the file or the tensor."""
+    spoil(directory)
+    with pytest.raises(UserError) as error:
+        load_model(directory)
+    assert said in str(error.value) and str(directory) in str(error.value)
+
+
+@pytest.mark.parametrize("escape", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "gone"])
+def test_an_index_that_points_elsewhere_is_an_error(directory, escape):
+    (directory / "sub").mkdir()
+    for place in (directory.parent, directory / "sub"):
+        shutil.copy(directory / "model.safetensors", place / "model.safetensors")
+    write_index(directory, {"weight_map": shard(directory) | {NORM: escape}})
+    with pytest.raises(UserError, match="is not a file in"):
+        load_model(directory)
+
+
+def test_the_fingerprint_follows_config_and_weights(directory):
+    before = model_fingerprint(directory)
+    assert model_fingerprint(directory) == before
+    rewrite(directory, lambda tensors: tensors | {NORM: torch.ones(32)})
+    after_weights = model_fingerprint(directory)
+    edit_config(directory, lambda config: config.update(rope_theta=3.0, rope_parameters=None))
+    assert len({before, after_weights, model_fingerprint(directory)}) == 3
+
+
+@pytest.mark.parametrize("pad", [None, EOS, 0], ids=["no pad", "pad is eos", "own pad"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_scores_the_same_in_transformers(tmp_path, pad, tied):
+    transformers = pytest.importorskip("transformers")
+    model = tiny_reward_model(pad_token_id=pad, tie_word_embeddings=tied)
+    save_reward_model(model, tmp_path)
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    pairs = random_pairs(np.random.default_rng(0), 6)
+    tokens, scored = padded_rows(pairs)
+    present = scored.flip(1).cummax(1).values.flip(1)  # up to the last scored token
+    tokens[~present] = peer.config.pad_token_id  # and what lies behind it is padding
+    with torch.no_grad():
+        scores = peer(tokens, attention_mask=present.long()).logits.view(2, -1).T
+        batch = pack(PairTokens.from_pairs(pairs), scored=0)
+        ours, reread = (m.forward_packed(batch)[0] for m in (model, load_reward_model(tmp_path)))
+    torch.testing.assert_close(scores, ours, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(naive_rewards(model, pairs), ours, rtol=1e-5, atol=1e-5)
+    assert torch.equal(reread, ours)
+
+
+def test_a_model_of_the_other_kind(directory, tmp_path):
+    """A language model gives no rewards, a saved reward model no logits."""
+    with pytest.raises(UserError, match="no score.weight among its tensors"):
+        load_reward_model(directory)
+    save_reward_model(tiny_reward_model(), tmp_path)
+    with pytest.raises(ValueError, match="no lm_head"):
+        load_reward_model(tmp_path)(TOKENS)
+
+
+def test_large_model_is_written_in_shards(tmp_path, monkeypatch):
+    """They open here and in transformers."""
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 20_000)
+    model = tiny_model()
+    save_model(model, tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    # The last tensor of a file may pass the limit; beyond that there is only its header.
+    largest = max(tensor.nbytes for tensor in model.state_dict().values())
+    assert max(file.stat().st_size for file in files) < 20_000 + largest + 2000
+    transformers = pytest.importorskip("transformers")
+    for peer in (load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)):
+        tensors = peer.state_dict()
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
