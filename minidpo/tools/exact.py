@@ -91,9 +91,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help=draw)
     options = parser.parse_args(arguments)
     if options.plot is not None:  # Fail now rather than after minutes of training.
-        require_matplotlib("--plot")
         if options.plot.suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"--plot {options.plot}: the name must end in .png, .svg or .pdf")
+        require_matplotlib("--plot")
     # For matrices this small a second thread costs more in waiting than it brings.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
