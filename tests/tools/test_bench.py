@@ -89,9 +89,9 @@ def test_the_last_line_is_json_with_consistent_numbers(tmp_path, monkeypatch, ca
 
 def test_peak_memory_is_that_of_a_process_of_its_own(tmp_path, pairs):
     """What this process holds does not count."""
-    block = np.ones(2**26)  # 512 MiB
+    block = np.ones(2**27)  # 1 GiB, more than a process that has imported PyTorch's CUDA build
     peak = bench.peak_mib(case_of(tmp_path, pairs), "ours")
-    assert 20 < peak < block.nbytes / 2**20 + 100
+    assert 20 < peak < block.nbytes / 2**20
 
 
 def test_random_pairs_have_lengths_like_hhs():
