@@ -40,7 +40,7 @@ class Run:
         self.device = choose_device(settings.device, settings.threads)
         torch.manual_seed(self.seed)  # for a new reward head
         self._stop_requested = False
-        self._saved_step = -1
+        self._last_save = (-1, self.out)  # step and directory of the newest checkpoint of this process
         self._tokens, self._seconds = 0, 0.0  # of the steps since the last line of the log
         self._clock = self._started = time.monotonic()
 
@@ -99,7 +99,7 @@ class Run:
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
         write_config(config, self.out)
-        self.first_step = self._saved_step = step
+        self.first_step = step
         self._metrics = MetricsFile(self.out / "metrics.jsonl", step, self.settings.tensorboard)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self._advice = Advice(config.loss.name, config.loss.usual_lr, self.parameters, optim.lr)
@@ -128,26 +128,22 @@ class Run:
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
         """OUT/checkpoints/step-N, from which the same command goes on. All processes save together."""
-        self._checkpoint = self._checkpoints.save(step, model, optimizer)
-        self._saved_step = step
+        self._last_save = step, self._checkpoints.save(step, model, optimizer)
         self._clock = time.monotonic()
 
     def finish(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
         """OUT/final if all steps are done; otherwise a checkpoint, and the exit status of Ctrl-C."""
         if step < self.steps:
-            if self._saved_step != step:
+            if self._last_save[0] != step:
                 self.save(step, model, optimizer)
-            print0(
-                f"stopped after step {step}, saved {self._checkpoint}; the same command goes on from there"
-            )
+            saved = self._last_save[1]
+            print0(f"stopped after step {step}, saved {saved}; the same command goes on from there")
             leave(STOPPED)
         # Written again even if it was there: somebody may have moved it away since.
         final = self._checkpoints.save_final(model)
         nothing_left = f"nothing left to do: step {step} of {self.steps} is done, {final}"
         print0(nothing_left if step == self.first_step else f"done: {final}")
-        if any_rank(
-            self._stop_requested
-        ):  # Nothing is lost, but whoever pressed Ctrl-C wants nothing more to run.
+        if self.stop_requested():  # Nothing is lost, but whoever pressed Ctrl-C wants nothing more to run.
             leave(STOPPED)
 
     # --- its log ------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from minidpo.data import PairOrder
 from minidpo.errors import UserError
 from minidpo.training import reference
 from minidpo.training.checkpoint import Checkpoints
+from minidpo.training.run import Run
 from runs import final, steps
 from runs import run_dpo as run
 
@@ -39,6 +40,24 @@ def test_ctrl_c_and_resume(name, config, tmp_path, monkeypatch, capfd):
     for key, value in final(tmp_path / "once").items():
         assert torch.equal(value, final(tmp_path / "twice")[key]), key
     assert [m["loss"] for m in steps(at_once)] == [m["loss"] for m in steps(resumed)]
+
+
+def test_ctrl_c_before_the_first_step(config, tmp_path, monkeypatch, capfd):
+    """It saves what there is, and the same command goes on to the same weights."""
+    run(config(), f"--run.out={tmp_path / 'once'}")
+    real = Run.stop_requested
+
+    def interrupted(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(Run, "stop_requested", interrupted)
+        run(config())
+    assert stop.value.code == 130 and "stopped after step 0" in capfd.readouterr().out
+    run(config())
+    once, twice = final(tmp_path / "once"), final(tmp_path / "out")
+    assert all(torch.equal(once[key], twice[key]) for key in once)
 
 
 def test_ctrl_c_in_the_last_step(config, monkeypatch, tmp_path):
