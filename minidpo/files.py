@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,12 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
         raise UserError(f"{path}: cannot be written ({reason}); make room, or write elsewhere") from None
+
+
+def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON object per line; the file is whole or absent."""
+    with writing(path), replacing_file(path) as temporary, temporary.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def require_place(option: str, path: str | Path) -> None:

@@ -45,13 +45,14 @@ class PackedBatch:
         """The batch on `device`; on a GPU its row is filled up to whole blocks."""
         if device.type == "cpu":
             return self
-        moved: dict[str, Any] = {}
-        for name, values in vars(padded(self, BLOCK)).items():
-            if isinstance(values, Tensor):
-                # From pinned memory, for a copy from other memory would wait for the pass before.
-                pinned = values.pin_memory() if device.type == "cuda" else values
-                moved[name] = pinned.to(device, non_blocking=True)
+        tensors = {n: values for n, values in vars(padded(self, BLOCK)).items() if isinstance(values, Tensor)}
+        moved: dict[str, Any] = {name: to_device(values, device) for name, values in tensors.items()}
         return replace(self, **moved)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """To a GPU from pinned memory, because a copy from other memory would wait for the pass before."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def pack(

@@ -16,6 +16,7 @@ from minidpo.data.tokenizer import TokenPair
 from minidpo.logprobs import sequence_logps
 from minidpo.model.reward_model import RewardModel
 from minidpo.model.transformer import ModelConfig, Transformer
+from minidpo.textbook import pad
 
 BOS, EOS, VOCABULARY = 1, 2, 61
 
@@ -72,16 +73,8 @@ def random_pairs(
 
 
 def padded_rows(pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
-    """tokens (2B, T) padded on the right and response_mask (2B, T): all chosen texts, then all rejected."""
-    texts = [(p.prompt, p.chosen) for p in pairs] + [(p.prompt, p.rejected) for p in pairs]
-    width = max(len(prompt) + len(response) for prompt, response in texts)
-    tokens = torch.zeros(len(texts), width, dtype=torch.int64)
-    scored = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(texts):
-        end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor(prompt + response)
-        scored[row, len(prompt) : end] = True
-    return tokens, scored
+    """The textbook's tokens (2B, T) and response_mask (2B, T): all chosen texts, then all rejected."""
+    return pad([pair[:3] for pair in pairs])
 
 
 def naive_logps(model: Transformer, pairs: list[TokenPair]) -> Tensor:

@@ -4,9 +4,8 @@ Moving from the policy to its best of n costs at most log n - (n-1)/n nats of KL
 prove the bound for what Stiennon et al. 2020 gave as the value).
 """
 
-import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import numpy as np
 
 from minidpo.data import Message, Prompt
 from minidpo.errors import UserError
-from minidpo.files import replacing_file, writing
+from minidpo.files import write_json_lines
 from minidpo.log import print0
 from minidpo.training.reward_scorer import mean_and_error
 
@@ -54,7 +53,7 @@ def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
             if not math.isnan(sample.reward):
                 row |= {"reward": sample.reward, "best": sample is _best(samples)}
             rows.append(row)
-    _write(path, rows)
+    write_json_lines(path, rows)
     print0(f"{len(rows)} samples written to {path}")
 
 
@@ -70,7 +69,7 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
             turn = [{"role": "assistant", "content": sample.text}]
             row |= {name: turn if sample.prompt.messages else sample.text, f"score_{name}": sample.reward}
         rows.append(row)
-    _write(path, rows)
+    write_json_lines(path, rows)
     skipped = f"{len(prompts) - len(pairs)} prompts skipped, whose samples are all equal, tied or blank"
     print0(f"{len(pairs)} pairs of best and worst written to {path}; {skipped}")
     if cut := sum(not sample.ended for pair in pairs for sample in pair):
@@ -112,8 +111,3 @@ def _prompt(sample: Sample) -> str | list[Message]:
 
 def _best(samples: Sequence[Sample]) -> Sample:
     return max(samples, key=lambda sample: sample.reward)
-
-
-def _write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with writing(path), replacing_file(path) as temporary, temporary.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)

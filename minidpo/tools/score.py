@@ -18,7 +18,7 @@ from minidpo.config import loss_of_run
 from minidpo.data import DataReport, PairTokens, Tokenizer, read_preferences, require_fit, tokenize_pairs
 from minidpo.data.records import BadRecord, read_records
 from minidpo.errors import UserError
-from minidpo.files import replacing_file, require_place, writing
+from minidpo.files import require_place, write_json_lines
 from minidpo.log import print0
 from minidpo.losses import DPO
 from minidpo.model import RewardModel, Transformer, load_model, load_reward_model, read_config
@@ -68,10 +68,8 @@ def main(arguments: list[str]) -> None:
             margins = options.beta * (chosen_logratios - rejected_logratios)
             meaning = f"beta * (log-ratio of chosen - log-ratio of rejected), beta {options.beta:g}"
 
-    out = Path(options.out)
-    with writing(out), replacing_file(out) as temporary, temporary.open("w") as file:
-        for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-            file.write(json.dumps(dict(zip(columns, values, strict=True))) + "\n")
+    of_pairs = zip(*(column.tolist() for column in columns.values()), strict=True)
+    write_json_lines(Path(options.out), (dict(zip(columns, values, strict=True)) for values in of_pairs))
     are_logits = bool(options.reward_model or options.reference)
     for line in summary(margins, meaning, pairs.lengths[:, 1:], groups, are_logits):
         print0(line)

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minidpo.config import DPOConfig
-from minidpo.data import PairTokens, Tokenizer, longest_pair
+from minidpo.data import PairTokens, Tokenizer
 from minidpo.distributed import all_gather, rank, ranks
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
@@ -128,7 +128,7 @@ class SampledEvaluation:
         progress.close(last_line=False)
         ids = [row for part in all_gather(drawn) for row in part][: len(self._prompts)]
         texts = [text_after(self._tokenizer, *both) for both in zip(self._prompts, ids, strict=True)]
-        rewards = np.array(self._scorer.rewards(self._as_text, texts)) if self._scorer else None
+        rewards = self._scorer.rewards(self._as_text, texts) if self._scorer else None
         ended = np.array([row[-1] == eos_id for row in ids])
         return Samples(ids, texts, ended, rewards)
 
@@ -177,9 +177,8 @@ def divergences(
 ) -> np.ndarray:
     """Both estimates for the policy's own `samples`: (samples, 2) nats, of log-ratios and of next tokens."""
     pairs = PairTokens.from_responses(prompts, [[response] for response in samples])
-    micro_tokens = max(MICRO_TOKENS, longest_pair(pairs))
     compute = partial(divergence, policy, reference)
-    return values_of_every_prompt(compute, pairs, micro_tokens, device, dtype)
+    return values_of_every_prompt(compute, pairs, MICRO_TOKENS, device, dtype)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from minidpo.data import PairTokens
 from minidpo.losses import BradleyTerry, PairLogps, PreferenceLoss, Rewards
 from minidpo.model import RewardModel, Transformer, response_logps
-from minidpo.packing import pack
+from minidpo.packing import pack, to_device
 from minidpo.training.device import autocast
 
 
@@ -38,7 +38,7 @@ def pair_logps(
     if loss.needs_reference:
         if pairs.ref_logps is None:
             raise ValueError(f"{loss.name} compares with a reference, and the pairs have no ref_logps")
-        reference = columns(moved(pairs.ref_logps[rows], device))
+        reference = columns(to_device(torch.from_numpy(pairs.ref_logps[rows]), device))
     return PairLogps(*columns(logps), *reference, *columns(batch.lengths))
 
 
@@ -58,14 +58,7 @@ def pair_rewards(
     batch = pack(pairs, rows, scored=1 if loss.lm_weight else 0).to(device)
     with autocast(device, dtype):
         rewards, logps = model.forward_packed(batch)  # (B, 2), (B, 1)
-    margin = None
-    if loss.margin_from_data and pairs.margin is not None:
-        margin = moved(pairs.margin[rows].astype(np.float32), device)
+    margin = pairs.margins(rows) if loss.margin_from_data else None
+    margin = None if margin is None else to_device(margin, device)
     chosen_logps = None if logps is None else logps[:, 0]
     return Rewards(rewards[:, 0], rewards[:, 1], margin, chosen_logps, batch.lengths[:, 0])
-
-
-def moved(values: np.ndarray, device: torch.device) -> Tensor:
-    """An array as a tensor on `device`. To a GPU it is copied from pinned memory, which waits for nothing."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
