@@ -1,12 +1,13 @@
-"""Align a language model with preference pairs: DPO, IPO or SimPO; or fit the chosen responses (SFT).
+"""Train a language model on preference pairs: DPO, IPO or SimPO; or on the chosen responses alone: SFT.
 
     python train_dpo.py configs/demo_dpo.toml --loss.beta=0.05
     torchrun --nproc_per_node=8 train_dpo.py configs/hh_dpo.toml
 
 A pair is one prompt with a chosen and a rejected response. Each step computes the log-probs of both responses
-under the policy, compares them with those of the frozen reference, and takes one step of AdamW on the mean
-loss of `optim.batch_size` pairs. The same command run again goes on from the last checkpoint.
-minidpo/textbook.py is the same step without packing, micro-batches, clipping, processes and checkpoints.
+under the policy (SFT: of the chosen one), compares them with those under the frozen reference (DPO, IPO), and
+takes one step of AdamW on the mean loss of `optim.batch_size` pairs. The same command, run again, resumes
+from the last checkpoint. minidpo/textbook.py is the same step without packing, micro-batches, clipping,
+processes and checkpoints.
 """
 
 import torch
@@ -35,21 +36,24 @@ def main(arguments: list[str]) -> None:
     run = Run(config)  # device and processes, the directory run.out, its log, checkpoints and stop signal
 
     # --------------------------------------------------------------------------------------------------------
-    # Data: the token ids of every pair, and the order in which steps draw them. The order is a pure function
-    # of seed and step, so a resumed run continues where it was.
+    # Data: the token ids of every pair, and the order in which steps draw them. The order is drawn
+    # from the seed alone, whatever happened before, so a resumed run goes on with the pairs that were due.
     tokenizer = Tokenizer.from_pretrained(config.model.path)
     train, held_out = load_run_pairs(config, tokenizer)
-    train_tokens, held_out_tokens = train.tokens(loss.responses), held_out.tokens(loss.responses)  # per pair
+    # Tokens of each pair in a packed row, (n,): micro-batches are cut by tokens and not by pairs.
+    train_token_counts = train.token_counts(loss.responses)
+    held_out_token_counts = held_out.token_counts(loss.responses)
     order = PairOrder(len(train), optim.batch_size, optim.epochs, optim.max_steps, run.seed)
+    total_steps = len(order)
 
     # --------------------------------------------------------------------------------------------------------
-    # Policy and reference start as the same weights, unless reference.path is set. The reference is frozen,
-    # so its log-probs of all pairs are computed once, before training, and become a column of the data.
+    # Policy and reference start with the same weights, unless reference.path is set. The reference is frozen,
+    # so its log-probs are computed once, before training, and become a column of the data.
     policy = load_model(config.model.path, device=run.device, prepare=run.prepare)
     optimizer = adamw(policy, optim)
-    step = run.resume(policy, optimizer, tokenizer, train, len(order))  # 0, or that of the last checkpoint
+    step = run.resume(policy, optimizer, tokenizer, train, total_steps)  # 0, or that of the last checkpoint
     run.announce(train, held_out)
-    if step == len(order):
+    if step == total_steps:
         return run.finish(step, policy, optimizer)
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
     if loss.needs_reference:
@@ -57,49 +61,57 @@ def main(arguments: list[str]) -> None:
 
     @torch.no_grad()
     def evaluate() -> None:
-        """Loss and metrics over all held-out pairs, and what the policy writes by itself."""
+        """Log loss and metrics over all held-out pairs, and those of sampled responses."""
         if not len(held_out):
             return
-        means = Means()
-        for rows in run.micro_batches(held_out_tokens, label="evaluating"):
-            pairs = pair_logps(policy, held_out, rows, loss, run.device, run.dtype)
-            means.add(loss.metrics(pairs, loss(pairs)))
-        run.log_evaluation(step, means.all_reduce().means() | (sampled(policy, step) if sampled else {}))
+        totals = Means()
+        # indices: the numbers of the pairs of one micro-batch
+        for indices in run.micro_batches(held_out_token_counts, label="evaluating"):
+            logps = pair_logps(policy, held_out, indices, loss, run.device, run.dtype)
+            totals.add(loss.metrics(logps, loss(logps)))
+        metrics = totals.all_reduce().means()
+        run.log_evaluation(step, metrics | (sampled(policy, step) if sampled else {}))
 
     # --------------------------------------------------------------------------------------------------------
     # Training loop
     if step == 0:
         evaluate()
-    with run.stop_on_signals():  # Ctrl-C asks the loop to stop after its step.
-        while step < len(order) and not run.stop_requested():
-            lr = learning_rate(step, len(order), optim)
+    # In this block, Ctrl-C only asks the loop to stop after its step.
+    with run.stop_on_signals():
+        while step < total_steps and not run.stop_requested():
+            lr = learning_rate(step, total_steps, optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # The gradient of the mean loss over the batch, one micro-batch after the other. Each divides by
-            # the size of the whole batch, and gradients are added up, over processes too: how the batch is
-            # cut, and over how many processes, changes nothing but rounding.
-            batch, means = order[step], Means()  # batch: the numbers of the pairs that this step draws
-            for rows in run.micro_batches(train_tokens, batch):
-                pairs = pair_logps(policy, train, rows, loss, run.device, run.dtype)  # the forward pass
-                losses = loss(pairs)  # (B,)
+            # Forward and backward pass, one micro-batch after the other. backward() adds to the gradients,
+            # and each micro-batch divides by the size of the whole batch. So the result is the gradient of
+            # the batch's mean loss, however the batch is cut and spread over processes.
+            batch, totals = order[step], Means()  # batch: the numbers of the pairs that this step draws
+            for indices in run.micro_batches(train_token_counts, batch):
+                logps = pair_logps(policy, train, indices, loss, run.device, run.dtype)
+                losses = loss(logps)  # (B,)
                 (losses.sum() / len(batch)).backward()
-                means.add(loss.metrics(pairs, losses))
-            metrics = means.all_reduce().means()
-            norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)  # that before clipping
+                totals.add(loss.metrics(logps, losses))
+            metrics = totals.all_reduce().means()
+
+            # Clip, check, update. The norm that is logged is the one before clipping. A NaN must not reach
+            # the weights, where no later step could remove it.
+            norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)
             grad_norm = full_tensor(norm).item()
             run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
+            # Log, evaluate, save: every so many steps, and after the last one.
             values = {"epoch": order.epoch(step)} | metrics | {"lr": lr, "grad_norm": grad_norm}
-            run.log(step, values, tokens=train_tokens[batch].sum())
-            if run.due(config.run.eval_every, step):  # every so many steps, and after the last one
+            run.log(step, values, tokens=train_token_counts[batch].sum())
+            if run.due(config.run.eval_every, step):
                 evaluate()
             if run.due(config.run.save_every, step):
                 run.save(step, policy, optimizer)
-        run.finish(step, policy, optimizer)  # OUT/final; or, if Ctrl-C stopped the run, a checkpoint
+        # run.out/final; or, if Ctrl-C stopped the run, a checkpoint.
+        run.finish(step, policy, optimizer)
 
 
 if __name__ == "__main__":

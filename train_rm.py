@@ -1,14 +1,15 @@
-"""Train a reward model on preference pairs: the language model, and one Linear(hidden, 1) on each response's
-last token.
+"""Train a reward model on preference pairs: a language model with Linear(hidden, 1) on each response's last
+token.
 
     python train_rm.py configs/demo_rm.toml --loss.lm_weight=0
 
     loss = -log sigma(r_chosen - r_rejected - margin) + lm_weight * NLL per token of the chosen response
                                                       + center_weight * (r_chosen + r_rejected)^2
 
-Rewards and log-probs come from one forward pass over [prompt | chosen | rejected]. The loop is that of
-train_dpo.py, written out again so that each script reads by itself. The same command run again goes on from
-the last checkpoint.
+r is a reward, margin a target margin (0 by default), NLL the negative log-likelihood -log pi(chosen | prompt)
+under the language model. Rewards and log-probs come from one forward pass over [prompt | chosen | rejected].
+The loop is that of train_dpo.py, written out again so that each script can be read alone.
+The same command, run again, resumes from the last checkpoint.
 """
 
 import torch
@@ -29,46 +30,57 @@ def main(arguments: list[str]) -> None:
     run = Run(config)
 
     # --------------------------------------------------------------------------------------------------------
-    # Data, and the language model under a new head
-    tokenizer = Tokenizer.from_pretrained(config.model.path)
+    # Data: the token ids of every pair, and the order in which steps draw them.
+    tokenizer = Tokenizer.from_pretrained(config.model.path, rewards=True)
     train, held_out = load_run_pairs(config, tokenizer)
-    train_tokens, held_out_tokens = train.tokens(), held_out.tokens()  # per pair, with both responses
+    # Tokens of each pair in a packed row, (n,): micro-batches are cut by tokens and not by pairs.
+    train_token_counts, held_out_token_counts = train.token_counts(), held_out.token_counts()
     order = PairOrder(len(train), optim.batch_size, optim.epochs, optim.max_steps, run.seed)
-    model = new_reward_model(config.model.path, run.device, loss.lm_weight > 0, prepare=run.prepare)
+    total_steps = len(order)
+
+    # --------------------------------------------------------------------------------------------------------
+    # The language model with a new head. All of it is trained, not only the head.
+    model = new_reward_model(
+        config.model.path, run.device, language_modelling=loss.lm_weight > 0, prepare=run.prepare
+    )
     optimizer = adamw(model, optim)
-    step = run.resume(model, optimizer, tokenizer, train, len(order))
+    step = run.resume(model, optimizer, tokenizer, train, total_steps)
     run.announce(train, held_out)
-    if step == len(order):
+    if step == total_steps:
         return run.finish(step, model, optimizer)
 
     @torch.no_grad()
     def evaluate() -> None:
-        """Loss and metrics over all held-out pairs."""
+        """Log loss and metrics over all held-out pairs."""
         if not len(held_out):
             return
-        means = Means()
-        for rows in run.micro_batches(held_out_tokens, label="evaluating"):
-            rewards = pair_rewards(model, held_out, rows, loss, run.device, run.dtype)
-            means.add(loss.metrics(rewards, loss(rewards)))
-        run.log_evaluation(step, means.all_reduce().means())
+        totals = Means()
+        for indices in run.micro_batches(held_out_token_counts, label="evaluating"):
+            rewards = pair_rewards(model, held_out, indices, loss, run.device, run.dtype)
+            totals.add(loss.metrics(rewards, loss(rewards)))
+        run.log_evaluation(step, totals.all_reduce().means())
 
     # --------------------------------------------------------------------------------------------------------
     # Training loop
     if step == 0:
         evaluate()
     with run.stop_on_signals():
-        while step < len(order) and not run.stop_requested():
-            lr = learning_rate(step, len(order), optim)
+        while step < total_steps and not run.stop_requested():
+            lr = learning_rate(step, total_steps, optim)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            batch, means = order[step], Means()
-            for rows in run.micro_batches(train_tokens, batch):
-                rewards = pair_rewards(model, train, rows, loss, run.device, run.dtype)
+            # Forward and backward pass, one micro-batch after the other. Each divides by the size of the
+            # whole batch, so the gradients add up to that of the batch's mean loss.
+            batch, totals = order[step], Means()
+            for indices in run.micro_batches(train_token_counts, batch):
+                rewards = pair_rewards(model, train, indices, loss, run.device, run.dtype)
                 losses = loss(rewards)  # (B,)
-                (losses.sum() / len(batch)).backward()  # divided by the size of the whole batch
-                means.add(loss.metrics(rewards, losses))
-            metrics = means.all_reduce().means()
+                (losses.sum() / len(batch)).backward()
+                totals.add(loss.metrics(rewards, losses))
+            metrics = totals.all_reduce().means()
+
+            # Clip, check, update: a NaN must not reach the weights.
             norm = clip_grad_norm_(model.parameters(), optim.grad_clip or torch.inf)
             grad_norm = full_tensor(norm).item()
             run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))
@@ -76,8 +88,9 @@ def main(arguments: list[str]) -> None:
             optimizer.zero_grad(set_to_none=True)
             step += 1
 
+            # Log, evaluate, save: every so many steps, and after the last one.
             values = {"epoch": order.epoch(step)} | metrics | {"lr": lr, "grad_norm": grad_norm}
-            run.log(step, values, tokens=train_tokens[batch].sum())
+            run.log(step, values, tokens=train_token_counts[batch].sum())
             if run.due(config.run.eval_every, step):
                 evaluate()
             if run.due(config.run.save_every, step):

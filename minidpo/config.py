@@ -11,9 +11,9 @@ from typing import Any, TypeVar, get_type_hints
 
 from minidpo.distributed import rank
 from minidpo.errors import UserError
-from minidpo.files import writing
+from minidpo.files import write_file, writing
 from minidpo.losses import DPO, LOSSES, PreferenceLoss
-from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.sections import COMMAND_LINE, DPOConfig, RewardConfig, named_key
 from minidpo.settings import fault, help_lines, keys_of, one_of, setting, toml
 
 Config = TypeVar("Config", DPOConfig, RewardConfig)
@@ -26,8 +26,7 @@ class LossName:
 
 
 def load_config(kind: type[Config], arguments: list[str]) -> Config:
-    """The configuration that `FILE.toml --section.key=value ...` means. Raises UserError naming file and
-    key."""
+    """The configuration that `FILE.toml --section.key=value ...` means. A UserError names file and key."""
     if any(argument in ("-h", "--help") for argument in arguments):
         if rank() == 0:
             print(describe(kind))
@@ -39,15 +38,18 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
 
     sections = _section_types(kind, file, of_file, typed)
     values: Values = {section: {} for section in sections}
-    for where, given in ((file, of_file), ("command line", typed)):
+    sources: dict[str, str] = {}
+    for where, given in ((file, of_file), (COMMAND_LINE, typed)):
         for section, settings in given.items():
             for name, value in settings.items():
                 key = _key(sections, section, name, where)
                 values[section][name] = _value(section, key, value, where)
+                sources[f"{section}.{name}"] = where
     if kind is DPOConfig:
         values["loss"].pop("name", None)  # It has chosen the class of the section.
     made = {section: sections[section](**values[section]) for section in sections}
     config = kind(**made)
+    config.sources = sources
     _check(config)
     return config
 
@@ -63,21 +65,37 @@ def load_either_config(arguments: list[str]) -> DPOConfig | RewardConfig:
     return load_config(DPOConfig, arguments)
 
 
+def config_of_run(model: Path) -> Path | None:
+    """The config.toml of the run whose final/ or checkpoint `model` is; None if it is neither."""
+    model = model.resolve()  # It may be a link, or ".".
+    checkpoint = model.parent.name == "checkpoints"
+    file = model.parents[1 if checkpoint else 0] / "config.toml"
+    return file if (checkpoint or model.name == "final") and file.is_file() else None
+
+
 def loss_of_run(model: Path) -> PreferenceLoss | None:
-    """The loss of the run whose final/ is `model`, from the config.toml beside it; None if there is none."""
-    file = model.parent / "config.toml"
-    if model.resolve().name != "final" or not file.is_file():
+    """The loss of the run that wrote `model`; None if no run of train_dpo.py did."""
+    file = config_of_run(model)
+    given = _read_toml(file).get("loss", {}) if file else {}
+    cls = LOSSES.get(given.pop("name", ""))
+    if cls is None:
         return None
-    given = _read_toml(file).get("loss", {})
-    cls = LOSSES.get(given.get("name", ""))
-    if cls is None:  # the run of a reward model
-        return None
-    values = {
-        name: _value("loss", _key({"loss": cls}, "loss", name, str(file)), value, str(file))
-        for name, value in given.items()
-        if name != "name"
-    }
-    return cls(**values)
+    keys = {name: _key({"loss": cls}, "loss", name, str(file)) for name in given}
+    return cls(**{name: _value("loss", keys[name], value, str(file)) for name, value in given.items()})
+
+
+def date_of_run(out: Path) -> str:
+    """The data.date of the run in the directory `out`; empty if there is none."""
+    try:
+        return str(_read_toml(out / "config.toml").get("data", {}).get("date", ""))
+    except UserError:  # There is no such file, or a spoilt one that is about to be written again.
+        return ""
+
+
+def date_of_model(model: Path) -> str:
+    """The data.date of the run whose final/ or checkpoint `model` is; empty if there is none."""
+    file = config_of_run(model)
+    return date_of_run(file.parent) if file else ""
 
 
 def to_dict(config: DPOConfig | RewardConfig) -> Values:
@@ -92,9 +110,8 @@ def to_toml(config: DPOConfig | RewardConfig) -> str:
     """The resolved configuration as TOML that `load_config` reads back to the same values."""
     blocks = []
     for section, values in to_dict(config).items():
-        blocks.append(
-            "\n".join([f"[{section}]", *(f"{name} = {toml(value)}" for name, value in values.items())])
-        )
+        lines = (f"{name} = {toml(value)}" for name, value in values.items())
+        blocks.append("\n".join([f"[{section}]", *lines]))
     return "\n\n".join(blocks) + "\n"
 
 
@@ -102,7 +119,7 @@ def write_config(config: DPOConfig | RewardConfig, out: Path) -> None:
     """OUT/config.toml: the resolved configuration."""
     if rank() == 0:
         with writing(out / "config.toml"):
-            (out / "config.toml").write_text(to_toml(config), encoding="utf-8")
+            write_file(out / "config.toml", to_toml(config))
 
 
 def describe(kind: type[DPOConfig] | type[RewardConfig]) -> str:
@@ -130,7 +147,7 @@ def _file_of(arguments: list[str]) -> tuple[str, Values]:
 
 def _read_toml(path: Path) -> Values:
     try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8"))
+        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
@@ -173,7 +190,7 @@ def _section_types(kind: type, file: str, of_file: Values, typed: Values) -> dic
     if kind is DPOConfig:
         name, where = of_file.get("loss", {}).get("name", DPO.name), file
         if "name" in typed.get("loss", {}):
-            name, where = typed["loss"]["name"], "command line"
+            name, where = typed["loss"]["name"], COMMAND_LINE
         types["loss"] = LOSSES[_value("loss", keys_of(LossName)["name"], name, where)]
     return types
 
@@ -209,9 +226,9 @@ def _value(section: str, key: dataclasses.Field, value: Any, where: str) -> Any:
     if not fits:
         wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
         needed = wanted.get(key.type, "a list of texts")  # type: ignore[arg-type]
-        raise UserError(f"{where}: {section}.{key.name} = {value!r}; {needed} is needed")
+        raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {value!r}; {needed} is needed")
     if wrong := fault(key, value):
-        raise UserError(f"{section}.{key.name} = {toml(value)}; {wrong}")
+        raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {toml(value)}; {wrong}")
     return value
 
 
@@ -229,16 +246,15 @@ def _read(key: dataclasses.Field, text: str) -> Any:
 
 def _check(config: DPOConfig | RewardConfig) -> None:
     """What defaults and settings must fulfil together."""
-    for section, values in vars(config).items():
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
         for name, key in keys_of(values).items():
-            if wrong := fault(key, getattr(values, name)):
-                raise UserError(f"{section}.{name} = {toml(getattr(values, name))}; {wrong}")
+            if wrong := fault(key, value := getattr(values, name)):
+                raise UserError(f"{config.named(f'{section.name}.{name}')} = {toml(value)}; {wrong}")
     if (Path(config.run.out) / "config.json").is_file():
-        raise UserError(
-            f"run.out = {config.run.out} holds a model (config.json); a run needs a directory of its own"
-        )
+        holds = f"{config.named('run.out')} = {config.run.out} holds a model (config.json)"
+        raise UserError(f"{holds}; a run needs a directory of its own")
     if config.data.max_prompt_length >= config.data.max_length:
-        raise UserError(
-            f"data.max_prompt_length = {config.data.max_prompt_length} leaves no room for a response;"
-            f" it must be below data.max_length = {config.data.max_length}"
-        )
+        prompt = f"{config.named('data.max_prompt_length')} = {config.data.max_prompt_length}"
+        longest = f"{config.named('data.max_length')} = {config.data.max_length}"
+        raise UserError(f"{prompt} leaves no room for a response; it must be below {longest}")

@@ -2,14 +2,26 @@
 
 Everything that depends on what was typed, or on a file that the user named, raises `UserError` with what is
 wrong, where (file, line, key) and what would be right. `exit_on_user_error` prints it as that one line with
-exit status 2, `RunStopped` and a GPU out of memory as one line with status 1, Ctrl-C with status 130. Any
-other exception is a bug in minidpo and keeps its traceback.
+exit status 2, `RunStopped` and a GPU out of memory as one line with status 1, Ctrl-C with status 130. If
+whoever read the output has gone (`| head`), it ends without a word, with status 141; if the disk of the
+output is full (`> file`), in one line with status 1. Any other exception is a bug in minidpo and keeps its
+traceback.
 """
 
+import errno
+import io
+import os
+import select
 import sys
 from collections.abc import Callable
 
+# Why a model's numbers are nan or inf.
+NOT_FINITE = (
+    "some of its weights are nan, inf or far too large (a run that diverged, a torn file);"
+    " take an earlier checkpoint, or fetch it again"
+)
 STOPPED = 130  # the exit status that shells give Ctrl-C: `train && publish` does not publish half a run
+UNREAD = 141  # what they give to a program that writes into a pipe which nobody reads
 
 
 class UserError(ValueError):
@@ -21,8 +33,8 @@ class RunStopped(RuntimeError):
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error, without its line breaks."""
-    return " ".join(str(error).split())
+    """The message of an error, without its line breaks; its kind where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -32,17 +44,53 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
     """Run `main(arguments)`; print errors that are no bugs as one line to stderr and exit."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # A model writes characters that a terminal may not know.
     try:
+        status = _exit_status(main)
+        if sys.stdout:
+            sys.stdout.flush()  # Now, because what fails at the interpreter's exit has a traceback.
+    except BrokenPipeError:
+        silence_closed_pipes()
+        status = UNREAD
+    except OSError as error:
+        # Who writes a file does so within `files.writing`: what is full is where standard output goes.
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.stdout = open(os.devnull, "w")  # for what is still to be printed
+        print(f"error: the output cannot be written ({error.strerror}); make room", file=sys.stderr)
+        status = 1
+    if status:
+        sys.exit(status)
+
+
+def silence_closed_pipes() -> None:
+    """Send what is still to be printed nowhere, where it would go to a pipe that nobody reads any more."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        poll = select.poll()
+        poll.register(stream, 0)
+        if any(event & select.POLLERR for _, event in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _exit_status(main: Callable[[list[str]], None]) -> str | int | None:
+    try:
+        for argument in sys.argv[1:]:
+            if argument != argument.encode(errors="replace").decode():
+                raise UserError(f"{argument!r} is not text in UTF-8; type it, or name the file, in UTF-8")
         main(sys.argv[1:])
+        return 0
+    except SystemExit as stop:
+        return stop.code
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UserError) else 1)
+        return 2 if isinstance(error, UserError) else 1
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         hint = "lower optim.micro_tokens, or set run.activation_checkpointing = true"
         print(f"error: {str(error).splitlines()[0]} ({hint})", file=sys.stderr)
-        sys.exit(1)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        sys.exit(STOPPED)
+        return STOPPED

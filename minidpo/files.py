@@ -1,70 +1,96 @@
-"""Files and directories that are either whole or absent: written beside their place, then renamed into it."""
+"""Files and directories that are either whole or absent: written beside their place, then renamed into it.
+
+A link is replaced like a file: what is written never lands where a link points to.
+"""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import stat
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
 
 from minidpo.errors import UserError, one_line
+
+ADAPTER = "it is an adapter: merge it first (peft's merge_and_unload, then save_pretrained)"
 
 
 @contextmanager
 def replacing_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path; when the block ends well, the file written there takes the place of `path`."""
+    require_regular(path)
     temporary = _beside(path, "tmp")
+    remove(temporary)
+    temporary.touch(exist_ok=False)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
-        _sync(temporary)
+        _finish(temporary, mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, text: str) -> None:
+    """A text file in UTF-8; whole or absent."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextmanager
 def replacing_directory(path: Path) -> Iterator[Path]:
     """Yield a new temporary directory; when the block ends well, it takes the place of `path`."""
     temporary, aside = _beside(path, "tmp"), _beside(path, "old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove(temporary)
     temporary.mkdir(parents=True)
+    mode = temporary.stat().st_mode
     try:
         yield temporary
-        for part in (*temporary.iterdir(), temporary):
-            _sync(part)
+        for part in temporary.iterdir():
+            _finish(part, mode & 0o666)
+        _sync(temporary)
         # A directory cannot be renamed over a full one, so the old one is renamed out of the way first. If
         # the process is killed between the two renames, `clear_leftovers` gives the old one its name back.
-        if path.exists():
+        if os.path.lexists(path):
             os.replace(path, aside)
         os.replace(temporary, path)
         _sync(path.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove(aside)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
 
 
 def remove_directory(path: Path) -> None:
     """Delete a directory; if the process is killed half-way, no part of it is left under its name."""
     doomed = _beside(path, "tmp")
     os.replace(path, doomed)
-    shutil.rmtree(doomed)
+    remove(doomed)
+
+
+def remove(path: Path) -> None:
+    """Delete what stands at `path`, if anything does: of a link the link alone, of a directory all of it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)  # What cannot be deleted stops no run.
+    else:
+        path.unlink(missing_ok=True)
 
 
 def clear_leftovers(directory: Path) -> None:
     """Undo what killed processes left half done in `directory`. No other process may be using it."""
     for path in directory.glob(".*"):
         match = re.fullmatch(r"\.(.+)\.\d+\.(tmp|old)", path.name)
-        if match and match[2] == "old" and not (directory / match[1]).exists():
+        if match and match[2] == "old" and not os.path.lexists(directory / match[1]):
             os.replace(path, directory / match[1])
-        elif match and path.is_dir():
-            shutil.rmtree(path)
         elif match:
-            path.unlink()
+            remove(path)
 
 
 @contextmanager
@@ -87,24 +113,74 @@ def require_place(option: str, path: str | Path) -> None:
     """Raises UserError that names the option unless a file can be made at `path`; called before the work."""
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise UserError(f"{option} {path}: a file in a directory that exists is needed")
+    require_regular(Path(path), f"{option} ")
+
+
+def require_regular(path: Path, option: str = "") -> None:
+    """Raises UserError if a file at `path` would take the place of a device, a pipe or a socket."""
+    special = os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path))
+    # Under `> file`, /dev/stdout is a link to a regular file, and /dev would lose that link.
+    if special or re.fullmatch("/dev|/proc/.*", os.path.realpath(path.parent)):
+        raise UserError(f"{option}{path}: a device or a pipe, where a regular file is needed")
 
 
 def require_file(path: Path, hint: str) -> Path:
     """`path` if it is a file; otherwise raises UserError that names it and says what should be there."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; {hint}")
+    with path.open("rb") as file:
+        require_no_pointer(path, file.read(100))
     return path
+
+
+def require_no_pointer(path: Path, begin: bytes) -> None:
+    """Raises UserError if a file that begins like this is the small one that git-lfs has for a large one."""
+    if begin.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path}: a git-lfs pointer, not the file; run git lfs pull in {path.parent}")
+
+
+def require_model_file(directory: Path, name: str, hint: str = "") -> Path:
+    """As `require_file`, for a file of a Hugging Face model directory, or of what was given for one."""
+    hint = hint or "a Hugging Face model directory is needed"
+    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.exists()
+    if (directory / "adapter_config.json").is_file():
+        hint = ADAPTER
+    elif (directory / "final" / name).is_file():  # the directory of a run
+        hint += f"; {directory / 'final'} is one"
+    elif looks_like_hub:
+        download = f"hf download {directory} --local-dir models/{directory.name}"
+        hint += f"; if it is a model of the Hugging Face hub, download it first: {download}"
+    return require_file(directory / name, hint)
 
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in `file`. Raises UserError for anything else."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({one_line(error)}); fetch it again") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: a JSON {type(content).__name__} where an object should be; fetch it again")
     return content
+
+
+def write_arrays(file: Path, arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> None:
+    """A safetensors file with texts about it, and a digest by which `read_arrays` knows a spoilt one."""
+    # save_file would write to a file of another name first, which a killed process leaves behind.
+    file.write_bytes(save(dict(arrays), metadata=about | {"digest": _digest(arrays, about)}))
+
+
+def read_arrays(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """What `write_arrays` wrote. Raises FileNotFoundError, or ValueError for a file that is not as it was."""
+    try:
+        with safe_open(file, framework="numpy") as stored:
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}
+            about = stored.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(one_line(error)) from None
+    if about.pop("digest", "") != _digest(arrays, about):
+        raise ValueError("its content is not what was written")
+    return arrays, about
 
 
 def fingerprint(*parts: bytes | str | Path) -> str:
@@ -119,8 +195,21 @@ def fingerprint(*parts: bytes | str | Path) -> str:
     return digest.hexdigest()
 
 
+def _digest(arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> str:
+    texts = json.dumps(sorted(about.items()))
+    parts = (part for name in sorted(arrays) for part in (name, arrays[name].tobytes()))
+    return fingerprint(texts, *parts)
+
+
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
+
+
+def _finish(path: Path, mode: int) -> None:
+    """Give a file the mode that the umask allows: safetensors writes files that only their owner may read."""
+    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
+        path.chmod(stat.S_IMODE(mode))
+    _sync(path)
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from minidpo.distributed import all_reduce_sum, rank
 from minidpo.errors import UserError
-from minidpo.files import replacing_file, writing
+from minidpo.files import write_file, writing
 
 
 def print0(line: str) -> None:
@@ -76,10 +76,14 @@ class MetricsFile:
     def __init__(self, path: Path, last_step: int, tensorboard: bool = False) -> None:
         self.path = path
         self._events = None
-        if rank() == 0 and path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step(line) <= (last_step or -1)]
-            with writing(path), replacing_file(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in kept))
+        if rank() == 0:
+            with writing(path):  # Written anew even if nothing goes: a link would lead out of the run.
+                lines = (
+                    path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
+                )
+                write_file(path, "".join(line + "\n" for line in lines if _step(line) <= (last_step or -1)))
+            if strange := sum(line != "" and _step(line) == math.inf for line in lines[:-1]):
+                print0(f"warning: {path}: {strange} lines were no lines of metrics and are gone")
         if rank() == 0 and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # sections.py has checked that it is there
 
@@ -101,10 +105,13 @@ class MetricsFile:
 
 
 def _step(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that is none, such as a torn one."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # the torn last line of a killed run
+        values = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    step = values.get("step") if isinstance(values, dict) else None
+    return step if type(step) is int and 0 <= step < 2**53 else math.inf
 
 
 class Progress:
@@ -115,7 +122,7 @@ class Progress:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self._start = self._shown = time.monotonic()
-        self._live = rank() == 0 and sys.stderr.isatty()
+        self._live = rank() == 0 and sys.stderr is not None and sys.stderr.isatty()
 
     def advance(self, count: int) -> None:
         self.done += count

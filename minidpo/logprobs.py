@@ -1,14 +1,14 @@
 """Log-probs of responses: first the definition, then the form that fits in memory.
 
-Dimensions: R rows, T tokens per row, S scored tokens, V vocabulary, D hidden size.
+Dimensions: R padded rows, T tokens per row, S scored tokens, Y responses, V vocabulary, D hidden size.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-LOGITS = 2**28  # bytes of one chunk of logits at most (they are bf16 under autocast)
-CACHED = 2**21  # logits that a CPU works on in float32 at once: 8 MiB stay in its cache
+CHUNK_BYTES = 2**28  # most bytes of one chunk of logits (bf16 under autocast)
+CACHED_LOGITS = 2**21  # logits that a CPU turns to float32 at a time: 8 MiB, which stay in its cache
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -16,12 +16,12 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
 
         sums[r] = sum over t with response_mask[r, t] of log softmax(logits[r, t-1])[tokens[r, t]]
 
-    The logits after token t-1 predict token t. Padded rows are shifted by one here; the shift of packed rows
-    is in `pack` (`predicts`), and the tests hold them against this definition. The first token of a row has
-    no predecessor and cannot be scored.
+    The logits at position t-1 predict token t. For padded rows this shift by one is made here; for packed
+    rows it is made in `pack` (PackedBatch.predictor), and tests compare the two. The first token of a row has
+    no predecessor, so it cannot be scored.
     Shapes: logits (R, T, V), tokens (R, T) integers, response_mask (R, T) bool, true on scored tokens.
     Returns sums (R,) in nats, float32 or better, and counts (R,) int64.
-    Raises ValueError on shapes that do not fit, a scored first token, or a row with no scored token.
+    Raises ValueError for shapes that do not match, a scored first token, or a row without a scored token.
     """
     if logits.ndim != 3 or tokens.shape != logits.shape[:2] or response_mask.shape != tokens.shape:
         raise ValueError(
@@ -30,49 +30,51 @@ def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tup
         )
     if response_mask[:, 0].any():
         raise ValueError("response_mask scores the first token of a row, which nothing predicts")
-    scored = response_mask[:, 1:]
+
+    # The shift by one: logits lose their last position; tokens and mask lose their first.
+    scored = response_mask[:, 1:]  # (R, T-1)
     counts = scored.sum(dim=1)
+    # A sum over no token would be 0, as if the response were certain.
     if (counts == 0).any():
         raise ValueError(f"row {int((counts == 0).nonzero()[0])} has no scored token")
-    logps = F.log_softmax(at_least_float32(logits[:, :-1]), dim=-1)
+    # float32, because bf16 would round a sum of -1200 nats to a multiple of 8.
+    logps = F.log_softmax(at_least_float32(logits[:, :-1]), dim=-1)  # (R, T-1, V)
     logps_of_tokens = logps.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (R, T-1)
-    # torch.where and not a product with the mask, because a masked -inf times zero is NaN.
+    # torch.where, because a product with the mask would turn a masked -inf into NaN.
     return torch.where(scored, logps_of_tokens, 0.0).sum(dim=1), counts
 
 
 def token_logps(
     hidden: Tensor, output_weight: Tensor, targets: Tensor, chunk_size: int | None = None
 ) -> Tensor:
-    """log softmax(hidden @ output_weight.T)[target] of every scored token, without storing the logits.
+    """log softmax(hidden @ output_weight.T)[target] of every scored token, without storing all logits.
 
-    Equal to the gather in `sequence_logps`, but the (S, V) logits exist only `chunk_size` rows at a time (by
-    default `chunk_rows`): backward computes all chunks but the last again. float32 from the logits on,
-    whatever dtype the product ran in. (torch.nn.functional.linear_cross_entropy returns bf16 values for bf16
-    inputs, in which a response of -1000 nats is rounded to steps of 8, so this form stays.)
-    Shapes: hidden (S, D), the final hidden state *before* each scored token; output_weight (V, D); targets
-    (S,).
-    Returns (S,), nats, float32 or better. Differentiable once in hidden and output_weight.
+    These are the log-probs that `sequence_logps` sums. The (S, V) logits are computed `chunk_size` rows at a
+    time (default: `tokens_per_chunk`), and again in the backward pass. PyTorch's own
+    linear_cross_entropy returns bf16 values for bf16 inputs, which is too coarse for sums of log-probs.
+    Shapes: hidden (S, D), the final hidden state *before* each scored token; output_weight (V, D);
+    targets (S,), the scored tokens.
+    Returns (S,), nats, float32 or better. Differentiable once, in hidden and output_weight.
     """
+    # A custom autograd function is not autocast: cast its input as F.linear would be under autocast.
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    most = chunk_size or chunk_rows(len(output_weight), hidden.dtype)
+    most = chunk_size or tokens_per_chunk(len(output_weight), hidden.dtype)
     chunks = max(1, -(-len(hidden) // most))
-    # Chunks of equal size: the more rows the last one holds, the fewer are computed again.
+    # Chunks of equal size: the logits of the last one are kept for the backward pass, which computes those of
+    # the others again. The larger the last chunk is, the more this saves.
     return _ChunkedTokenLogps.apply(hidden, output_weight, targets, max(1, -(-len(hidden) // chunks)))
 
 
-def chunk_rows(vocab_size: int, dtype: torch.dtype) -> int:
-    """How many rows of logits fit into LOGITS bytes."""
-    return max(1, LOGITS // (vocab_size * dtype.itemsize))
+def tokens_per_chunk(vocab_size: int, dtype: torch.dtype) -> int:
+    """How many tokens have logits that fit into CHUNK_BYTES together."""
+    return max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
 
 
 def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over consecutive responses: values (S,) are those of response 0, then 1, ...; lengths (R,) ->
-    (R,).
-
-    The sums are taken in float64: hundreds of float32 terms on the way to -1000 nats would cost the fourth
-    decimal.
-    """
+    """Sums per response. values (S,) are those of the first response, then of the second, ...; lengths (Y,)
+    say how many belong to each; returns (Y,)."""
+    # float64: a float32 sum of hundreds of terms that comes to -1000 nats is off in the fourth decimal.
     responses = torch.arange(len(lengths), device=values.device)
     response = torch.repeat_interleave(responses, lengths, output_size=len(values))  # (S,)
     sums = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
@@ -84,11 +86,12 @@ def at_least_float32(values: Tensor) -> Tensor:
 
 
 class _ChunkedTokenLogps(torch.autograd.Function):
-    """The gradient of log-probs in logits is onehot(target) - softmax(logits), formed chunk by chunk.
+    """Forward and backward of `token_logps`, one chunk of logits at a time.
 
-    A chunk is large, because large matrix products are fast. What is done to its logits in float32 is done a
-    few rows at a time, which stay in the processor's cache. Backward goes from the last chunk to the first:
-    the logits of the last one are still in memory, so they are not computed again.
+        log-prob of a token = its logit - logsumexp(logits)         d log-prob / d logits = onehot - softmax
+
+    A chunk is large, because large matrix products are fast. Within a chunk, float32 work is done on a few
+    rows at a time, which stay in the processor's cache.
     """
 
     @staticmethod
@@ -97,11 +100,13 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         weight = output_weight.to(hidden.dtype)
         for h, chunk_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             logits = h @ weight.T  # (chunk, V)
-            for rows in _few_rows(logits):
+            for rows in _cache_sized(logits):
                 few = at_least_float32(logits[rows])
                 normalizers.append(few.logsumexp(dim=-1))
                 target_logits = few.gather(-1, chunk_targets[rows, None]).squeeze(-1)
                 logps.append(target_logits - normalizers[-1])
+        # Keep one number per token instead of V: softmax = exp(logits - normalizer). The logits of the last
+        # chunk are kept as well, because they still fit, and save one matrix product.
         ctx.chunk_size, ctx.last_logits = chunk_size, logits
         ctx.save_for_backward(hidden, output_weight, targets, torch.cat(normalizers))
         return torch.cat(logps)
@@ -109,31 +114,35 @@ class _ChunkedTokenLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_logps: Tensor):
-        hidden, output_weight, *saved_per_row = ctx.saved_tensors
-        per_row = (*saved_per_row, grad_logps)  # targets, normalizers, gradients: (S,) each
+        hidden, output_weight, *saved_per_token = ctx.saved_tensors
+        per_token = (*saved_per_token, grad_logps)  # targets, normalizers, gradients: (S,) each
         grad_hidden = torch.empty_like(hidden)
         weight = output_weight.to(hidden.dtype)
-        # Added up over chunks in float32: a sum in bf16 would lose the small contributions.
+        # Summed over chunks in float32: a sum in bf16 would lose small contributions.
         grad_weight = torch.zeros_like(output_weight, dtype=grad_logps.dtype)
-        # The kept logits are overwritten below, so they serve once; a second backward computes them again.
+
+        # From the last chunk to the first, because the logits of the last one are there already. They are
+        # overwritten below, so a second backward pass computes them again.
         kept, ctx.last_logits = ctx.last_logits, None
         for start in reversed(range(0, len(hidden), ctx.chunk_size)):
             chunk = slice(start, start + ctx.chunk_size)
-            targets, normalizers, grads = (values[chunk, None] for values in per_row)
-            # This tensor holds the logits first, then their gradient in the same memory.
+            targets, normalizers, grads = (values[chunk, None] for values in per_token)
+            # The gradient replaces the logits in the same memory, (chunk, V).
             grad_logits = hidden[chunk] @ weight.T if kept is None else kept
             kept = None
-            for rows in _few_rows(grad_logits):
+            for rows in _cache_sized(grad_logits):
                 softmax = torch.sub(grad_logits[rows], normalizers[rows]).exp_()
+                # (onehot - softmax) * the gradient of the token's log-prob
                 few = softmax.mul_(-grads[rows]).scatter_add_(1, targets[rows], grads[rows])
                 grad_logits[rows] = few
+            # The chain rule through logits = hidden @ weight.T.
             grad_hidden[chunk] = grad_logits @ weight
             grad_weight += grad_logits.T @ hidden[chunk]
         return grad_hidden, grad_weight.to(output_weight.dtype), None, None
 
 
-def _few_rows(logits: Tensor) -> list[slice]:
-    """Cuts rows (chunk, V) into slices of about CACHED logits; one slice on a GPU, which wants few, large
-    calls."""
-    step = max(1, CACHED // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+def _cache_sized(logits: Tensor) -> list[slice]:
+    """Slices of the rows of logits (chunk, V), each of about CACHED_LOGITS logits."""
+    # A GPU gets one slice: few large calls are faster there.
+    step = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
     return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]

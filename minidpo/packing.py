@@ -1,13 +1,13 @@
-"""Token ids to one packed row: [prompt | response 1 | response 2 | ...] of every prompt, without padding.
+"""Token ids -> one packed row: [prompt | response 1 | response 2 | ...] of each prompt, without padding.
 
     tokens      p p p p c c c r r | p p c c c c r r r | ...
-    positions   0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 5 2 3 4 | ...     each response continues its prompt
+    position    0 1 2 3 4 5 6 4 5 | 0 1 2 3 4 5 2 3 4 | ...     each response continues its prompt
     response    0 0 0 0 1 1 1 2 2 | 0 0 1 1 1 1 2 2 2 | ...     0: the prompt
 
 A text is a prompt with one of its responses. The logits after a token predict the next token of its text, so
 the last prompt token predicts the first token of every response. A prompt may have any number of responses:
-one (SFT, sampled text), two (a pair), n (best of n).
-Dimensions: N tokens, P prompts with K responses each, S scored tokens.
+one (SFT, sampled responses), two (a preference pair), n (best of n).
+Dimensions: N tokens of the row, P prompts with K responses each, S scored tokens: those with a log-prob.
 """
 
 from dataclasses import dataclass, replace
@@ -24,25 +24,29 @@ BLOCK = 128  # FlexAttention's block size: rows on a GPU are whole blocks
 
 @dataclass(frozen=True)
 class PackedBatch:
+    """One packed row. An index means an index into `tokens`."""
+
     tokens: Tensor  # (N,) int64
-    prompt: Tensor  # (N,) to which prompt a token belongs
+    # Which token is what; attention and rotary positions are derived from these three.
+    prompt: Tensor  # (N,) the prompt that a token belongs to, 0 to P-1; padding: from P on
     response: Tensor  # (N,) 0 in a prompt, k in its k-th response
-    position: Tensor  # (N,) place of a token in its own text, which is the prompt and one response
-    # For each scored token, the row index of the token before it: the logits there predict the scored token
-    predicts: Tensor  # (S,)
-    targets: Tensor  # (S,) the scored tokens
-    last: Tensor  # (P, K) the row index of each response's last token, where a reward is read
+    position: Tensor  # (N,) place of a token in its own text
+    # What is scored. `predictor` holds the shift by one: logits[predictor] predict `targets`.
+    predictor: Tensor  # (S,) index of the token before each scored token
+    targets: Tensor  # (S,) ids of the scored tokens
+    # Per response
+    last: Tensor  # (P, K) index of each response's last token, where a reward is read
     lengths: Tensor  # (P, K) tokens of each response, EOS included
-    bounds: np.ndarray  # (P, K + 2) where each prompt begins and ends in the row, and where its responses end
-    scored: int  # how many of a prompt's responses are scored
+    bounds: np.ndarray  # (P, K + 2) indices: where a prompt starts and ends, and where its responses end
+    scored_responses: int  # how many responses of each prompt are scored, counted from the first
 
     @property
     def scored_lengths(self) -> Tensor:
-        """(P, scored): the lengths of the scored responses."""
-        return self.lengths[:, : self.scored]
+        """The lengths of the scored responses, (P, scored_responses)."""
+        return self.lengths[:, : self.scored_responses]
 
     def to(self, device: torch.device) -> "PackedBatch":
-        """The batch on `device`; on a GPU its row is filled up to whole blocks."""
+        """The batch on `device`; on a GPU its row is padded to whole blocks."""
         if device.type == "cpu":
             return self
         tensors = {n: values for n, values in vars(padded(self, BLOCK)).items() if isinstance(values, Tensor)}
@@ -51,73 +55,79 @@ class PackedBatch:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """To a GPU from pinned memory, because a copy from other memory would wait for the pass before."""
+    """`values` on `device`, copied to a GPU without waiting for the work it is still busy with."""
+    # Only a copy from pinned memory can be non-blocking.
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def pack(
     pairs: PairTokens,
-    rows: np.ndarray | None = None,
+    indices: np.ndarray | None = None,
     responses: int | None = None,
     scored: int | None = None,
 ) -> PackedBatch:
-    """Lay out the pairs numbered `rows` (default: all) as one packed row.
+    """Lay out the pairs numbered `indices` (default: all) as one packed row.
 
-    responses: how many responses of each prompt are laid out, the first ones; default all.
-    scored: how many of those are scored by the language model; default all.
+    responses: how many responses of each prompt are laid out, counted from the first; default: all.
+    scored: how many of those get log-probs, counted from the first; default: all.
     """
-    bounds = pairs.bounds if rows is None else pairs.bounds[rows]
+    # A row of bounds is (prompt start, prompt end = response 1 start, response 1 end, response 2 end, ...).
+    bounds = pairs.bounds if indices is None else pairs.bounds[indices]
     bounds = bounds[:, : 2 + (bounds.shape[1] - 2 if responses is None else responses)]
     scored = bounds.shape[1] - 2 if scored is None else scored
 
-    tokens, prompt, response, position, predicts, last = [], [], [], [], [], []
-    n = 0  # tokens laid out so far
+    # The prompts one after the other; `n` is the index at which the next one starts.
+    tokens, prompt, response, position, predictor, last = [], [], [], [], [], []
+    n = 0
     for p, (start, *ends) in enumerate(bounds.tolist()):
+        # A prompt and its responses are already neighbours in pairs.ids, so one slice copies them all.
         tokens.append(pairs.ids[start : ends[-1]])
         prompt.append(np.full(ends[-1] - start, p))
         prompt_length = ends[0] - start
         response.append(np.zeros(prompt_length, int))
         position.append(np.arange(prompt_length))
+
         for k, (begin, end) in enumerate(zip(ends, ends[1:], strict=False), start=1):
             length, first = end - begin, n + begin - start
             response.append(np.full(length, k))
+            # Every response continues its prompt, wherever it lies in the row.
             position.append(np.arange(prompt_length, prompt_length + length))
             if k <= scored:
-                # The prompt's last token, then all tokens of the response but its last.
-                predicts.append(np.r_[n + prompt_length - 1, first : first + length - 1])
+                # The shift by one: the prompt's last token predicts the response's first token, and each
+                # response token predicts the next one. The last one (EOS) predicts nothing.
+                predictor.append(np.r_[n + prompt_length - 1, first : first + length - 1])
             last.append(first + length - 1)
         n += ends[-1] - start
 
-    sizes = bounds[:, -1] - bounds[:, 0]  # tokens that each prompt lays out
+    # The same bounds, moved from pairs.ids to the packed row.
+    sizes = bounds[:, -1] - bounds[:, 0]  # (P,) tokens of a prompt with its responses
     starts = np.cumsum(sizes) - sizes
-    lengths = np.diff(bounds[:, 1:], axis=1)
-    of_row = _concatenated(tokens)
-    which = _concatenated(response)
+    lengths = np.diff(bounds[:, 1:], axis=1)  # (P, K)
+
+    row_tokens, row_response = _concatenated(tokens), _concatenated(response)
     return PackedBatch(
-        tokens=_tensor(of_row),
+        tokens=_tensor(row_tokens),
         prompt=_tensor(_concatenated(prompt)),
-        response=_tensor(which),
+        response=_tensor(row_response),
         position=_tensor(_concatenated(position)),
-        predicts=_tensor(_concatenated(predicts)),
-        targets=_tensor(of_row[(which > 0) & (which <= scored)]),
+        predictor=_tensor(_concatenated(predictor)),
+        targets=_tensor(row_tokens[(row_response > 0) & (row_response <= scored)]),
         last=_tensor(np.reshape(last, lengths.shape)),
         lengths=_tensor(lengths),
         bounds=bounds - bounds[:, :1] + starts[:, None],
-        scored=scored,
+        scored_responses=scored,
     )
 
 
 def padded(batch: PackedBatch, multiple: int) -> PackedBatch:
-    """The batch with its row filled up to a multiple of so many tokens, at least one multiple.
-
-    Every padding token is a prompt of its own, so it attends to itself alone and nothing attends to it.
-    """
+    """The batch with its row padded to a multiple of `multiple` tokens; an empty row gets one multiple."""
     n = len(batch.tokens)
     padding = torch.arange(-n % multiple if n else multiple)
     zeros = torch.zeros_like(padding)
     return replace(
         batch,
         tokens=torch.cat((batch.tokens, zeros)),
+        # Every padding token is a prompt of its own: it attends to itself alone, and nothing attends to it.
         prompt=torch.cat((batch.prompt, len(batch.bounds) + padding)),
         response=torch.cat((batch.response, zeros)),
         position=torch.cat((batch.position, zeros)),

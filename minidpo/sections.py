@@ -1,12 +1,17 @@
 """The sections and keys of a configuration: type, default, a line for --help, and the values allowed."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 
+from minidpo.errors import UserError
 from minidpo.losses import DPO, BradleyTerry, PreferenceLoss
 from minidpo.settings import Check, at_least, fraction, not_negative, one_of, positive, setting
 
 TEMPLATES = ("model", "hh", "chatml")
+COMMAND_LINE = "command line"
 
 
 def _tensorboard_is_there(asked_for: bool) -> bool:
@@ -19,8 +24,16 @@ def _tensorboard_is_there(asked_for: bool) -> bool:
     return True
 
 
+def _is_date(text: str) -> bool:
+    try:
+        return not text or date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 _path = Check(bool, "the path of a directory")
 _files = Check(bool, "a list of at least one file")
+_date = Check(_is_date, "a date as 2026-11-26, or empty")
 _seed = Check(lambda number: 0 <= number < 2**63, "from 0 to 2^63 - 1")
 _tensorboard = Check(
     _tensorboard_is_there, "false where the package tensorboard is missing: pip install tensorboard"
@@ -51,6 +64,9 @@ class DataSection:
         "how messages become text: the model's own, hh or chatml (final/ then has it for its own)",
         one_of(*TEMPLATES),
     )
+    date: str = setting(
+        "", "the date that a chat template which asks for it is given; empty: that of the run's start", _date
+    )
     skip_bad: bool = setting(False, "leave out and count records that cannot be read, instead of stopping")
     cache: str = setting("", "directory where token ids are kept between starts; empty: run.out/tokens")
 
@@ -58,7 +74,7 @@ class DataSection:
 @dataclass
 class EvalSection:
     samples: int = setting(
-        0, "held-out prompts answered at every evaluation: KL, length, rewards; 0: none", not_negative
+        0, "held-out prompts to respond to at every evaluation: KL, length, rewards; 0: none", not_negative
     )
     max_new_tokens: int = setting(128, "tokens after which a sampled response is cut off", positive)
     reward_model: str = setting(
@@ -102,8 +118,25 @@ class RunSection:
     )
 
 
+class Sources:
+    """Where each key of a configuration was set."""
+
+    # "section.key" -> COMMAND_LINE, or the name of the file. Without a type it is no field of a dataclass.
+    sources = dict[str, str]()
+
+    def named(self, key: str) -> str:
+        """A key as its user knows it: "data.eval in configs/hh_dpo.toml", or "--data.eval"."""
+        return named_key(key, self.sources.get(key, ""))
+
+
+def named_key(key: str, where: str) -> str:
+    if where == COMMAND_LINE:
+        return f"--{key}"
+    return f"{key} in {where}" if where else key
+
+
 @dataclass
-class DPOConfig:
+class DPOConfig(Sources):
     """What train_dpo.py reads."""
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -121,7 +154,7 @@ class DPOConfig:
 
 
 @dataclass
-class RewardConfig:
+class RewardConfig(Sources):
     """What train_rm.py reads."""
 
     model: ModelSection = field(default_factory=ModelSection)
@@ -129,3 +162,12 @@ class RewardConfig:
     loss: BradleyTerry = field(default_factory=BradleyTerry)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
+
+
+@contextmanager
+def naming_key(config: DPOConfig | RewardConfig, key: str) -> Iterator[None]:
+    """Adds to a UserError about the path that is the value of `key` where that was set."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; see {config.named(key)}") from None

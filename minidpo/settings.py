@@ -1,7 +1,7 @@
-"""A setting: a dataclass field with a default, a line of help, and the values that it may take.
+"""A setting: a dataclass field with a default, a line of help, and a check of its value.
 
 Losses and the sections of a configuration declare their keys with `setting`. The configuration, --help and
-the commands read all they need to know about a key from its field.
+the commands read all that they need to know about a key from its field.
 """
 
 from collections.abc import Callable
@@ -39,13 +39,13 @@ def setting(default: Any, about: str, check: Check | None = None) -> Any:
 
 
 def fault(key: Field, value: Any) -> str:
-    """What is wrong with the value of a setting, such as "it must be > 0"; empty if nothing is."""
+    """What is wrong with the value of a setting, such as "it must be > 0"; "" if nothing is."""
     check = key.metadata.get("check")
     return f"it must be {check.must}" if check and not check.test(value) else ""
 
 
 def check_fields(owner: str, settings: Any) -> None:
-    """Raises ValueError for the first field of the dataclass object `settings` whose value is not allowed."""
+    """Raises ValueError for the first field of `settings`, a dataclass object, whose value is not allowed."""
     for key in fields(settings):
         value = getattr(settings, key.name)
         if wrong := fault(key, value):
@@ -53,13 +53,12 @@ def check_fields(owner: str, settings: Any) -> None:
 
 
 def keys_of(settings: Any) -> dict[str, Field]:
-    """Name -> field of a dataclass or one of its objects; nothing for None."""
+    """Name -> field, of a dataclass or an object of one; empty for None."""
     return {key.name: key for key in fields(settings)} if settings is not None else {}
 
 
 def help_lines(settings: Any, indent: str = "  ") -> list[str]:
-    """Every setting of a dataclass with its default, its line of help and its choices, as --help prints
-    them."""
+    """The lines of --help for a dataclass: each setting with its default, help and choices."""
     lines, defaults = [], settings()
     for name, key in keys_of(settings).items():
         check = key.metadata["check"]

@@ -1,7 +1,8 @@
-"""DPO in fifty lines: two padded rows per pair, all logits, two models. Nothing is made fast.
+"""DPO on one page: padded rows, all logits, two models. Nothing is made fast.
 
-train_dpo.py computes the same losses and gradients in less time and memory. tests/model/test_textbook.py
-holds both against each other, README.md shows this file, and `bench` measures against it.
+train_dpo.py computes the same losses and gradients in less time and memory. README.md shows this file,
+tests/model/test_textbook.py compares the two, and `bench --against textbook` times them.
+Dimensions: B pairs, R = 2B padded rows, T tokens per row, V vocabulary.
 """
 
 import torch
@@ -10,46 +11,60 @@ from torch import Tensor, nn
 
 
 def pad(pairs: list[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Tensor]:
-    """(prompt, chosen, rejected) ids of B pairs -> tokens (2B, T), padded on the right, and a mask (2B, T).
+    """Token ids (prompt, chosen, rejected) of B pairs -> tokens (2B, T) and mask (2B, T).
 
-    The first B rows are prompt + chosen, the last B rows prompt + rejected. The mask is true on response
-    tokens.
+    The first B rows are prompt + chosen, the last B rows prompt + rejected, padded on the right. The mask is
+    true on response tokens, because only they are scored.
     """
-    texts = [(p, c) for p, c, _ in pairs] + [(p, r) for p, _, r in pairs]
+    texts = [(prompt, chosen) for prompt, chosen, _ in pairs]
+    texts += [(prompt, rejected) for prompt, _, rejected in pairs]
     width = max(len(prompt) + len(response) for prompt, response in texts)
     tokens = torch.zeros(len(texts), width, dtype=torch.int64)
     mask = torch.zeros(len(texts), width, dtype=torch.bool)
-    for row, (prompt, response) in enumerate(texts):
+    for i, (prompt, response) in enumerate(texts):
         end = len(prompt) + len(response)
-        tokens[row, :end] = torch.tensor(prompt + response)
-        mask[row, len(prompt) : end] = True
+        tokens[i, :end] = torch.tensor(prompt + response)
+        # Mark positions, not ids: the padding id may also be a real token, such as EOS.
+        mask[i, len(prompt) : end] = True
     return tokens, mask
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log pi(y|x) of each row (R,): the log-probs of its response tokens, summed. The logits at t-1 predict
-    token t."""
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (R, T-1)
+    """log pi(y|x) of each row (R,): the log-probs of its response tokens, summed."""
+    # The logits at position t-1 predict token t, so logits lose their last position and tokens their first.
+    vocabulary_logps = logits[:, :-1].log_softmax(-1)  # (R, T-1, V)
+    logps = vocabulary_logps.gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (R, T-1)
+    # The mask is shifted like the tokens. It leaves out the prompt and the padding.
     return (logps * mask[:, 1:]).sum(-1)
 
 
 def dpo_loss(pi_w: Tensor, pi_l: Tensor, ref_w: Tensor, ref_l: Tensor, beta: float) -> Tensor:
-    """Rafailov et al. 2023, Eq. 7: one loss per pair (B,)."""
-    return -F.logsigmoid(beta * ((pi_w - ref_w) - (pi_l - ref_l)))
+    """Rafailov et al. 2023, Eq. 7: one loss per pair (B,). w: chosen ("winning"), l: rejected ("losing")."""
+    # log pi(y|x)/pi_ref(y|x): how much more likely the policy finds each response than the reference does.
+    chosen_log_ratio = pi_w - ref_w
+    rejected_log_ratio = pi_l - ref_l
+    return -F.logsigmoid(beta * (chosen_log_ratio - rejected_log_ratio))
 
 
 def dpo_step(
     policy: nn.Module, reference: nn.Module, optimizer, tokens: Tensor, mask: Tensor, beta: float = 0.1
 ) -> float:
-    """One step on a batch of pairs. reference = copy.deepcopy(policy) before the first step, never trained.
+    """One optimizer step on B pairs; returns their mean loss.
 
-    policy(tokens) are logits (2B, T, V). Attention is causal, so padding on the right needs no mask.
+    Before the first step, reference = copy.deepcopy(policy). It is never trained.
     """
+    # Forward pass: a model turns tokens (2B, T) into logits (2B, T, V). Attention is causal and padding is on
+    # the right, so no real token attends to padding and no attention mask is needed.
     pi = sequence_logps(policy(tokens), tokens, mask)
+    # The reference is a constant of the loss, so nothing of it is kept for the backward pass.
     with torch.no_grad():
         ref = sequence_logps(reference(tokens), tokens, mask)
+
+    # Loss: the first half of the rows holds the chosen responses, the second half the rejected ones.
     (pi_w, pi_l), (ref_w, ref_l) = pi.chunk(2), ref.chunk(2)
     loss = dpo_loss(pi_w, pi_l, ref_w, ref_l, beta).mean()
+
+    # Backward pass and update. PyTorch adds to existing gradients, so those of the last step are cleared.
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()

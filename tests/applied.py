@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-MAKES_THE_OPTIMIZER = "adamw"  # the name in both scripts that is called with (model, optim)
-
 
 class Step(NamedTuple):
     weights: dict[str, Tensor]  # by parameter name, before the step
@@ -20,36 +18,28 @@ def applied_gradients(
     main: Callable[[list[str]], None], argv: list[str], after_step=lambda: None
 ) -> list[Step]:
     """Runs `main(argv)` of a script and returns its optimizer steps; calls `after_step` after each."""
-    steps: list[Step] = []
-    passes = 0
-    make_optimizer = main.__globals__[MAKES_THE_OPTIMIZER]
-    backward = Tensor.backward
+    steps, passes = [], []
+    make_optimizer, backward = main.__globals__["adamw"], Tensor.backward
 
     def counted_backward(*args, **kwargs):
-        nonlocal passes
-        passes += 1
+        passes.append(1)
         backward(*args, **kwargs)
 
     def watched_optimizer(model, optim):
-        optimizer = make_optimizer(model, optim)
-        take_step = optimizer.step
-
-        def step():
-            nonlocal passes
+        def before_step(*_):
             named = dict(model.named_parameters())
-            gradients = {
-                n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in named.items()
-            }
-            steps.append(Step({n: p.detach().clone() for n, p in named.items()}, gradients, passes))
-            passes = 0
-            take_step()
-            after_step()
+            gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in named.items()}
+            copies = ({n: x.detach().clone() for n, x in tensors.items()} for tensors in (named, gradients))
+            steps.append(Step(*copies, len(passes)))
+            passes.clear()
 
-        optimizer.step = step
+        optimizer = make_optimizer(model, optim)
+        optimizer.register_step_pre_hook(before_step)
+        optimizer.register_step_post_hook(lambda *_: after_step())
         return optimizer
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(main.__globals__, MAKES_THE_OPTIMIZER, watched_optimizer)
+        patch.setitem(main.__globals__, "adamw", watched_optimizer)
         patch.setattr(Tensor, "backward", counted_backward)
         main(argv)
     return steps

@@ -9,10 +9,12 @@ EOS, BOS = 0, 1
 LETTERS = "abcdefghij ▁"
 
 
-def bpe(merges: list[tuple[str, str]] = (), bos: bool = False, prepend: bool = False) -> tokenizers.Tokenizer:
+def bpe(
+    merges: list[tuple[str, str]] = (), bos: bool = False, prepend: bool = False, letters: str = LETTERS
+) -> tokenizers.Tokenizer:
     """A character tokenizer with the given merges, to be made as awkward as a test needs."""
     vocab = {"</s>": EOS, "<s>": BOS}
-    for token in [*LETTERS, *(left + right for left, right in merges)]:
+    for token in [*letters, *(left + right for left, right in merges)]:
         vocab[token] = len(vocab)
     core = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=list(merges)))
     core.add_special_tokens(["</s>", "<s>"])

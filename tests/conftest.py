@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from minidpo.data.tokenizer import Tokenizer
+from minidpo.model import save_model
+from tiny import tiny_model, write_tokenizer
+
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A directory with model/ (random Llama, its tokenizer), other/ (other weights) and pairs.jsonl.gz (HH)."""
-    from minidpo.model.pretrained import save_model
-    from tiny import tiny_model, write_tokenizer
-
+    """A directory with model/ (random weights, a tokenizer), other/ (other weights), pairs.jsonl.gz (HH)."""
     directory = tmp_path_factory.mktemp("world")
     draw = random.Random(0)
     words = "yes no maybe the a cat dog runs sleeps well badly and then it was good".split()
@@ -36,17 +37,12 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture
 def directory(tmp_path) -> Path:
     """A saved tiny model, to be spoilt by a test."""
-    from minidpo.model.pretrained import save_model
-    from tiny import tiny_model
-
     save_model(tiny_model(), tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def tokenizer(world):
-    from minidpo.data.tokenizer import Tokenizer
-
+def tokenizer(world) -> Tokenizer:
     return Tokenizer.from_pretrained(world / "model")
 
 
@@ -55,7 +51,7 @@ def config(world, tmp_path):
     """Writes a TOML for a few fast steps on `world` and returns the arguments that name it."""
 
     def write(**settings: object) -> list[str]:
-        base = {
+        values = {
             "model.path": f'"{world / "model"}"',
             "data.train": f'["{world / "pairs.jsonl.gz"}"]',
             "data.eval_pairs": 8,
@@ -69,13 +65,10 @@ def config(world, tmp_path):
             "run.dtype": '"fp32"',
             "run.device": '"cpu"',
             "run.log_every": 1,
-        } | {name.replace("__", "."): value for name, value in settings.items()}
-        sections: dict[str, list[str]] = {}
-        for name, value in base.items():
-            section, key = name.split(".")
-            sections.setdefault(section, []).append(f"{key} = {value}")
+        }
+        values |= {name.replace("__", "."): value for name, value in settings.items()}
         path = tmp_path / "config.toml"
-        path.write_text("\n".join(f"[{s}]\n" + "\n".join(lines) for s, lines in sections.items()))
+        path.write_text("".join(f"{name} = {value}\n" for name, value in values.items()))
         return [str(path)]
 
     return write

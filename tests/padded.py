@@ -1,8 +1,8 @@
 """Five pairs, and what the scripts compute from them done the plain way.
 
-Two padded rows per pair, all logits, a full log-softmax, float64: nothing is shared with the packed rows,
-their tokens, their micro-batches or the loss functions. All five pairs are one batch in the tests that
-use them, so the order in which a run draws its pairs plays no part either.
+Two padded rows per pair, all logits, float64: nothing is shared with the packed rows, their tokens, their
+micro-batches or the loss functions. All five pairs are one batch in the tests that use them, so the order in
+which a run draws its pairs plays no part either.
 """
 
 import json
@@ -14,10 +14,10 @@ import tokenizers
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
+from minidpo.data import TokenPair
 from minidpo.model import RewardModel
-from tiny import EOS, tiny_reward_model
+from tiny import EOS, naive_logps, naive_rewards, tiny_reward_model
 
 PAIRS = [  # prompt, chosen, rejected, margin
     ("a cat?", " yes", " no it was the dog and then the dog runs", 0.5),
@@ -27,7 +27,6 @@ PAIRS = [  # prompt, chosen, rejected, margin
     ("and then the cat runs and the dog sleeps?", " yes it runs", " no it sleeps and it sleeps", 1.0),
 ]
 MARGINS = torch.tensor([margin for *_, margin in PAIRS], dtype=torch.float64)
-Ids = list[tuple[list[int], list[int], list[int]]]  # of each pair: prompt, chosen, rejected
 
 
 class Values(NamedTuple):
@@ -45,14 +44,14 @@ def write_pairs(file: Path, pairs: Iterable[tuple] = PAIRS) -> str:
     return f'["{file}"]'
 
 
-def pair_ids(model_directory: Path) -> Ids:
+def pair_ids(model_directory: Path) -> list[TokenPair]:
     """The token ids of PAIRS: BOS and the prompt, then what the response adds, then EOS."""
     encode = tokenizers.Tokenizer.from_file(str(model_directory / "tokenizer.json")).encode
     ids = []
-    for prompt, chosen, rejected, _ in PAIRS:
+    for index, (prompt, chosen, rejected, _) in enumerate(PAIRS):
         before = encode(prompt).ids
         responses = [encode(prompt + response).ids[len(before) :] + [EOS] for response in (chosen, rejected)]
-        ids.append((before, *responses))
+        ids.append(TokenPair(before, *responses, index))
     return ids
 
 
@@ -67,27 +66,10 @@ def model_of(weights: dict[str, Tensor]) -> RewardModel:
     return model.double()
 
 
-def padded_values(model: RewardModel, ids: Ids) -> Values:
-    """Log-probs, lengths and rewards of all responses, from two padded rows per pair."""
-    texts = [(p, chosen) for p, chosen, _ in ids] + [(p, rejected) for p, _, rejected in ids]
-    tokens = pad_sequence([torch.tensor(p + response) for p, response in texts], batch_first=True)  # (2B, T)
-    last_hidden: list[Tensor] = []
-    with model.model.norm.register_forward_hook(lambda module, inputs, output: last_hidden.append(output)):
-        logits = model(tokens)  # (2B, T, V)
-
-    # The logits at t - 1 predict token t.
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (2B, T - 1)
-    sums, rewards = [], []
-    for row, (prompt, response) in enumerate(texts):
-        end = len(prompt) + len(response)
-        sums.append(logps[row, len(prompt) - 1 : end - 1].sum())
-        rewards.append(last_hidden[0][row, end - 1] @ model.score.weight[0])
-
-    def by_pair(values: list[Tensor]) -> Tensor:  # the first B rows are chosen, the others rejected
-        return torch.stack(values).view(2, -1).T
-
-    lengths = [torch.tensor(len(response)) for _, response in texts]
-    return Values(by_pair(sums), by_pair(lengths), by_pair(rewards))
+def padded_values(model: RewardModel, pairs: list[TokenPair]) -> Values:
+    """Log-probs, lengths and rewards of all responses."""
+    lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
+    return Values(naive_logps(model, pairs), lengths, naive_rewards(model, pairs))
 
 
 def chosen_minus_rejected(values: Tensor) -> Tensor:

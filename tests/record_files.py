@@ -20,6 +20,11 @@ def write(path: Path, *lines: dict | str | bytes) -> Path:
     return path
 
 
+def read(path: Path) -> list[dict]:
+    """What a file of JSON lines holds."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def refusal(path: Path) -> str:
     """The one line with which a file is refused, without the path it begins with."""
     with pytest.raises(UserError) as caught:

@@ -1,7 +1,6 @@
 """Runs of the two scripts in this process, and what they leave behind."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,11 +11,11 @@ import train_rm
 
 
 def run_dpo(arguments: list[str], *overrides: str) -> list[dict]:
-    return _run(train_dpo.main, arguments, overrides)
+    return _run(train_dpo, [*arguments, *overrides])
 
 
 def run_rm(arguments: list[str], *overrides: str) -> list[dict]:
-    return _run(train_rm.main, arguments, overrides)
+    return _run(train_rm, [*arguments, *overrides])
 
 
 def metrics(out: Path) -> list[dict]:
@@ -31,7 +30,7 @@ def final(out: Path) -> dict[str, torch.Tensor]:
     return load_file(out / "final" / "model.safetensors")
 
 
-def _run(main: Callable[[list[str]], None], arguments: list[str], overrides: tuple[str, ...]) -> list[dict]:
-    main([*arguments, *overrides])
-    out = next((o.partition("=")[2] for o in overrides if o.startswith("--run.out")), None)
-    return metrics(Path(out) if out else Path(arguments[0]).parent / "out")
+def _run(script, arguments: list[str]) -> list[dict]:
+    script.main(arguments)
+    out = [argument.partition("=")[2] for argument in arguments if argument.startswith("--run.out=")]
+    return metrics(Path(out[-1]) if out else Path(arguments[0]).parent / "out")

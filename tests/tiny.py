@@ -1,4 +1,4 @@
-"""Small random models and pairs for the tests, and the naive computation that the packed one must equal."""
+"""Small random models and pairs, and the naive computation that the packed one must equal."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from torch import Tensor
 from minidpo.data.tokenizer import TokenPair
 from minidpo.logprobs import sequence_logps
 from minidpo.model.reward_model import RewardModel
-from minidpo.model.transformer import ModelConfig, Transformer
+from minidpo.model.transformer import ModelConfig, Transformer, causal_attention
 from minidpo.textbook import pad
 
 BOS, EOS, VOCABULARY = 1, 2, 61
@@ -42,53 +42,49 @@ def tiny_config(**over) -> ModelConfig:
     return ModelConfig(**(fields | over))
 
 
-def tiny_model(seed: int = 0, dtype: torch.dtype = torch.float32, **over) -> Transformer:
-    """A random Transformer of `tiny_config(**over)`."""
-    return _randomized(Transformer, seed, dtype, over)
+def tiny_model(
+    seed: int = 0, dtype: torch.dtype = torch.float32, kind: type = Transformer, **over
+) -> Transformer:
+    """A random model of `tiny_config(**over)`, norms and biases included: one left out must show."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = kind(tiny_config(**over))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("norm.weight", "bias")):
+                torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.2)
+    return model.to(dtype)
 
 
 def tiny_reward_model(seed: int = 0, dtype: torch.dtype = torch.float32, **over) -> RewardModel:
-    """A random RewardModel of `tiny_config(**over)`."""
-    return _randomized(RewardModel, seed, dtype, over)
+    return tiny_model(seed, dtype, RewardModel, **over)
 
 
-def random_pairs(
-    rng: np.random.Generator,
-    n: int,
-    prompt: tuple[int, int] = (1, 9),
-    response: tuple[int, int] = (1, 12),
-) -> list[TokenPair]:
-    """Pairs of random ids with lengths drawn from closed ranges; responses end in EOS."""
+def random_pairs(rng: np.random.Generator, n: int, prompt=(1, 9), response=(1, 12)) -> list[TokenPair]:
+    """Pairs of random ids, with lengths from closed ranges; responses end in EOS."""
 
-    def ids(length: int) -> list[int]:
-        return rng.integers(EOS + 1, VOCABULARY, length).tolist()
+    def ids(shortest: int, longest: int) -> list[int]:
+        return rng.integers(EOS + 1, VOCABULARY, rng.integers(shortest, longest + 1)).tolist()
 
-    def length(bounds: tuple[int, int]) -> int:
-        return int(rng.integers(bounds[0], bounds[1] + 1))
-
-    def one_response() -> list[int]:
-        return [*ids(length(response) - 1), EOS]
-
-    return [TokenPair(ids(length(prompt)), one_response(), one_response(), index) for index in range(n)]
-
-
-def padded_rows(pairs: list[TokenPair]) -> tuple[Tensor, Tensor]:
-    """The textbook's tokens (2B, T) and response_mask (2B, T): all chosen texts, then all rejected."""
-    return pad([pair[:3] for pair in pairs])
+    shorter = (response[0] - 1, response[1] - 1)
+    return [TokenPair(ids(*prompt), [*ids(*shorter), EOS], [*ids(*shorter), EOS], i) for i in range(n)]
 
 
 def naive_logps(model: Transformer, pairs: list[TokenPair]) -> Tensor:
     """Summed log-probs (B, 2), chosen first: two padded rows per pair, all logits, a full log-softmax."""
-    tokens, scored = padded_rows(pairs)
+    tokens, scored = pad([pair[:3] for pair in pairs])
     return sequence_logps(model(tokens), tokens, scored)[0].view(2, -1).T
 
 
 def naive_rewards(model: RewardModel, pairs: list[TokenPair]) -> Tensor:
     """Rewards (B, 2), chosen first: the score of each text's last token, one unpadded row per text."""
-    return torch.stack([
-        torch.stack([_score_of_last(model, pair.prompt + text) for text in (pair.chosen, pair.rejected)])
-        for pair in pairs
-    ])  # fmt: skip
+
+    def reward(text: list[int]) -> Tensor:
+        tokens, positions = torch.tensor([text]), torch.arange(len(text))
+        hidden = model.hidden_states(tokens, positions, lambda q, k, v, layer: causal_attention(q, k, v))
+        return hidden[0, -1] @ model.score.weight[0]
+
+    rewards = [reward(pair.prompt + text) for pair in pairs for text in (pair.chosen, pair.rejected)]
+    return torch.stack(rewards).view(-1, 2)
 
 
 def gradients(model: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -101,35 +97,27 @@ def gradients(model: torch.nn.Module, value: Tensor) -> dict[str, Tensor]:
 def relative_difference(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
     """The largest |left - right| / |right| of any parameter, in norms.
 
-    A gradient below a tenth of the whole counts as that tenth: where one vanishes by algebra (queries
-    of a one-token text) only rounding is left of it.
+    A gradient below a tenth of all together counts as that tenth: where one vanishes by algebra (queries of a
+    one-token text) only rounding is left of it.
     """
-    whole = float(torch.stack([grad.norm() for grad in right.values()]).norm())
-    sizes = {name: max(float(grad.norm()), whole / 10) for name, grad in right.items()}
-    return max(float((left[name] - right[name]).norm()) / size for name, size in sizes.items())
+    tenth = torch.stack([grad.norm() for grad in right.values()]).norm() / 10
+    return max(
+        float((left[n] - grad).norm() / torch.maximum(grad.norm(), tenth)) for n, grad in right.items()
+    )
 
 
 def write_tokenizer(directory: Path, texts: list[str], vocabulary: int = 300) -> None:
     """Train a byte-level BPE tokenizer on `texts`; it puts <s> before a text and knows </s> as EOS."""
-    core = tokenizers.Tokenizer(tokenizers.models.BPE())
-    core.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = tokenizers.decoders.ByteLevel()
-    core.train_from_iterator(
-        texts,
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=vocabulary,
-            special_tokens=["<pad>", "<s>", "</s>"],
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    core = tokenizers.ByteLevelBPETokenizer()
+    special = ["<pad>", "<s>", "</s>"]
+    core.train_from_iterator(texts, vocabulary, min_frequency=0, show_progress=False, special_tokens=special)
     core.post_processor = tokenizers.processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
     )
     directory.mkdir(parents=True, exist_ok=True)
     core.save(str(directory / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | names
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    config |= {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
 
 
@@ -137,30 +125,6 @@ def edit_config(directory: Path, edit: Callable[[dict], None]) -> None:
     fields = json.loads((directory / "config.json").read_text())
     edit(fields)
     (directory / "config.json").write_text(json.dumps(fields))
-
-
-def _randomized(kind: type, seed: int, dtype: torch.dtype, over: dict):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = kind(tiny_config(**over))
-        for name, parameter in model.named_parameters():  # ones and zeros would hide a norm or bias left out
-            if name.endswith(("norm.weight", "bias")):
-                torch.nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.2)
-    return model.to(dtype)
-
-
-def _score_of_last(model: RewardModel, text: list[int]) -> Tensor:
-    tokens = torch.tensor(text)
-    positions = torch.arange(len(text))
-
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:  # plain causal attention, spelled out
-        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in (k, v))
-        scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
-        scores = scores.masked_fill(torch.ones(len(q), len(k)).triu(1).bool(), -torch.inf)
-        return torch.einsum("hqk,khe->qhe", scores.softmax(-1), v)
-
-    hidden = model.hidden_states(tokens, positions, attend)
-    return hidden[-1] @ model.score.weight[0]
 
 
 def forked(work: Callable[[], object]) -> int:

@@ -1,8 +1,9 @@
 """Messages to text: the model's own chat template, or one of two that are written out here.
 
-    message     {"role": "user", "content": "..."}
+    message     {"role": "user", "content": "..."}; a template may read other keys, such as tool_calls
     prompt      the messages so far, and the header under which the assistant's turn begins
-    response    what the assistant's turn adds to that text, up to the EOS that closes it
+    response    what the assistant's turn adds to that text, up to the EOS that closes it; for a reward model
+                all that it adds, because a reward is read at the end of the whole text
 
 `model` renders the `chat_template` of the model's directory as transformers does, in jinja2's sandbox,
 because the template is a program that came with a download. Such a template writes BOS itself. `hh` and
@@ -11,111 +12,215 @@ adds.
 """
 
 import json
-from collections.abc import Sequence
-from datetime import datetime
+import re
+from collections.abc import Callable, Sequence
+from datetime import date, datetime
 from functools import cached_property, partial
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
+from minidpo.data.messages import Given, Message, text_of, with_reasoning, words_of
 from minidpo.data.records import BadRecord, check_characters
 from minidpo.data.tokenizer_files import find_template, special_tokens
+from minidpo.data.written_templates import WAY_OUT, in_jinja, refused, write
 from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint
+from minidpo.log import print0
 
-Message = dict[str, Any]  # "role" and "content" are strings; a template may read other keys
+_PROBE = "\ue000"  # a text that is the beginning of no other
 
-_WAY_OUT = "write messages as template = 'hh' or 'chatml' (--data.template=hh, --template hh)"
-
-# As in HH-RLHF's files. They know no system turn: what it says stands before the first speaker.
-_HH_HEADERS = {"system": "", "user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-_HH_ROLES = "the hh template takes user, assistant and one system message, the first"
-
-# hh and chatml for other programs, as a trained model's directory has them. Here they work without jinja2.
-_JINJA = {
-    "hh": "{% for message in messages %}"
-    "{% if message['role'] == 'system' and loop.first %}{{ message['content'] }}"
-    "{% elif message['role'] == 'user' %}{{ '\\n\\nHuman: ' + message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '\\n\\nAssistant: ' + message['content'] }}"
-    "{% else %}{{ raise_exception('" + _HH_ROLES + "') }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}",
-    "chatml": "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}",
-}
+_MARKER = re.compile(r"<[|｜][^<>|｜]+[|｜]>")  # such as <|im_start|>
 
 
 class ChatTemplate:
     """How the messages of one model become text.
 
     kind: model, hh or chatml. form: hh or chatml, or the source of the model's own template; None if it has
-    none. to_keep: the chat_template.jinja of a model
-    that is trained on this; None if the directory has it already. identity: a fingerprint of all that
-    `render` depends on (but for today's date, where a template asks for it).
+    none. to_keep: the chat_template.jinja of a model that is trained on this; None if the directory has it
+    already. identity: a fingerprint of all that `render` depends on but the date. date: what a template that
+    asks for the date is given; dated: whether one has asked. closes: whether a response ends as the template
+    ends it, so that no EOS is appended. asked_for: whether it is used in place of the model's own.
     """
 
-    def __init__(self, kind: str, directory: Path | None, eos: str, bos: str = "") -> None:
-        """eos: the token that ends a text. bos: the one that the tokenizer puts before a text."""
-        # hh and chatml leave BOS to the tokenizer; other programs tokenize the text of a template as it is.
-        begin = f"{{{{ {json.dumps(bos)} }}}}" if bos else ""
-        written_out = {name: begin + source for name, source in _JINJA.items()}
+    def __init__(
+        self,
+        kind: str,
+        directory: Path | None,
+        eos: str,
+        bos: str = "",
+        day: str = "",
+        rewards: bool = False,
+        encode: Callable[[str], list[int]] = lambda text: [0],
+    ) -> None:
+        """eos: the token that ends a text. bos: the one that the tokenizer puts before a text. day: the date,
+        as 2026-11-26; empty: today. rewards: of a reward model. encode: ids of a text."""
         own = find_template(directory) if kind == "model" and directory else None
-        # A model that was trained on hh or chatml has that as its own template.
-        self.kind = next((name for name, source in written_out.items() if source == own), kind)
+        # A model that was trained on hh or chatml has that as its own template, a reward model hh with an
+        # end.
+        forms = in_jinja(bos), in_jinja(bos, eos)
+        self.kind = next((name for form in forms for name, source in form.items() if source == own), kind)
+        self.asked_for = kind != "model"
+        self.closes = rewards and self.kind != "hh"
+        self._encode, self._markers_are_checked = encode, False
         self.form = own if self.kind == "model" else self.kind
-        self.to_keep = written_out.get(kind)
+        of_model = directory if self.kind == "model" else None
+        # Some models have another template for records with tools.
+        self._with_tools = find_template(of_model, "tool_use") if of_model else None
+        self._tokens = special_tokens(of_model) if of_model else {}
+        self.to_keep = forms[rewards].get(self.kind) if self.asked_for or rewards else None
+        self.date, self.dated = day or date.today().isoformat(), False
         self._directory, self._eos = directory, eos
-        self._tokens = special_tokens(directory) if self.kind == "model" and directory else {}
-        self.identity = fingerprint(self.kind, eos, self.form or "", json.dumps(self._tokens))
+        sources = (self.form or "", self._with_tools or "")
+        self.identity = fingerprint(self.kind, eos, *sources, json.dumps(self._tokens), str(self.closes))
+        self._compiled: dict[str | None, Any] = {}
 
-    def split(self, prompt: Sequence[Message], responses: Sequence[Message]) -> tuple[str, list[str]]:
-        """The prompt's text with its generation prompt, and what each response, one message, adds to it.
+    def reads(self, name: str) -> bool:
+        """Whether the text of a message can depend on its key `name`, or on a variable of that name."""
+        if self.kind != "model":
+            return name in ("role", "content")
+        return name in (self.form or "") + (self._with_tools or "")
+
+    def tell_date(self) -> None:
+        """Say once that the template writes the date, and which one it is given."""
+        if not self.dated:
+            print0(f"the chat template writes the date, here {self.date}")
+        self.dated = True
+
+    def split(
+        self, prompt: Sequence[Message], responses: Sequence[Message], given: Given | None = None
+    ) -> tuple[str, list[str], str]:
+        """The prompt's text with its generation prompt, what each response, one message, adds to it, and the
+        end of the generation prompt that was left out.
 
         A response stops right after the EOS that closes its turn: templates like to go on with a newline,
         which the model would never get to write, because generation ends at EOS. Without an EOS all of it is
         kept, and the tokenizer adds one. Raises `BadRecord` if the template refuses the messages, or writes
         the whole conversation so that it does not begin with the prompt.
         """
-        prompt_text = self.render(prompt, generation_prompt=True)
+        asked = self.render(prompt, True, given)
+        conversations = [self.render([*prompt, message], False, given) for message in responses]
+        begin = asked
+        if not all(text.startswith(asked) for text in conversations):
+            begin = self._shared_begin([asked, *conversations])
+            if not begin.startswith(self.render(prompt, False, given)):
+                return asked, self._without_system(prompt, responses, conversations, given), ""
         texts = []
-        for message in responses:
-            conversation = self.render([*prompt, message], generation_prompt=False)
-            if not conversation.startswith(prompt_text):
-                raise _refused("the conversation as the template writes it does not begin with the prompt")
-            response = conversation[len(prompt_text) :]
+        for conversation in conversations:
+            response = conversation[len(begin) :]
             head, eos, tail = response.rpartition(self._eos)
-            texts.append(head + eos if eos and not tail.strip() else response)
-        return prompt_text, texts
+            texts.append(head + eos if eos and not tail.strip() and not self.closes else response)
+        return begin, texts, asked[len(begin) :]
 
-    def render(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+    def _shared_begin(self, texts: Sequence[str]) -> str:
+        """The longest beginning of all texts whose token ids are a beginning of the ids of each.
+
+        The generation prompt of a reasoning model may go on, with "<think>", where the text of a given
+        response does not. A response that begins with "<", too, must not move the cut into the middle of a
+        token.
+        """
+        begin = commonprefix(texts)
+        ids = list(map(self._encode, texts))
+        while any(of_text[: len(cut)] != cut for cut in [self._encode(begin)] for of_text in ids):
+            begin = begin[:-1]
+        return begin
+
+    def _without_system(
+        self,
+        prompt: Sequence[Message],
+        responses: Sequence[Message],
+        conversations: Sequence[str],
+        given: Given | None,
+    ) -> list[str]:
+        """What the responses add to the prompt without its system turn.
+
+        Some templates (Mistral 7B v0.3, Nemo) write the system turn into the last message if that is a user
+        turn, so they write it when a response is asked for, and drop it from a conversation that has one.
+        Raises `BadRecord` unless the responses are written alike without it.
+        """
+        reason = "the conversation as the template writes it does not begin with the prompt"
+        if len(prompt) < 2 or prompt[0]["role"] != "system":
+            raise refused(reason)
+        _, texts, left_out = self.split(prompt[1:], responses, given)
+        for conversation, text in zip(conversations, texts, strict=True):
+            if left_out or not conversation.rstrip().endswith(text.rstrip()):
+                raise refused(f"{reason}; without its system turn it would")
+        return texts
+
+    def is_blank(
+        self, prompt: Sequence[Message], response: Message, text: str, given: Given | None = None
+    ) -> bool:
+        """Whether the text of a response holds no more than the template writes for an empty message."""
+        if any(word in text.removesuffix(self._eos) for word in words_of(response)):
+            return False  # A second rendering is rarely needed.
+        try:
+            _, (empty,), _ = self.split(prompt, [{"role": response["role"], "content": ""}], given)
+        except BadRecord:
+            empty = self._eos
+        return "".join(text.split()) == "".join(empty.split())
+
+    def render(self, messages: Sequence[Message], generation_prompt: bool, given: Given | None = None) -> str:
         """All messages as one text; with `generation_prompt`, the header of an assistant's turn ends it."""
-        if self.kind == "hh":
-            text = _hh(messages) + "\n\nAssistant:" * generation_prompt
-        elif self.kind == "chatml":
-            turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
-            text = "".join(turns) + "<|im_start|>assistant\n" * generation_prompt
+        if self.kind != "model":
+            text = write(self.kind, messages, generation_prompt)
         else:
-            given = {"messages": list(messages), "tools": None, "documents": None} | self._tokens
-            template = self._template
-            try:
-                text = template.render(given, add_generation_prompt=generation_prompt)
-            except Exception as error:  # The template is a program: it can fail in every way a program can.
-                raise _refused(f"the chat template refuses the messages: {one_line(error)}") from None
+            if any(isinstance(m.get("content"), list) for m in messages) and not self._takes_parts:
+                messages = [m | {"content": text_of(m)} if "content" in m else m for m in messages]
+            text = self._run(messages, generation_prompt, given)
         check_characters(text, "the text of the messages")  # A template may read more than role and content.
+        if not self._markers_are_checked:
+            own = in_jinja("")["chatml"] if self.kind == "chatml" else self.form or ""
+            # What else is in the text was written by a message.
+            markers = [marker for marker in dict.fromkeys(_MARKER.findall(text)) if marker in own]
+            if unknown := [marker for marker in markers if len(self._encode(marker)) != 1]:
+                print0(f"warning: the tokenizer has no token for {', '.join(unknown)} of the chat template")
+            self._markers_are_checked = True  # It is said once.
         return text
 
     @cached_property
-    def _template(self) -> Any:
-        """The compiled template, in an environment like that of transformers, for which it was written."""
-        if self.form is None:
+    def tail(self) -> str | None:
+        """What follows the content of a response in its text; None if that is the tokenizer's EOS alone."""
+        if self.kind == "hh":
+            return None
+        turns = ("user", "assistant")
+        text = self.render([{"role": role, "content": _PROBE} for role in turns], generation_prompt=False)
+        return text.rpartition(_PROBE)[2]
+
+    @cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads content that is a list of parts, and does not fail or print it."""
+        content = [{"type": "text", "text": _PROBE}]
+        try:
+            text = self._run([{"role": "user", "content": content}], False)
+        except BadRecord:
+            return False
+        return _PROBE in text and str(content) not in text
+
+    def _run(self, messages: Sequence[Message], generation_prompt: bool, given: Given | None = None) -> str:
+        """What the model's own template makes of messages, with the variables that transformers gives it."""
+        variables = {"tools": None, "documents": None} | self._tokens | dict(given or {})
+        variables["messages"] = list(map(with_reasoning, messages))
+        source = self.form if variables["tools"] is None else self._with_tools or self.form
+        if source not in self._compiled:
+            self._compiled[source] = self._compile(source)
+        template = self._compiled[source]
+        try:
+            return template.render(variables, add_generation_prompt=generation_prompt)
+        except Exception as error:  # The template is a program: it can fail in every way a program can.
+            raise refused(f"the chat template refuses the messages: {one_line(error)}") from None
+
+    def _compile(self, source: str | None) -> Any:
+        """The template, in an environment like that of transformers, for which it was written."""
+        if source is None:
             nowhere = "no chat_template in tokenizer_config.json and no chat_template.jinja"
-            raise UserError(f"{self._directory}: {nowhere}; {_WAY_OUT}")
+            raise UserError(f"{self._directory}: {nowhere}; {WAY_OUT}")
         try:
             import jinja2
             from jinja2.ext import Extension, loopcontrols
             from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
         except ModuleNotFoundError:
             needs = "a model's chat template needs jinja2: pip install -e '.[chat]'"
-            raise UserError(f"{needs}, or {_WAY_OUT}") from None
+            raise UserError(f"{needs}, or {WAY_OUT}") from None
 
         class GenerationTag(Extension):
             """{% generation %} marks the assistant's words for a mask; the text is its body."""
@@ -130,24 +235,18 @@ class ChatTemplate:
         def refuse(reason: str) -> None:
             raise jinja2.TemplateError(reason)
 
+        def strftime_now(form: str) -> str:
+            self.tell_date()
+            return datetime.fromisoformat(self.date).strftime(form)
+
         extensions = [GenerationTag, loopcontrols]
         environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         # jinja2's own filter escapes <, > and & for HTML: a model would be shown \u003c.
         environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
         environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        environment.globals["strftime_now"] = strftime_now
         try:
-            return environment.from_string(self.form)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{self._directory}: its chat template is not jinja ({error})") from None
-
-
-def _hh(messages: Sequence[Message]) -> str:
-    for number, message in enumerate(messages):
-        if message["role"] not in _HH_HEADERS or (message["role"] == "system" and number > 0):
-            raise _refused(f"message {number} has role {message['role']!r}; {_HH_ROLES}")
-    return "".join(_HH_HEADERS[message["role"]] + message["content"] for message in messages)
-
-
-def _refused(reason: str) -> BadRecord:
-    return BadRecord(reason, f"; mend the record, or {_WAY_OUT}")
+            return environment.from_string(source)
+        except Exception as error:  # jinja2 compiles to Python, which has limits and errors of its own.
+            what = f"its chat template is not jinja ({one_line(error)})"
+            raise UserError(f"{self._directory}: {what}; {WAY_OUT}") from None

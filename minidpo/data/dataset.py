@@ -9,25 +9,30 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.pair_tokens import PairTokens, TokenPair
-from minidpo.data.preferences import read_preferences
+from minidpo.data.preferences import ASSISTANT, read_preferences
 from minidpo.data.records import check_path
 from minidpo.data.report import DataReport
-from minidpo.data.tokenizer import Tokenizer, tokenize_pairs
-from minidpo.errors import UserError
-from minidpo.files import fingerprint, replacing_directory, writing
+from minidpo.data.tokenizer import Tokenizer
+from minidpo.data.truncation import tokenize_pairs
+from minidpo.errors import UserError, one_line
+from minidpo.files import fingerprint, read_arrays, replacing_directory, write_arrays, writing
 from minidpo.log import Progress, print0
 from minidpo.sections import DataSection
 
 # Of the code from text to ids. Raise it with a change of the ids of a text, and caches are made anew.
-_VERSION = "3"
+_VERSION = "5"
+
+# By what `split_by_prompt` tells prompts apart. A run that is resumed must hold out what it held out before.
+HELD_OUT_BY = "the prompts as the records have them, dropped ones too"
 
 
 def load_pairs(
@@ -45,31 +50,37 @@ def load_pairs(
     leaves nothing behind.
     """
     cache = Path(data.cache) if data.cache else cache
+    template = tokenizer.chat_template(data.template, data.date)
     sets: list[PairTokens] = []
-    to_keep: list[tuple[Path, PairTokens, list[str]]] = []
+    to_keep: list[tuple[Path, PairTokens, np.ndarray, list[str]]] = []
     # Eval files are short: what is wrong with them is said before the long ones are read.
     for name, files in (("eval", data.eval), ("train", data.train)):
         if not files:
             continue
         for file in files:
             check_path(Path(file))
-        directory = cache / f"{name}-{_identity(files, data, tokenizer)[:16]}" if cache else None
-        kept = _load(directory) if directory else None
-        pairs, report = kept or _tokenize(name, files, data, tokenizer)
+        undated = cache / f"{name}-{_identity(files, data, tokenizer, template)[:16]}" if cache else None
+        dated = Path(f"{undated}-{template.date}") if undated else None
+        kept = (_load(dated) or _load(undated)) if dated and undated else None
+        pairs, read, report = kept or _tokenize(name, files, data, tokenizer, template)
         sets.append(pairs)
+        directory = dated if pairs.date else undated
         if kept:
             print0(f"token ids: mapped from {directory}")
+            if pairs.date:
+                template.tell_date()
         elif directory:
-            to_keep.append((directory, pairs, report))
+            to_keep.append((directory, pairs, read, report))
         for line in report:
             print0(line)
     train = sets[-1]
     if data.eval:
         held_out = sets[0]
-        if shared := {*held_out.prompt_keys()} & {*train.prompt_keys()}:
+        if shared := {*held_out.token_keys()} & {*train.token_keys()}:
             print0(f"warning: {len(shared)} prompts are in both data.train and data.eval")
     else:
-        mask = split_by_prompt(train.prompt_keys(), data.eval_pairs, seed)
+        of_records = [key.tobytes() for key in read]
+        mask = split_by_prompt(train.prompt_keys(), data.eval_pairs, seed, of_records)
         train, held_out = train.select(~mask), train.select(mask)
         if data.eval_pairs:
             print0(f"held out {len(held_out)} pairs by prompt, {len(train)} left to train on")
@@ -80,32 +91,37 @@ def load_pairs(
     return train, held_out
 
 
-def split_by_prompt(prompts: Sequence[bytes], eval_count: int, seed: int) -> np.ndarray:
-    """Choose the pairs to hold out. prompts: one key per pair. Returns a mask, true for a pair that is held
-    out.
+def split_by_prompt(
+    prompts: Sequence[bytes], eval_count: int, seed: int, of_records: Sequence[bytes] | None = None
+) -> np.ndarray:
+    """Choose the pairs to hold out. prompts: one key per pair. of_records: one per record, of those too that
+    were dropped; None: none were. Returns a mask, true for a pair that is held out.
 
     A prompt is held out with all its pairs or not at all. Prompts are ranked by a hash of (seed, prompt) and
-    taken while they fit into `eval_count`, so the order of the file changes nothing. Fewer than `eval_count`
-    pairs are held out only if repeated prompts leave no exact sum. Raises `UserError` if nothing would be
-    left on either side.
+    taken while their records fit into `eval_count`, so the order of the file changes nothing, nor does it
+    which records a limit or a template drops. Fewer than `eval_count` pairs are held out only if repeated
+    prompts leave no exact sum, or if records were dropped. Raises `UserError` if nothing would be left on
+    either side.
     """
     if not 0 <= eval_count < len(prompts):
         what = f"data.eval_pairs = {eval_count}, {eval_count} pairs to hold out of {len(prompts)}"
         raise UserError(f"{what}; give 0 to {len(prompts) - 1}")
-    digests = [hashlib.blake2b(key, digest_size=16, key=str(seed).encode()).digest() for key in prompts]
-    pairs, held_out, left = Counter(digests), set(), eval_count
-    for digest in sorted(pairs):
-        if pairs[digest] <= left:
-            held_out.add(digest)
-            left -= pairs[digest]
-    if eval_count and not held_out:
-        raise UserError(f"no prompt has as few as {eval_count} pairs, so none can be held out; hold out more")
-    return np.array([digest in held_out for digest in digests])
+    records = Counter(prompts if of_records is None else of_records)
+    held_out, left = set(), eval_count
+    for key in sorted(records, key=lambda key: hashlib.blake2b(key, key=str(seed).encode()).digest()):
+        if records[key] <= left:
+            held_out.add(key)
+            left -= records[key]
+    mask = np.array([key in held_out for key in prompts])
+    if eval_count and not mask.any():
+        why = "all records chosen were dropped" if held_out else f"no prompt has as few as {eval_count} pairs"
+        raise UserError(f"{why}, so none can be held out; hold out more (data.eval_pairs)")
+    return mask
 
 
 def longest_pair(*sets: PairTokens) -> int:
     """Tokens of the longest pair, laid out with all its responses."""
-    return max(int(pairs.tokens().max(initial=0)) for pairs in sets)
+    return max(int(pairs.token_counts().max(initial=0)) for pairs in sets)
 
 
 def require_margins(pairs: PairTokens) -> None:
@@ -115,6 +131,20 @@ def require_margins(pairs: PairTokens) -> None:
         records = pairs.records(np.flatnonzero(without)[:5])
         what = f"loss.margin_from_data: {without.sum()} of {len(pairs)} pairs have no margin ({records})"
         raise UserError(f"{what}; give each record `margin`, or `score_chosen` and `score_rejected`")
+
+
+def require_messages(
+    key: str, template: ChatTemplate, pairs: PairTokens, tokenizer: Tokenizer, records: str = "the records"
+) -> None:
+    """Raises `UserError` where a template was asked for, by `key`, and none of `records` has messages for it.
+
+    It would become the trained model's own. HH dialogues are text that hh describes.
+    """
+    if not template.asked_for or (pairs.templated is not None and pairs.templated.any()):
+        return
+    start, end = pairs.bounds[0, :2]
+    if template.kind != "hh" or not tokenizer.decode(pairs.ids[start:end].tolist()).endswith(ASSISTANT):
+        raise UserError(f"{key} = {template.kind} is for messages, and {records} are text; leave it out")
 
 
 def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) -> None:
@@ -129,48 +159,54 @@ def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) ->
         raise UserError(f"{what} {model.vocab_size} rows; they do not belong together")
 
 
-def _identity(files: list[str], data: DataSection, tokenizer: Tokenizer) -> str:
-    """Of all that ids and report depend on: what is in the files and how they are named, and the settings."""
+def _identity(files: list[str], data: DataSection, tokenizer: Tokenizer, template: ChatTemplate) -> str:
+    """Of all that ids and report depend on, but the date: what is in the files and how they are named, and
+    the settings."""
     settings = json.dumps((data.max_length, data.max_prompt_length, data.skip_bad, files))
-    template = tokenizer.chat_template(data.template).identity
-    return fingerprint(_VERSION, tokenizer.identity, template, settings, *map(Path, files))
+    return fingerprint(_VERSION, tokenizer.identity, template.identity, settings, *map(Path, files))
 
 
 def _tokenize(
-    name: str, files: list[str], data: DataSection, tokenizer: Tokenizer
-) -> tuple[PairTokens, list[str]]:
-    """The pairs of `files` as ids, and the lines of the report."""
-    report, template = DataReport(), tokenizer.chat_template(data.template)
+    name: str, files: list[str], data: DataSection, tokenizer: Tokenizer, template: ChatTemplate
+) -> tuple[PairTokens, np.ndarray, list[str]]:
+    """The pairs of `files` as ids, the prompt keys of all records, and the lines of the report."""
+    report = DataReport()
+    read = (read_preferences(file, report, template=template, skip_bad=data.skip_bad) for file in files)
+    texts = chain.from_iterable(read)
 
     def ids() -> Iterator[TokenPair]:
-        texts = (
-            pair
-            for file in files
-            for pair in read_preferences(file, report, template=template, skip_bad=data.skip_bad)
-        )
         progress = Progress(f"tokenizing {name}", unit="tokens")
         for pair in tokenize_pairs(texts, tokenizer, data.max_length, data.max_prompt_length, report):
             yield pair
             progress.advance(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
         progress.close()
 
-    return PairTokens.from_pairs(ids(), tuple(files)), list(report.lines())
+    pairs = PairTokens.from_pairs(ids(), tuple(files))
+    kept = np.searchsorted(np.asarray(report.places), pairs.columns()["file"] << 40 | pairs.index)
+    keys, date = report.prompt_keys(), template.date if template.dated else ""
+    return replace(pairs, key=keys[kept], date=date), keys, list(report.lines())
 
 
-def _keep(directory: Path, pairs: PairTokens, report: list[str]) -> None:
-    texts = {"files": json.dumps(pairs.files), "report": json.dumps(report)}
+def _keep(directory: Path, pairs: PairTokens, read: np.ndarray, report: list[str]) -> None:
+    about = {"files": json.dumps(pairs.files), "report": json.dumps(report), "date": pairs.date}
     with writing(directory), replacing_directory(directory) as temporary:
         np.save(temporary / "ids.npy", pairs.ids)
-        save_file(pairs.columns(), temporary / "columns.safetensors", metadata=texts)
+        about["ids"] = fingerprint(temporary / "ids.npy")
+        write_arrays(temporary / "columns.safetensors", pairs.columns() | {"read": read}, about)
 
 
-def _load(directory: Path) -> tuple[PairTokens, list[str]] | None:
-    """What `_keep` wrote; None if there is nothing, or a part of it is missing or torn."""
+def _load(directory: Path) -> tuple[PairTokens, np.ndarray, list[str]] | None:
+    """What `_keep` wrote; None if there is nothing, or if it is no longer what was written."""
     try:
-        ids = np.asarray(np.load(directory / "ids.npy", mmap_mode="r"))
-        with safe_open(directory / "columns.safetensors", framework="numpy") as stored:
-            columns = {name: stored.get_tensor(name) for name in stored.keys()}
-            texts = {name: json.loads(text) for name, text in stored.metadata().items()}
-    except (OSError, EOFError, ValueError, SafetensorError):
+        columns, about = read_arrays(directory / "columns.safetensors")
+        if fingerprint(directory / "ids.npy") != about.pop("ids", ""):
+            raise ValueError("its ids.npy is not what was written")
+    except FileNotFoundError:
         return None
-    return PairTokens(ids, files=tuple(texts["files"]), **columns), texts["report"]
+    except (OSError, ValueError) as error:
+        print0(f"token ids: {directory} is spoilt ({one_line(error)}) and is made anew")
+        return None
+    ids = np.asarray(np.load(directory / "ids.npy", mmap_mode="r"))
+    files, report = (json.loads(about[name]) for name in ("files", "report"))
+    read = columns.pop("read")
+    return PairTokens(ids, files=tuple(files), date=about["date"], **columns), read, report

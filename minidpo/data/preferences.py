@@ -5,21 +5,24 @@
     {"prompt": [..], "chosen": [..], "rejected": [..]}     messages: a prompt, one assistant turn per response
     {"chosen": [..], "rejected": [..]}                     conversations: the prompt is the turns they share
 
-Each may have a `margin`, or a `score_chosen` and a `score_rejected`; other keys are not read.
+Each may have a `margin`, or a `score_chosen` and a `score_rejected`, and beside messages a `system` turn,
+`tools` and `chat_template_kwargs`. Other keys are not read, and the report names them.
 
 A record that cannot be read (broken JSON, a missing key) is an error: the file is not what it is taken for. A
 record that reads well but can teach nothing (no shared prompt, a blank response, two equal responses) is
 dropped and counted, because published files hold some.
 """
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from minidpo.data.chat_template import ChatTemplate, Message
-from minidpo.data.records import BadRecord, check_characters, read_records
+from minidpo.data.chat_template import ChatTemplate
+from minidpo.data.messages import given_of, messages_of, shared_turns, text_of, with_system
+from minidpo.data.records import BadRecord, check_characters, printable, read_records
 from minidpo.data.report import DataReport, FileReport, dropped_lines
 from minidpo.errors import UserError
 
@@ -30,6 +33,9 @@ HH_DIALOGUES = "HH dialogues (chosen, rejected)"
 PROMPT_AND_RESPONSES = "prompt, chosen, rejected"
 MESSAGES = "prompt, chosen, rejected as messages"
 CONVERSATIONS = "whole conversations (chosen, rejected)"
+
+_BLANK = "nothing but blanks in a response"
+_READ = {"prompt", "chosen", "rejected", "margin", "score_chosen", "score_rejected"}
 
 
 class Unusable(ValueError):
@@ -45,16 +51,12 @@ class PreferencePair:
     rejected: str
     index: int = field(default=-1, compare=False)  # the record's number in its file, from 0
     margin: float | None = field(default=None, compare=False)  # by how much chosen is better, if it is known
+    closed: bool = field(default=False, compare=False)  # whether the responses end as they are, without EOS
     add_special_tokens: bool = True  # false for the text of a chat template that wrote BOS itself
     file: int = field(default=0, compare=False)  # which of several files the record is from
-
-
-class Prompt(NamedTuple):
-    """What a response is sampled for."""
-
-    text: str
-    messages: list[Message] | None = None  # those of which the model's own template (not hh, chatml) made it
-    add_special_tokens: bool = True
+    messages: bool = field(default=False, compare=False)  # whether a template made the prompt of messages
+    unread: tuple[str, ...] = field(default=(), compare=False)  # keys of the record
+    left_out: str = field(default="", compare=False)  # the end of the generation prompt, see ChatTemplate
 
 
 def read_preferences(
@@ -74,6 +76,7 @@ def read_preferences(
     report = DataReport() if report is None else report
     file, file_number = FileReport(str(path)), len(report.files)
     report.files.append(file)
+    keys = ""  # of the first record
     for number, record in read_records(Path(path)):
         index = file.read
         file.read += 1
@@ -81,13 +84,17 @@ def read_preferences(
         try:
             if isinstance(record, BadRecord):
                 raise record
+            keys = keys or _keys_of(record)
             shape = shape_of(record)
             file.format = file.format or shape
             if shape != file.format:
                 raise BadRecord(f"a record of {shape}", f" in a file of {file.format}; keep to one")
-            pair = pair_of(record, shape, template, drop_identical)
+            pair = pair_of(record, shape, template, drop_identical, index, file_number, report)
             file.kept += 1
-            yield replace(pair, index=index, file=file_number)
+            file.unread.update(pair.unread)
+            if pair.left_out:
+                file.left_out[pair.left_out] += 1
+            yield pair
         except BadRecord as bad:
             if not skip_bad:
                 where = f"{path}:{number}" if file.unit == "line" else f"{path}: record {number}"
@@ -97,7 +104,8 @@ def read_preferences(
             file.dropped[str(reason)].append(number)
     if not file.kept:
         reasons = ", ".join(dropped_lines(file.dropped, file.unit)) or "the file is empty"
-        raise UserError(f"{path}: no usable pair in {file.read} records ({reasons}); one at least is needed")
+        what = f"{path}: no usable pair in {file.read} records ({reasons})"
+        raise UserError(f"{what}; one at least is needed{keys}")
 
 
 def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
@@ -109,46 +117,33 @@ def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
     Cutting at the longest common prefix would never fail, and be wrong: two responses that begin alike would
     leave half a word in the prompt.
     """
+    pair = _split_hh(chosen_text, rejected_text)
+    _check_blank(pair.chosen, pair.rejected)
+    return pair
+
+
+def _split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
     cut = chosen_text.rfind(ASSISTANT)
     if ASSISTANT not in rejected_text or cut < 0:
         raise Unusable("no '\\n\\nAssistant:' in a dialogue")
     if chosen_text[:cut] != rejected_text[: rejected_text.rfind(ASSISTANT)]:
         raise Unusable("chosen and rejected differ before the last '\\n\\nAssistant:'")
     end = cut + len(ASSISTANT)
-    _check_blank(chosen_text[end:], rejected_text[end:])
     return PreferencePair(chosen_text[:end], chosen_text[end:], rejected_text[end:])
-
-
-def prompt_of(record: dict, template: ChatTemplate) -> Prompt:
-    """The prompt of a record, which needs no responses: a `prompt` in text or messages, or what stands in
-    `chosen` before its last response. Raises `BadRecord` if there is none."""
-    prompt, chosen = record.get("prompt"), record.get("chosen")
-    if isinstance(chosen, list) and not isinstance(prompt, list):  # conversations, whatever `prompt` says
-        _check_messages(record, "chosen")
-        prompt = chosen[:-1] if chosen and chosen[-1]["role"] == "assistant" else None
-    elif prompt is None and isinstance(chosen, str):
-        prompt = "".join(chosen.rpartition(ASSISTANT)[:2])
-    if prompt and isinstance(prompt, str):
-        check_characters(prompt, "'prompt'")
-        return Prompt(prompt)
-    if not (prompt and isinstance(prompt, list)):
-        raise BadRecord("no prompt", "; give `prompt` as text or messages, or a dialogue as `chosen`")
-    _check_messages({"prompt": prompt}, "prompt")
-    text = template.render(prompt, generation_prompt=True)
-    written_out = template.kind in ("hh", "chatml")
-    return Prompt(text, None if written_out else prompt, add_special_tokens=written_out)
 
 
 def shape_of(record: dict) -> str:
     """The shape of one record. Raises `BadRecord` for a missing key and for a value of another kind."""
     for key in ("chosen", "rejected"):
         if key not in record:
-            raise BadRecord(f"no key {key!r}", "; give chosen, rejected, and prompt unless they hold it")
+            raise BadRecord(f"no key {key!r}", _keys_of(record))
     if isinstance(record.get("prompt"), list):
-        _check_messages(record, "prompt", "chosen", "rejected")
+        for key in ("prompt", "chosen", "rejected"):
+            messages_of(record, key)
         return MESSAGES
     if isinstance(record["chosen"], list):  # A prompt beside them, a string, repeats the first turn.
-        _check_messages(record, "chosen", "rejected")
+        for key in ("chosen", "rejected"):
+            messages_of(record, key)
         return CONVERSATIONS
     for key in ("prompt", "chosen", "rejected"):
         text = record.get(key, "")
@@ -158,43 +153,100 @@ def shape_of(record: dict) -> str:
     return PROMPT_AND_RESPONSES if "prompt" in record else HH_DIALOGUES
 
 
-def pair_of(record: dict, shape: str, template: ChatTemplate | None, drop_identical: bool) -> PreferencePair:
+def pair_of(
+    record: dict,
+    shape: str,
+    template: ChatTemplate | None,
+    drop_identical: bool,
+    index: int = 0,
+    file: int = 0,
+    report: DataReport | None = None,
+) -> PreferencePair:
     """The pair of a record of this shape. Raises `Unusable` with the reason for which the record is dropped,
-    and `BadRecord` for messages without a template, or that it refuses."""
+    and `BadRecord` for messages without a template, or that it refuses. report: notes the prompt before."""
+    report = report or DataReport()
     if shape == HH_DIALOGUES:
-        pair = split_hh(record["chosen"], record["rejected"])
+        pair = _split_hh(record["chosen"], record["rejected"])
     elif shape == PROMPT_AND_RESPONSES:
         pair = PreferencePair(record["prompt"], record["chosen"], record["rejected"])
+    elif template is None:
+        raise BadRecord("messages without a chat template", "; this command reads text")
     else:
-        pair = _pair_of_messages(record, shape, template)
+        try:
+            pair = _pair_of_messages(record, shape, template, index, file, report)
+        except RecursionError:
+            raise BadRecord("messages are nested too deeply", "; give fewer levels") from None
+    if not pair.messages:
+        report.add_prompt(pair.prompt, index, file)
     _check_blank(pair.chosen, pair.rejected)
     if drop_identical and pair.chosen == pair.rejected:
         raise Unusable("chosen and rejected are identical")
-    return replace(pair, margin=_margin(record))
+    unread = pair.unread if pair.messages else _unread(record)
+    return replace(pair, margin=_margin(record), unread=unread, index=index, file=file)
 
 
-def _pair_of_messages(record: dict, shape: str, template: ChatTemplate | None) -> PreferencePair:
-    prompt, chosen, rejected = record.get("prompt"), record["chosen"], record["rejected"]
-    if shape == CONVERSATIONS:
-        both = zip(chosen[:-1], rejected[:-1], strict=False)
-        alike = [(a["role"], a["content"]) == (b["role"], b["content"]) for a, b in both]
-        shared = [*alike, False].index(False)
+def _pair_of_messages(
+    record: dict, shape: str, template: ChatTemplate, index: int, file: int, report: DataReport
+) -> PreferencePair:
+    chosen, rejected = messages_of(record, "chosen"), messages_of(record, "rejected")
+    if shape == MESSAGES:
+        prompt = messages_of(record, "prompt")
+    else:
+        shared = shared_turns(chosen, rejected, template.reads)
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: chosen and rejected share no turn, or `prompt` has none")
     if any(len(response) != 1 or response[0]["role"] != "assistant" for response in (chosen, rejected)):
         raise Unusable("a response is not one assistant turn")
-    # Before the template has written anything around them, which would hide that they are blank.
-    _check_blank(chosen[0]["content"], rejected[0]["content"])
-    if template is None:
-        raise BadRecord("messages without a chat template", "; this command reads text")
-    text, (chosen, rejected) = template.split(prompt, [chosen[0], rejected[0]])
-    return PreferencePair(text, chosen, rejected, add_special_tokens=template.kind in ("hh", "chatml"))
+    own, prompt = prompt, with_system(record, prompt)
+    plain = [message | {"content": text_of(message)} for message in prompt]
+    report.add_prompt(json.dumps(plain, sort_keys=True), index, file)
+    responses, given = [*chosen, *rejected], given_of(record)
+    text, texts, left_out = template.split(prompt, responses, given)
+    for response, its_text in zip(responses, texts, strict=True):
+        if template.is_blank(prompt, response, its_text, given):
+            raise Unusable(_BLANK)
+
+    # What of the record did not reach the text.
+    read = {"tools", "chat_template_kwargs"} | ({"system"} if prompt is not own else set())
+    unread = [key for key in _unread(record) if key not in read]
+    for name, value in given.items():
+        if value is not None and not template.reads(name):
+            unread.append(name if name == "tools" else f"chat_template_kwargs.{name}")
+    written_out = template.kind != "model"
+    if written_out:
+        keys = {key for message in (*prompt, *responses) for key in message}
+        unread += [f"{key} of messages" for key in keys if not template.reads(key)]
+
+    return PreferencePair(
+        text,
+        texts[0],
+        texts[1],
+        add_special_tokens=written_out,
+        closed=template.closes,
+        messages=True,
+        unread=tuple(unread),
+        left_out=left_out,
+    )
+
+
+def _unread(record: dict) -> tuple[str, ...]:
+    """The keys of a record that hold something and are not read."""
+    if record.keys() <= _READ:
+        return ()
+    return tuple(key for key, value in record.items() if key not in _READ and value not in (None, ""))
+
+
+def _keys_of(record: dict) -> str:
+    """The keys that a record has and those that it should have, for the end of an error message."""
+    names = ", ".join(map(printable, record)) or "none"
+    names = names if len(names) <= 200 else names[:200] + " ..."
+    return f"; its keys are {names}; give chosen, rejected, and prompt unless they hold it"
 
 
 def _check_blank(chosen: str, rejected: str) -> None:
     if not (chosen.strip() and rejected.strip()):
-        raise Unusable("nothing but blanks in a response")
+        raise Unusable(_BLANK)
 
 
 def _margin(record: dict) -> float | None:
@@ -206,15 +258,3 @@ def _margin(record: dict) -> float | None:
     if "score_chosen" in numbers and "score_rejected" in numbers:
         numbers.setdefault("margin", numbers["score_chosen"] - numbers["score_rejected"])
     return numbers.get("margin")
-
-
-def _check_messages(record: dict, *keys: str) -> None:
-    for key in keys:
-        if not isinstance(record[key], list):
-            raise BadRecord(f"{key!r} is no list of messages", "; give one, as under the other keys")
-        for message in record[key]:
-            for name in ("role", "content"):
-                if not (isinstance(message, dict) and isinstance(message.get(name), str)):
-                    right = "; a message is {'role': 'user', 'content': '...'}"
-                    raise BadRecord(f"a message in {key!r} has no text under {name!r}", right)
-                check_characters(message[name], f"{name!r} of a message in {key!r}")

@@ -1,7 +1,8 @@
 """The report with which every run begins: what was read, kept and dropped, and on which lines it stood."""
 
+import hashlib
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from minidpo.data.pair_tokens import TokenPair
+from minidpo.data.records import printable
 
 PARTS = ("prompt", "chosen", "rejected")
 _FIRST_FEW = 5
@@ -24,6 +26,8 @@ class FileReport:
     kept: int = 0
     unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
+    unread: Counter[str] = field(default_factory=Counter)  # keys of records that hold something: how often
+    left_out: Counter[str] = field(default_factory=Counter)  # ends of generation prompts: of how many prompts
 
 
 @dataclass
@@ -31,17 +35,32 @@ class DataReport:
     """What became of the records: one `FileReport` per file, then what the tokenizing stage adds."""
 
     files: list[FileReport] = field(default_factory=list)
+    # Of every record whose prompt could be read, dropped or not: its place, rising, and its prompt's digest.
+    places: array = field(default_factory=lambda: array("q"))
+    keys: bytearray = field(default_factory=bytearray)  # 16 bytes each
     tokenized: int = 0  # pairs given to the tokenizing stage
     kept: int = 0
     dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> FILE:RECORD
     limits: tuple[int, int] = (0, 0)  # max_length, max_prompt_length
     lengths: array = field(default_factory=lambda: array("I"))  # of the three parts of each pair, uncut
+    own_bos: int = 0  # prompts whose text begins with BOS
+    apart: int = 0  # responses that share a token with their prompt, as text, and are tokenized alone
+    rewards: bool = False  # of a reward model, which reads a prompt and its response as one text
     # Of the kept pairs, as they go to the model:
     truncated_prompts: int = 0
     truncated_responses: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
     prompts: array = field(default_factory=lambda: array("q"))  # one hash per pair
+
+    def add_prompt(self, prompt: str, index: int, file: int) -> None:
+        """Note a prompt as its record has it: no template, date, tokenizer or limit changes its key."""
+        self.places.append(file << 40 | index)
+        self.keys.extend(hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).digest())
+
+    def prompt_keys(self) -> np.ndarray:
+        """(records, 16) uint8: the keys of all prompts."""
+        return np.frombuffer(self.keys, np.uint8).reshape(-1, 16)
 
     def add(self, whole: TokenPair, pair: TokenPair, reason: str) -> None:
         """Count one pair before and after the cut. reason: why it is dropped; empty if it is kept."""
@@ -64,11 +83,22 @@ class DataReport:
         for file in self.files:
             yield f"{file.path}: {file.format}: {file.read} records read, {file.kept} kept"
             yield from ("  " + line for line in dropped_lines(file.dropped, file.unit))
+            if file.unread:
+                yield f"  keys that are not read: {', '.join(map(printable, sorted(file.unread)))}"
+            for end, count in file.left_out.items():
+                why = "the chat template begins a response that is given without it"
+                yield f"  warning: {count} prompts stop before {end!r}, because {why}"
         if not self.tokenized:
             return
         different = len(np.unique(self.prompts))
         yield f"tokenized {self.tokenized} pairs, {self.kept} kept, with {different} different prompts"
         yield from ("  " + line for line in dropped_lines(self.dropped, "record"))
+        if self.own_bos:
+            yield f"  {self.own_bos} prompts begin with BOS, and get no second one"
+        if self.apart:
+            differ = "; transformers makes other ids of the whole text there" if self.rewards else ""
+            why = "their first token would begin in the prompt"
+            yield f"  {self.apart} responses tokenized apart: {why}{differ}"
         cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
         yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
         for part, lengths in zip(PARTS, np.reshape(self.lengths, (-1, 3)).T, strict=True):

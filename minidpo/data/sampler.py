@@ -1,4 +1,4 @@
-"""Which pairs a step draws, and how its batch is cut into packed rows."""
+"""Which pairs a step draws, and how its batch is cut into micro-batches."""
 
 from bisect import bisect_left, insort
 from dataclasses import dataclass
@@ -12,11 +12,10 @@ _Bins = list[list[int]]
 
 @dataclass(frozen=True)
 class PairOrder:
-    """The batch of every optimizer step: a pure function of seed and step, so that a resumed run continues.
+    """The batch of every optimizer step. It follows from these fields and the step, so a run can be resumed.
 
-    Epoch after epoch of independent permutations follow one another in one stream, and step k (from 0)
-    averages over the k-th `batch_size` of it. Only the run's last batch may be smaller. max_steps: 0 for as
-    many as the epochs fill.
+    Every epoch is a new permutation of the pairs. The epochs form one sequence, which is cut into batches of
+    `batch_size`, so only the last batch of the run may be smaller. max_steps: 0 means no limit.
     """
 
     pairs: int
@@ -26,21 +25,21 @@ class PairOrder:
     seed: int
 
     def __len__(self) -> int:
-        """Optimizer steps of the run."""
+        """The number of optimizer steps of the run."""
         return -(-len(self._stream) // self.batch_size)
 
     def __getitem__(self, step: int) -> np.ndarray:
-        """(B,) row numbers, in the order in which they are drawn."""
+        """The numbers of the pairs of a step, (B,)."""
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of {len(self)}")
         return self._stream[step * self.batch_size : (step + 1) * self.batch_size]
 
     def drawn(self) -> np.ndarray:
-        """The row numbers that the whole run draws, each once: of a million pairs a short run draws few."""
+        """The numbers of all pairs that the run draws, each once. A short run does not draw all pairs."""
         return np.unique(self._stream)
 
     def epoch(self, done: int) -> float:
-        """Passes over the pairs after `done` steps."""
+        """How many epochs are finished after `done` steps."""
         return min(done * self.batch_size, len(self._stream)) / self.pairs
 
     @cached_property
@@ -54,17 +53,16 @@ class PairOrder:
 
 
 def micro_batches(
-    rows: np.ndarray, tokens: np.ndarray, micro_tokens: int, rank: int = 0, ranks: int = 1
+    indices: np.ndarray, token_counts: np.ndarray, micro_tokens: int, rank: int = 0, ranks: int = 1
 ) -> list[np.ndarray]:
-    """Cut a batch into few packed rows of at most `micro_tokens`. Returns those of `rank`, equally many for
-    each rank.
+    """Cut a batch into few micro-batches of at most `micro_tokens` tokens. Returns those of `rank`.
 
-    rows: pair numbers. tokens: how many tokens each of them lays out. A pair longer than micro_tokens gets a
-    row of its own (a run refuses such a setting at the start). With more ranks than pairs, some micro-batches
-    are empty: all ranks gather sharded parameters together, so each must make as many passes.
+    indices: the numbers of the pairs; token_counts: the tokens of each in a packed row. A pair with more than
+    micro_tokens gets a micro-batch of its own (a run refuses such a setting at the start). All ranks gather
+    sharded parameters together, so all get the same number of micro-batches, and some may be empty.
     """
-    longest_first = np.argsort(-tokens, kind="stable").tolist()
-    sizes = tokens.tolist()
+    longest_first = np.argsort(-token_counts, kind="stable").tolist()
+    sizes = token_counts.tolist()
     bins = _best_fit(longest_first, sizes, micro_tokens)
     if ranks > 1:
         # No rank should wait for another: the same number of bins per rank, filled as evenly as possible.
@@ -72,11 +70,11 @@ def micro_batches(
         while (level := _leveled(longest_first, sizes, micro_tokens, count)) is None:
             count += ranks
         bins = level[rank::ranks]
-    return [rows[members] for members in bins]
+    return [indices[members] for members in bins]
 
 
 def _best_fit(longest_first: list[int], sizes: list[int], micro_tokens: int) -> _Bins:
-    """Few bins: each pair goes into the bin with the least room that it fits."""
+    """Few bins: each pair goes into the fullest bin that still has room for it."""
     bins: _Bins = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
     for i in longest_first:
@@ -92,7 +90,7 @@ def _best_fit(longest_first: list[int], sizes: list[int], micro_tokens: int) -> 
 
 
 def _leveled(longest_first: list[int], sizes: list[int], micro_tokens: int, count: int) -> _Bins | None:
-    """`count` bins of like size: each pair goes into the emptiest bin. Returns None if a bin with several
+    """`count` bins of similar size: each pair goes into the emptiest bin. Returns None if a bin with several
     pairs would exceed micro_tokens."""
     bins: _Bins = [[] for _ in range(count)]
     filled = [(0, b) for b in range(count)]  # (tokens, bin), a heap

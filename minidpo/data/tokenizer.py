@@ -7,23 +7,20 @@
 There is no padding: a pair is three lists, and the list of a token says whether it is scored, never its id.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.pair_tokens import TokenPair
-from minidpo.data.preferences import PreferencePair, Prompt
-from minidpo.data.report import PARTS, DataReport, dropped_lines
-from minidpo.data.tokenizer_files import find_eos
+from minidpo.data.preferences import PreferencePair
+from minidpo.data.prompts import Prompt
+from minidpo.data.tokenizer_files import add_named_tokens, embedding_rows, find_eos, find_stops
 from minidpo.errors import UserError, one_line
-from minidpo.files import fingerprint, require_file
-
-_CHUNK = 256  # pairs tokenized at once: enough for all threads, and little text in memory
+from minidpo.files import fingerprint, require_model_file
 
 
 class Tokenizer:
@@ -31,51 +28,133 @@ class Tokenizer:
 
     eos_id: the token that ends a text. bos_id: the token that `encode` puts before every text; None if it
     puts none, whatever the directory calls its BOS. vocab_size: the highest id + 1, the least number of
-    embedding rows.
+    embedding rows. rowless: ids of named tokens beyond the model's rows; no text may hold them. rewards: of
+    a reward model, which reads messages to the end of the chat template's text.
     """
 
-    def __init__(self, core: tokenizers.Tokenizer, eos_id: int, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        core: tokenizers.Tokenizer,
+        eos_id: int,
+        directory: Path | None = None,
+        rowless: frozenset[int] = frozenset(),
+        rewards: bool = False,
+    ) -> None:
         core.no_truncation()
         core.no_padding()
-        self._core, self._directory = core, directory
-        self.eos_id = eos_id
+        self._core, self._directory, self._rowless = core, directory, rowless
+        self.eos_id, self.rewards = eos_id, rewards
+        self.apart = 0  # responses so far that the boundary rule has tokenized alone
         probe = core.encode("a")
-        self.bos_id: int | None = probe.ids[0] if probe.special_tokens_mask[:1] == [1] else None
-        self.vocab_size = max(core.get_vocab(with_added_tokens=True).values()) + 1
+        added = probe.special_tokens_mask
+        self.bos_id: int | None = probe.ids[0] if added[:1] == [1] else None
+        # What the post-processor puts behind every text, such as EOS: the number of such tokens.
+        self._behind = added[::-1].index(0) if 0 in added else 0
+        self.vocab_size = max({*core.get_vocab(with_added_tokens=True).values()} - rowless) + 1
 
     @classmethod
-    def from_pretrained(cls, path: str | Path) -> "Tokenizer":
+    def from_pretrained(cls, path: str | Path, rewards: bool = False) -> "Tokenizer":
         """Load tokenizer.json of a Hugging Face directory, and its EOS from the configs beside it.
 
         Raises `UserError` if tokenizer.json is missing or broken, or no EOS of its vocabulary is named.
         """
-        file = require_file(Path(path) / "tokenizer.json", "a model directory with a fast tokenizer has one")
+        hint = "a model directory with a fast tokenizer has one"
+        file = require_model_file(Path(path), "tokenizer.json", hint)
         try:
-            core = tokenizers.Tokenizer.from_file(str(file))
-            eos_id = find_eos(Path(path), core.get_vocab(with_added_tokens=True))
-            return cls(core, eos_id, Path(path))
+            core = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
+            own, rows = max(core.get_vocab().values()) + 1, embedding_rows(Path(path))
+            add_named_tokens(core, Path(path))
+            vocabulary = core.get_vocab()
+            # Many a pad token is named and never trained: that is no fault until a text holds it.
+            rowless = {i for i in vocabulary.values() if rows and i >= max(own, rows)}
+            eos_id = find_eos(Path(path), {text: i for text, i in vocabulary.items() if i not in rowless})
+            return cls(core, eos_id, Path(path), frozenset(rowless), rewards)
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # The library's panics are no Exception.
             raise UserError(f"{file}: not a tokenizer ({one_line(error)}); fetch it again") from None
 
-    def chat_template(self, kind: str = "model") -> ChatTemplate:
-        """How messages become text for this tokenizer; kind: model, hh or chatml."""
-        bos = "" if self.bos_id is None else self.piece(self.bos_id)
-        return ChatTemplate(kind, self._directory, self.piece(self.eos_id), bos)
+    def chat_template(self, kind: str = "model", day: str = "") -> ChatTemplate:
+        """How messages become text for this tokenizer; kind: model, hh or chatml; day: see ChatTemplate."""
+        eos, rewards = self.piece(self.eos_id), self.rewards
+
+        def encode(text: str) -> list[int]:  # without the checks of `Tokenizer.encode`
+            return self._core.encode(text, add_special_tokens=False).ids
+
+        return ChatTemplate(kind, self._directory, eos, self.bos, day, rewards, encode)
+
+    @cached_property
+    def bos(self) -> str:
+        """The token that `encode` puts before every text, as text; empty if it puts none."""
+        return "" if self.bos_id is None else self.piece(self.bos_id)
 
     @cached_property
     def identity(self) -> str:
         """A fingerprint: equal for tokenizers that give every text the same ids."""
         return fingerprint(tokenizers.__version__, self._core.to_str(), str(self.eos_id))
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; add_special_tokens: with those that tokenizer.json's post-processor adds (BOS)."""
-        return self._core.encode(text, add_special_tokens=add_special_tokens).ids
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens at which generation ends: EOS, and others that the model's configuration names."""
+        return frozenset([self.eos_id, *(find_stops(self._directory) if self._directory else ())])
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids` without special tokens."""
-        return self._core.decode(ids, skip_special_tokens=True)
+    def conflict(self, other: "Tokenizer") -> str:
+        """Where the ids of one tokenizer are other tokens to the other; empty if they are the same to both.
+
+        One of them may know more tokens, and spell a special one differently, because chat models give
+        reserved tokens a name. Files, merges and which tokens are special may differ.
+        """
+        ours, theirs = (dict(sorted(each._core.get_vocab().items())) for each in (self, other))
+        for token, i in ours.items():
+            if theirs.get(token, i) != i and i not in self._rowless and theirs[token] not in other._rowless:
+                return f"{token!r} is {i} in one and {theirs[token]} in the other"
+        spelled = {i: token for token, i in theirs.items()}
+        special = {*self.special_ids.values(), *other.special_ids.values(), *self._rowless, *other._rowless}
+        for token, i in ours.items():
+            if spelled.get(i, token) != token and i not in special:
+                return f"{i} is {token!r} in one and {spelled[i]!r} in the other"
+        return ""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Ids of `text`; add_special_tokens: with those that the post-processor puts before a text (BOS).
+
+        A text that begins with BOS gets no second one, and what the post-processor puts behind a text (EOS)
+        is left out, because a prompt goes on.
+        """
+        return self._ids(self._core.encode(text, add_special_tokens=add_special_tokens), add_special_tokens)
+
+    def _ids(self, encoding: tokenizers.Encoding, add_special_tokens: bool) -> list[int]:
+        ids = encoding.ids
+        if add_special_tokens:
+            ids = ids[: len(ids) - self._behind]
+            ids = ids[1:] if ids[:2] == [self.bos_id] * 2 else ids
+        if not self._rowless.isdisjoint(ids):
+            token = self.piece(min(self._rowless.intersection(ids)))
+            raise UserError(
+                f"{self._directory}: a text holds {token!r}, for which the model has no row;"
+                " name no such token, or resize the embedding"
+            )
+        return ids
+
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """The special tokens and their ids."""
+        added = self._core.get_added_tokens_decoder().items()
+        return {token.content: i for i, token in added if token.special}
+
+    @property
+    def next_id(self) -> int:
+        """The id that a new token would get."""
+        return self._core.get_vocab_size(with_added_tokens=True)
+
+    def save(self, file: Path, new: Sequence[str] = ()) -> None:
+        """Write a tokenizer.json that lists all special tokens, those named beside it and `new` ones too."""
+        self._core.add_special_tokens(list(new))
+        self._core.save(str(file))
+
+    def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
+        """The text of `ids`, without special tokens or with them."""
+        return self._core.decode(ids, skip_special_tokens=not special_tokens)
 
     def piece(self, token: int) -> str:
         """One id as the vocabulary spells it; empty for an id that it does not have."""
@@ -90,15 +169,26 @@ class Tokenizer:
         If `ids` are a prompt that lost its beginning, the first token may come out as another.
         """
         added = list(ids[:1]) == [self.bos_id]
-        text = self._core.decode(ids[1:] if added else ids, skip_special_tokens=False)
-        return Prompt(text, add_special_tokens=added or self.bos_id is None)
+        rest = ids[1:] if added else ids
+        tokens = self._core.get_added_tokens_decoder().items()
+        apart = {i for i, token in tokens if not token.normalized}  # They are cut out before a space is put.
+        whole = Prompt(self.decode(rest, True), add_special_tokens=added or self.bos_id is None)
+        # Tokenizers that put a space before a text put one behind each such token, and decoding takes only
+        # the first one away.
+        parts = (
+            "".join(map(self.piece, part)) if is_apart else self.decode([*part], True)
+            for is_apart, part in groupby(rest, key=apart.__contains__)
+        )
+        in_parts = whole._replace(text="".join(parts))
+        return in_parts if self.prompt_ids(in_parts) == list(ids) else whole
 
     def encode_responses(
         self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Ids of each prompt, and of each of its responses by the boundary rule, with EOS; on all threads.
+        """Ids of each prompt, and of each of its responses by the boundary rule; on all threads.
 
-        Nothing is cut. A prompt may come out empty.
+        A response ends with the prompt's tail, or with EOS where it has none. Nothing is cut. A prompt may
+        come out empty.
         """
         prompt_ids: list[list[int]] = []
         response_ids: list[list[list[int]]] = []
@@ -106,33 +196,53 @@ class Tokenizer:
         # The library takes one value of add_special_tokens per call.
         for add_special_tokens, group in groupby(both, key=lambda each: each[0].add_special_tokens):
             alike = list(group)
+            alike = [(prompt, [text + (prompt.tail or "") for text in its]) for prompt, its in alike]
             texts = [prompt.text + text for prompt, its in alike for text in ("", *its)]
             encodings = self._core.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
-            ids = (encoding.ids for encoding in encodings)
-            for _, its in alike:
+            ids = (self._ids(encoding, add_special_tokens) for encoding in encodings)
+            for prompt, its in alike:
                 prompt_ids.append(next(ids))
-                response_ids.append([self._response(prompt_ids[-1], next(ids), text) for text in its])
+                drawn = [self._response(prompt_ids[-1], next(ids), text) for text in its]
+                response_ids.append(drawn if prompt.tail is not None else list(map(self._with_eos, drawn)))
         return prompt_ids, response_ids
+
+    def _with_eos(self, response: list[int]) -> list[int]:
+        return response if response[-1:] == [self.eos_id] else [*response, self.eos_id]
 
     def _response(self, prompt: list[int], joint: list[int], text: str) -> list[int]:
         """The boundary rule. joint: the ids of prompt + response, tokenized as one text.
 
-        They come first because a tokenizer that prepends a space to every text (Llama 2, Mistral) would put
-        one before a response alone. But if the tokenizer merged across the boundary, they do not begin with
-        the prompt that the model is asked with, and the response has to be tokenized alone.
+        If the tokenizer merged across the boundary, they do not begin with the prompt that the model is asked
+        with, and the response has to be tokenized alone.
         """
         if joint[: len(prompt)] == prompt:
-            response = joint[len(prompt) :]
-        else:
-            response = self.encode(text, add_special_tokens=False)
-        return response if response[-1:] == [self.eos_id] else [*response, self.eos_id]
+            return joint[len(prompt) :]
+        self.apart += 1
+        return self._alone(text)
+
+    def _alone(self, text: str) -> list[int]:
+        """The ids of `text` without a space before it, which some tokenizers (Llama 2, Mistral) would add."""
+        ids = self.encode(text, add_special_tokens=False)
+        if self.prepends:
+            for neutral in "\n.":  # The space goes before this character, which is then cut off.
+                encoding = self._core.encode(neutral + text, add_special_tokens=False)
+                if all(end <= 1 or start >= 1 for start, end in encoding.offsets):
+                    both = zip(encoding.ids, encoding.offsets, strict=True)
+                    return [token for token, (start, _) in both if start >= 1]
+        return ids
+
+    @cached_property
+    def prepends(self) -> bool:
+        """Whether a text gets something at its beginning that it would not get elsewhere."""
+        first = self.encode("a", add_special_tokens=False)
+        return self.encode("\na", add_special_tokens=False)[-len(first) :] != first
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
         """`encode_responses` of chosen and rejected."""
-        prompts = [Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens) for pair in pairs]
+        prompts = list(map(prompt_of_pair, pairs))
         encoded = self.encode_responses(prompts, [(pair.chosen, pair.rejected) for pair in pairs])
         return [
-            TokenPair(prompt, chosen, rejected, pair.index, pair.margin, pair.file)
+            TokenPair(prompt, chosen, rejected, pair.index, pair.margin, pair.file, pair.messages)
             for pair, prompt, (chosen, rejected) in zip(pairs, *encoded, strict=True)
         ]
 
@@ -140,75 +250,7 @@ class Tokenizer:
         return self.encode_pairs([pair])[0]
 
 
-def tokenize_pairs(
-    pairs: Iterable[PreferencePair],
-    tokenizer: Tokenizer,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    report: DataReport | None = None,
-    truncate: bool = True,
-    drop_identical: bool = True,
-) -> Iterator[TokenPair]:
-    """Yield the pairs as ids, in order, cut to `max_length` tokens for prompt + response with its EOS.
-
-    A prompt longer than `max_prompt_length` (None: `max_length`) loses its beginning, BOS excepted. Each
-    response then has the rest of `max_length` to itself and loses its end, EOS included: a model must not
-    learn to stop where a text was cut. Pairs that this leaves without a response, or with two equal ones
-    (unless `drop_identical=False`), are dropped and counted in `report`, as are prompts without a token.
-    `truncate=False` cuts nothing and drops what would have to be cut, so that every score is of a whole text.
-    Raises `UserError` for limits that contradict each other, and if no pair is left.
-    """
-    limit = max_length if max_prompt_length is None else max_prompt_length
-    if not 1 <= limit <= max_length:
-        raise UserError(f"max_prompt_length = {limit} must lie between 1 and max_length = {max_length}")
-    report = DataReport() if report is None else report
-    report.limits = (max_length, limit)
-    source = iter(pairs)
-    while chunk := list(islice(source, _CHUNK)):
-        for whole in tokenizer.encode_pairs(chunk):
-            pair, reason = _cut(whole, limit, max_length, tokenizer.bos_id), ""
-            if not pair.prompt:
-                reason = "the prompt has no token, so nothing predicts the first token of a response"
-            elif pair != whole and not truncate:
-                reason = "longer than max_length"
-            elif not (pair.chosen and pair.rejected):
-                reason = "truncation left a response empty"
-            elif pair.chosen == pair.rejected and drop_identical:
-                reason = "responses identical as tokens or after truncation"
-            report.add(whole, pair, reason)
-            if not reason:
-                yield pair
-    if not report.kept:
-        reasons = ", ".join(dropped_lines(report.dropped, "record"))
-        what = f"no pair is left to use with max_length = {max_length} ({reasons})"
-        raise UserError(f"{what}; raise it or change the data")
-
-
-def describe_pair(pair: TokenPair, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
-    """Every token of a pair in the order in which it is laid out, prompt | chosen | rejected.
-
-    Positions of rejected restart where the prompt ended, because it follows the prompt too. The EOS that ends
-    a response has a role of its own, and is scored like the rest of the response.
-    """
-    for part in PARTS:
-        ids, scored = getattr(pair, part), part != "prompt"
-        for place, token in enumerate(ids):
-            is_end = scored and place == len(ids) - 1 and token == tokenizer.eos_id
-            yield {
-                "role": "eos" if is_end else part,
-                "position": place + scored * len(pair.prompt),
-                "id": token,
-                "piece": tokenizer.piece(token),  # A leading space may read "Ġ" or "▁".
-                "scored": scored,
-                "response": part if scored else None,
-            }
-
-
-def _cut(pair: TokenPair, prompt_limit: int, max_length: int, bos_id: int | None) -> TokenPair:
-    """The pair with its prompt cut from the left, each response from the right."""
-    prompt = pair.prompt
-    if len(prompt) > prompt_limit:
-        head = prompt[:1] if prompt[0] == bos_id else []
-        prompt = head + prompt[len(prompt) - (prompt_limit - len(head)) :]
-    rest = max_length - len(prompt)
-    return pair._replace(prompt=prompt, chosen=pair.chosen[:rest], rejected=pair.rejected[:rest])
+def prompt_of_pair(pair: PreferencePair) -> Prompt:
+    # The tail is in the responses already.
+    tail = "" if pair.closed else None
+    return Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens, tail=tail)

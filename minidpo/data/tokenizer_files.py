@@ -1,14 +1,77 @@
-"""The files beside tokenizer.json in a model's directory: which token ends a text, and the chat template."""
+"""The files beside tokenizer.json in a model's directory: special tokens, EOS, and the chat template."""
 
 from pathlib import Path
 from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken
 
 from minidpo.errors import UserError, one_line
 from minidpo.files import read_object
 
 CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"  # where transformers 5 saves all but the default one
+GENERATION = "generation_config.json"
+
+# In this order transformers adds them to a tokenizer, so it decides their ids.
+_NAMES = [f"{name}_token" for name in "bos eos unk sep pad cls mask".split()]
+
+
+def add_named_tokens(core: tokenizers.Tokenizer, directory: Path) -> None:
+    """Add the special tokens that only the files beside tokenizer.json name, as transformers does.
+
+    A token of the vocabulary keeps its id, and any other gets the next free one, whatever id the files give.
+    """
+    config = _fields(directory / CONFIG)
+    listed = config.get("added_tokens_decoder")
+    older = {}
+    if not isinstance(listed, dict):  # Only older directories need the other files.
+        listed, config = {}, _fields(directory / SPECIAL_TOKENS) | config
+        older = _fields(directory / ADDED_TOKENS)
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    others = [key for key in config if key.endswith("_token") and key not in _NAMES]
+    named = [config.get(key) for key in (*_NAMES, *others)]
+    for tokens in (extra, config.get("model_specific_special_tokens")):
+        named += tokens.values() if isinstance(tokens, dict) else tokens if isinstance(tokens, list) else []
+    special = {token.content: token for token in map(_special, named) if token}
+
+    own = core.get_added_tokens_decoder().values()
+    known = {repr(token) for token in own}
+    there = {token.content for token in own}
+    for text, index in older.items():
+        if text not in there:
+            listed[index] = {"content": text, "special": text in special, "normalized": text not in special}
+    by_id = (AddedToken(**_options(listed[index])) for index in sorted(listed, key=int))
+    new = [token for token in by_id if repr(token) not in known]
+    for token in new:
+        token.special = token.special or token.content in special
+    there |= {token.content for token in new}
+    core.add_tokens([*new, *(token for text, token in special.items() if text not in there)])
+
+
+def embedding_rows(directory: Path) -> int | None:
+    """Those of the model by its config.json, if there is one that says so."""
+    rows = _fields(directory / "config.json").get("vocab_size")
+    return rows if type(rows) is int else None
+
+
+def prefix_space(directory: Path) -> bool | None:
+    """Whether transformers puts a space before a text because tokenizer_config.json says so; None where
+    tokenizer.json alone decides."""
+    config = _fields(directory / CONFIG)
+    decides = str(config.get("tokenizer_class")).startswith(("GPT2Tokenizer", "LlamaTokenizer"))
+    given = config.get("add_prefix_space")
+    return given if decides and isinstance(given, bool) else None
+
+
+def find_stops(directory: Path) -> list[int]:
+    """The tokens at which generation ends by config.json and generation_config.json."""
+    found = (_fields(directory / name).get("eos_token_id") for name in ("config.json", GENERATION))
+    ids = (i for each in found for i in (each if isinstance(each, list) else [each]))
+    return [i for i in dict.fromkeys(ids) if type(i) is int]
 
 
 def find_eos(directory: Path, vocabulary: dict[str, int]) -> int:
@@ -24,17 +87,20 @@ def find_eos(directory: Path, vocabulary: dict[str, int]) -> int:
     raise UserError(f"{directory / CONFIG}: no eos_token; name the token that ends a text")
 
 
-def find_template(directory: Path) -> str | None:
-    """The model's chat template: chat_template.jinja (newer directories), else tokenizer_config.json's."""
+def find_template(directory: Path, name: str = "default") -> str | None:
+    """The model's chat template: chat_template.jinja (newer directories), else tokenizer_config.json's. name:
+    which of several."""
     file = directory / CHAT_TEMPLATE
+    if name != "default" and (directory / MORE_TEMPLATES / f"{name}.jinja").is_file():
+        file = directory / MORE_TEMPLATES / f"{name}.jinja"
     if file.is_file():
         try:
-            return file.read_text(encoding="utf-8")
+            return file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not text in UTF-8 ({one_line(error)}); fetch it again") from None
     template = _fields(directory / CONFIG).get("chat_template")
     if isinstance(template, list):  # several, each {"name": ..., "template": ...}
-        named = (each for each in template if isinstance(each, dict) and each.get("name") == "default")
+        named = (each for each in template if isinstance(each, dict) and each.get("name") == name)
         template = next(named, {}).get("template")
     if not isinstance(template, str | None):
         raise UserError(
@@ -48,6 +114,19 @@ def special_tokens(directory: Path) -> dict[str, str]:
     fields = sorted((_fields(directory / SPECIAL_TOKENS) | _fields(directory / CONFIG)).items())
     tokens = {key: _text(value) for key, value in fields if key.endswith("_token")}
     return {key: text for key, text in tokens.items() if isinstance(text, str)}
+
+
+def _special(token: Any) -> AddedToken | None:
+    """A token that a file names; None for anything else."""
+    if isinstance(token, dict) and isinstance(token.get("content"), str):
+        token = AddedToken(**_options(token) | {"special": True})
+    elif isinstance(token, str):
+        token = AddedToken(token, special=True)
+    return token if isinstance(token, AddedToken) and token.content else None
+
+
+def _options(token: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in token.items() if key != "__type"}
 
 
 def _text(token: Any) -> Any:

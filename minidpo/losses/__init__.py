@@ -1,5 +1,5 @@
-"""The losses: preference.py has DPO and its kin and the table LOSSES (start there), reward.py the reward
-model's."""
+"""The losses. Start with preference.py: DPO, IPO, SimPO, SFT and the table LOSSES. reward.py has the reward
+model's loss, inputs.py the tensors that losses read."""
 
 from minidpo.losses.inputs import PairLogps, Rewards
 from minidpo.losses.preference import DPO, IPO, LOSSES, SATURATED, SFT, PreferenceLoss, SimPO, logistic

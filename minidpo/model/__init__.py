@@ -14,6 +14,7 @@ from minidpo.model.pretrained import (
     model_fingerprint,
     new_reward_model,
     require_reward_model,
+    reward_read_at,
     save_model,
     save_reward_model,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "require_reward_model",
     "response_logps",
     "response_token_logps",
+    "reward_read_at",
     "save_model",
     "save_reward_model",
 ]

@@ -1,10 +1,11 @@
-"""Attention over packed rows: SDPA per text on the CPU, one FlexAttention mask on CUDA.
+"""Attention over packed rows: SDPA per prompt and per response on the CPU, one FlexAttention mask on CUDA.
 
-A row holds [prompt | response 1 | response 2 | ...] of each prompt. A query may attend to a key if both
-belong to the same prompt, the key does not come later in the text, and the key is in the prompt or in the
-query's own response.
+A row holds [prompt | response 1 | response 2 | ...] of each prompt. The rule: a query may attend to a key if
+both belong to the same prompt, the key does not come later in the text, and the key is in the prompt or in
+the query's own response.
 
-Dimensions: N tokens of a packed row, H/K query/key heads, E head size.
+Dimensions: N tokens of a packed row, P prompts, K responses per prompt, H query heads, G key/value heads,
+E head size.
 """
 
 from collections.abc import Callable
@@ -25,30 +26,32 @@ SMALLEST_HEAD = 16  # FlexAttention's CUDA kernel takes no smaller head size
 
 def packed_attention(batch: PackedBatch) -> Attend:
     """The rule for one packed row, as the attention function of every layer."""
+    # Short matrix products are fast on a CPU. On a GPU one large call is faster than many small ones.
     if batch.tokens.device.type == "cuda":
         return masked_attention(shared_prompt_mask(batch.prompt, batch.response, batch.position))
-    return attention_per_text(batch)
+    return attention_per_piece(batch)
 
 
-def attention_per_text(batch: PackedBatch) -> Attend:
-    """The rule as one SDPA call per prompt and one per response, whose keys are its prompt's and its own.
-
-    Attention runs in float32 even under autocast: on a CPU, attention in bf16 is slower and less exact.
-    """
+def attention_per_piece(batch: PackedBatch) -> Attend:
+    """The rule as one SDPA call per piece (a prompt or a response), over its own keys and the prompt's."""
     sizes = np.diff(batch.bounds, axis=1)  # (P, K + 1): tokens of each prompt and of its responses
-    pieces, responses = sizes.flatten().tolist(), sizes.shape[1] - 1
+    lengths, responses = sizes.flatten().tolist(), sizes.shape[1] - 1
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        if not pieces:  # A row without pairs attends to nothing, but gradients (of zero) must flow.
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+        # A row without pairs has nothing to attend to. All weights must still get a gradient (of zero),
+        # because the processes of a run add up their gradients together.
+        if not lengths:
             return q + (k.sum() + v.sum()).to(q.dtype)
-        # One split of the whole row. If each piece were a slice, backward would add up N rows for every
-        # slice.
-        texts = zip(*(heads.to(q.dtype).split(pieces) for heads in (q, k, v)), strict=True)
+        # split, not slices: the backward pass of each slice would allocate a zero gradient of all N rows.
+        pieces = zip(*(heads.to(q.dtype).split(lengths) for heads in (q, k, v)), strict=True)
         attended = []
+        # float32 even under autocast: on a CPU, attention in bf16 is slower and less exact.
         with torch.autocast(q.device.type, enabled=False):
-            for q_prompt, k_prompt, v_prompt in texts:  # a prompt, then its responses
+            for q_prompt, k_prompt, v_prompt in pieces:
                 attended.append(causal_attention(q_prompt[None], k_prompt[None], v_prompt[None])[0])
-                for q_own, k_own, v_own in islice(texts, responses):
+                # The pieces that follow a prompt are its responses. The causal mask is aligned at the bottom
+                # right, so every token of a response sees the whole prompt.
+                for q_own, k_own, v_own in islice(pieces, responses):
                     keys, values = torch.cat((k_prompt, k_own)), torch.cat((v_prompt, v_own))
                     attended.append(causal_attention(q_own[None], keys[None], values[None])[0])
         return torch.cat(attended)
@@ -57,22 +60,23 @@ def attention_per_text(batch: PackedBatch) -> Attend:
 
 
 def shared_prompt_mask(prompt: Tensor, response: Tensor, position: Tensor) -> BlockMask:
-    """The rule as a FlexAttention mask of N x N; arguments (N,) as in PackedBatch, N a multiple of BLOCK."""
+    """The rule as a FlexAttention mask (N, N); arguments (N,) as in PackedBatch, N a multiple of BLOCK."""
 
-    def may_attend(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        same_prompt = prompt[q] == prompt[k]
-        not_later = position[k] <= position[q]
-        own_text = (response[k] == 0) | (response[k] == response[q])
+    def may_attend(batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
+        same_prompt = prompt[q_index] == prompt[k_index]
+        not_later = position[k_index] <= position[q_index]
+        own_text = (response[k_index] == 0) | (response[k_index] == response[q_index])
         return same_prompt & not_later & own_text
 
-    # Which blocks can hold an allowed pair of tokens follows from the range of prompts and positions in each
-    # block. create_block_mask would first write out the whole (N, N) rule, gigabytes at 16,384 tokens.
+    # Blocks whose ranges of prompts or positions rule out any allowed pair of tokens are skipped.
+    # create_block_mask would write out the whole (N, N) rule to find them.
     (first, last), (earliest, latest) = _block_ranges(prompt), _block_ranges(position)
-    some = (first[:, None] <= last) & (first <= last[:, None]) & (earliest <= latest[:, None])
-    # In each row of blocks, the columns to compute come first.
-    columns = (~some).to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
+    may_overlap = (first[:, None] <= last) & (first <= last[:, None]) & (earliest <= latest[:, None])
+    # For each block of queries FlexAttention reads a count n and a list of key blocks, of which it computes
+    # the first n. A stable sort puts the needed ones first.
+    columns = (~may_overlap).to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(
-        some.sum(dim=1, dtype=torch.int32)[None, None],
+        may_overlap.sum(dim=1, dtype=torch.int32)[None, None],
         columns[None, None],
         BLOCK_SIZE=BLOCK,
         mask_mod=may_attend,
@@ -81,19 +85,22 @@ def shared_prompt_mask(prompt: Tensor, response: Tensor, position: Tensor) -> Bl
 
 
 def _block_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Least and greatest of every BLOCK values: (N,) -> two of (N / BLOCK,)."""
+    """Minimum and maximum of every block: (N,) -> two of (N / BLOCK,)."""
     return values.view(-1, BLOCK).amin(dim=1), values.view(-1, BLOCK).amax(dim=1)
 
 
 def masked_attention(mask: BlockMask) -> Attend:
     """The rule as one FlexAttention call, in the dtype of v (bf16 under autocast)."""
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         size = v.shape[-1]
+        # Rotation has left q and k in float32, but FlexAttention takes one dtype.
         q, k, v = (heads.to(v.dtype).transpose(0, 1)[None] for heads in (q, k, v))  # (1, H, N, E)
-        if size < SMALLEST_HEAD:  # zeros add nothing to a score
+        # Zeros add nothing to the product of a query and a key.
+        if size < SMALLEST_HEAD:
             q, k, v = (F.pad(heads, (0, SMALLEST_HEAD - size)) for heads in (q, k, v))
         flex = _flex_attention(q.device.type)
+        # The scale is that of the head size before padding.
         attended = flex(q, k, v, block_mask=mask, scale=size**-0.5, enable_gqa=True)
         return attended[0, ..., :size].transpose(0, 1)
 
@@ -102,8 +109,9 @@ def masked_attention(mask: BlockMask) -> Attend:
 
 @cache
 def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """Uncompiled FlexAttention stores the whole score matrix, which is right for tests on a CPU only."""
+    """FlexAttention, compiled on CUDA."""
+    # Uncompiled it stores the whole score matrix, which is good enough for the tests that run it on a CPU.
     if device_type != "cuda":
         return flex_attention
-    # One graph serves rows of every length; with fullgraph PyTorch reports what it cannot compile.
+    # dynamic: rows of every length share one graph. fullgraph: PyTorch reports what it cannot compile.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)

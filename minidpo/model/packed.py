@@ -1,4 +1,4 @@
-"""What one pass of a model over a packed row gives: hidden states, and log-probs of the responses."""
+"""What one forward pass over a packed row gives: hidden states, and log-probs of the responses."""
 
 from torch import Tensor
 
@@ -14,15 +14,19 @@ def hidden_states(model: Transformer, batch: PackedBatch) -> Tensor:
 
 
 def response_token_logps(model: Transformer, batch: PackedBatch, hidden: Tensor | None = None) -> Tensor:
-    """log pi of every scored token given its prompt and what comes before it: (S,), nats.
+    """log pi(y_t | x, y_<t) of every scored token y_t: (S,), nats.
 
-    hidden: the `hidden_states` of the same row, where they are there already.
+    hidden: the row's `hidden_states`, where the caller has computed them already.
     """
     hidden = hidden_states(model, batch) if hidden is None else hidden
-    return token_logps(hidden[batch.predicts], model.output_weight, batch.targets)
+    # Only the hidden states that predict a response token go through the output matrix: (S, D), not (N, D).
+    return token_logps(hidden[batch.predictor], model.output_weight, batch.targets)
 
 
 def response_logps(model: Transformer, batch: PackedBatch, hidden: Tensor | None = None) -> Tensor:
-    """log pi(y|x) of every scored response: (P, scored), nats; the packed twin of `sequence_logps`."""
+    """log pi(y|x) of every scored response: (P, scored), nats; what `sequence_logps` computes of padded
+    rows."""
+    # log pi(y|x) = sum over t of log pi(y_t | x, y_<t). Scored tokens lie response after response: (S,).
     logps = response_token_logps(model, batch, hidden)
+    # In this order: prompt 0's responses, prompt 1's, ... So the sums, one after the other, are (P, scored).
     return sum_by_response(logps, batch.scored_lengths.flatten()).view(batch.scored_lengths.shape)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,13 +10,15 @@ import torch
 
 from minidpo.distributed import rank, reshard, shard_like
 from minidpo.errors import UserError
-from minidpo.files import fingerprint, replacing_file
-from minidpo.model.hf_config import format_config, read_config
+from minidpo.files import fingerprint, read_object, replacing_file
+from minidpo.log import print0
+from minidpo.model.hf_config import REWARD_LABEL, format_config, read_config
 from minidpo.model.reward_model import RewardModel, fresh_score
-from minidpo.model.tensors import read_tensors, tensor_files, write_tensors
+from minidpo.model.tensors import equal_tensors, read_tensors, tensor_files, write_tensors
 from minidpo.model.transformer import Transformer
 
 Model = TypeVar("Model", bound=Transformer)
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"  # one matrix if they are tied
 # Called on a model that has no weights yet, to shard it over several processes.
 Prepare = Callable[[Transformer], None]
 
@@ -38,7 +41,7 @@ def load_reward_model(directory: str | Path, device: torch.device | str = "cpu")
     """A reward model of `save_reward_model`, or transformers' sequence classification with one label."""
     require_reward_model(Path(directory))
     # Classification models are saved without the output matrix; only the language-modelling loss needs it.
-    lm_head = "lm_head.weight" in tensor_files(Path(directory))
+    lm_head = HEAD in tensor_files(Path(directory))
     return _load(RewardModel, Path(directory), torch.float32, device, lm_head=lm_head)
 
 
@@ -48,6 +51,13 @@ def require_reward_model(directory: Path) -> None:
     if "score.weight" not in tensor_files(directory):
         hint = "a reward model is needed, such as the final/ of a run of train_rm.py"
         raise UserError(f"{directory}: no score.weight among its tensors: a language model; {hint}")
+
+
+def reward_read_at(directory: Path) -> str:
+    """Where in a text a reward model was trained: at its "end of text" in general, at "EOS of text" without
+    messages, or at "EOS", whatever followed, by an older version. Empty if no run of this package did."""
+    fields = read_object(directory / "config.json")
+    return fields.get("reward_read_at") or ("EOS" if fields.get("id2label") == REWARD_LABEL else "")
 
 
 def new_reward_model(
@@ -74,7 +84,7 @@ def save_model(model: Transformer, directory: str | Path, lm_head: bool = True) 
     reshard(model)  # state_dict() would miss the sharded weights where an evaluation has left them gathered.
     tensors = model.state_dict()
     if not lm_head:
-        tensors.pop("lm_head.weight", None)
+        tensors.pop(HEAD, None)
     write_tensors(Path(directory), tensors)
     if rank() == 0:
         dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
@@ -108,6 +118,13 @@ def _load(
     lm_head: whether an untied model has its output matrix. new_score: whether the head is drawn, not read.
     """
     config, files = read_config(directory), tensor_files(directory)
+    both = (EMBEDDING, HEAD)
+    if config.tie_word_embeddings and files.keys() >= {*both} and not equal_tensors(files, both, dtype):
+        print0(
+            f"warning: {directory}: config.json ties {HEAD} to {EMBEDDING}, which is stored with other"
+            " values; what is stored is used, and they are no longer tied"
+        )
+        config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = kind(config).to(dtype)
     if not lm_head:
@@ -115,13 +132,19 @@ def _load(
     prepare(model)
     expected = model.state_dict()
     score = expected.pop("score.weight") if new_score else None
+    # Of a tied pair, some programs store the other name alone.
+    other_name = config.tie_word_embeddings and HEAD in files and EMBEDDING not in files
+    if other_name:
+        expected[HEAD] = expected.pop(EMBEDDING)
     # Files of a tied model may still hold the copy that tying made, and older files hold the rotary buffer.
-    unused = {"lm_head.weight"} if model.lm_head is None else set()
+    unused = {HEAD} if model.lm_head is None else set()
     extra = {name for name in files if not name.endswith("rotary_emb.inv_freq")} - expected.keys() - unused
     if extra:
         hint = "it is a reward model's, or config.json is another model's"
         raise UserError(f"{directory}: tensor {min(extra)!r} has no place in this model; {hint}")
     tensors = dict(read_tensors(directory, expected, device))
+    if other_name:
+        tensors[EMBEDDING] = tensors.pop(HEAD)
     if score is not None:
         tensors["score.weight"] = shard_like(fresh_score(config.hidden_size).to(device), score)
     model.load_state_dict(tensors, assign=True)

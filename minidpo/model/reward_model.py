@@ -1,5 +1,7 @@
-"""The reward model: the transformer and one Linear(hidden, 1, bias=False) on the last token of each
-response."""
+"""The reward model: the transformer, and Linear(hidden, 1, bias=False) on each response's last token.
+
+Dimensions: N tokens of a packed row, P prompts with K responses each, D hidden size.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -13,20 +15,20 @@ from minidpo.packing import PackedBatch
 class RewardModel(Transformer):
     """r(x, y) = score . h(last token of y), h being the final, normalised hidden state.
 
-    There is no bias: Bradley-Terry sees only differences, so a bias would get no gradient from it.
+    The head has no bias: Bradley-Terry depends only on differences of rewards, which a bias does not change.
     """
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
         self.score = nn.Linear(config.hidden_size, 1, bias=False)
-        if (
-            not self.score.weight.is_meta
-        ):  # On the meta device there is nothing to initialise: weights are loaded.
+        # A model on the meta device has no memory yet: its weights are loaded later.
+        if not self.score.weight.is_meta:
             self.score.weight = nn.Parameter(fresh_score(config.hidden_size))
 
     @classmethod
     def from_language_model(cls, language_model: Transformer) -> "RewardModel":
-        """The language model's own weights (not a copy) under a fresh head."""
+        """The language model's own weights, not a copy, under a new head."""
+        # On the meta device, so that no second set of weights is ever allocated.
         config = language_model.config
         with torch.device("meta"):
             model = cls(config)
@@ -35,23 +37,23 @@ class RewardModel(Transformer):
         return model
 
     def forward_packed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
-        """Rewards (P, K) of all responses of a packed row, and log pi(y|x) (P, scored) of the scored ones, if
-        any.
-
-        Rewards and log-probs come from one pass.
-        """
+        """Rewards (P, K) of a packed row's responses; log pi(y|x) of the scored ones, if any, (P, scored)."""
+        # One forward pass gives both. A response's last token, EOS, has seen all of the prompt and response.
         hidden = hidden_states(self, batch)  # (N, D)
-        rewards = self.rewards_of(hidden[batch.last])
-        return rewards, response_logps(self, batch, hidden) if batch.scored else None
+        rewards = self.rewards_of(hidden[batch.last])  # hidden[batch.last]: (P, K, D)
+        return rewards, response_logps(self, batch, hidden) if batch.scored_responses else None
 
     def rewards_of(self, last: Tensor) -> Tensor:
-        """Hidden states of last tokens (..., D) to rewards (...)."""
-        # This product is computed in float32 even under autocast, because bf16 rewards step by 1/128 near 1.
+        """Hidden states of last tokens (..., D) -> rewards (...)."""
+        # float32 even under autocast: between 1 and 2, neighbouring bf16 numbers differ by 1/128, which would
+        # make many pairs of rewards equal.
         weight = self.score.weight.to(torch.promote_types(self.score.weight.dtype, torch.float32))
         with torch.autocast(last.device.type, enabled=False):
             return F.linear(last.to(weight.dtype), weight).squeeze(-1)
 
 
 def fresh_score(hidden_size: int) -> Tensor:
-    """A new head (1, D): N(0, 1 / (hidden + 1)), as in Stiennon et al. 2020: its rewards are of order 1."""
+    """A new head (1, D), drawn from N(0, 1 / (D + 1)) as in Stiennon et al. 2020."""
+    # Hidden states are normalised, so that rewards begin with a variance of about 1, whatever D is. Those of
+    # two responses have much in common, so their rewards differ by less than that would suggest.
     return torch.randn(1, hidden_size) * (hidden_size + 1) ** -0.5

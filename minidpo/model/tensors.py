@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minidpo.distributed import full_tensor, rank, shard_like
 from minidpo.errors import UserError
-from minidpo.files import replacing_file
+from minidpo.files import ADAPTER, replacing_file, require_file
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 MOST_BYTES = 5 * 10**9  # of one file
@@ -30,6 +30,8 @@ def tensor_files(directory: Path, stem: str = "model") -> dict[str, Path]:
             return dict.fromkeys(handle.keys(), single)
     if not index_file.is_file():
         hint = "; .bin weights are pickles and are not read" if any(directory.glob("*.bin")) else ""
+        if any(directory.glob("adapter_model.*")):
+            hint = f"; {ADAPTER}"
         raise UserError(f"{directory}: neither {single.name} nor {index_file.name} is there{hint}")
     try:
         index = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
@@ -48,10 +50,12 @@ def read_tensors(
     expected: Mapping[str, Tensor],
     device: torch.device | str | None = None,
     stem: str = "model",
+    finite: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the tensors in `expected`, cast and sharded as those are, on `device` or on theirs.
 
-    Raises UserError for a tensor that is not there, has another shape than expected, or does not hold floats.
+    Raises UserError for a tensor that is not there, has another shape than expected, does not hold floats, or
+    holds nan or inf where only `finite` numbers will do.
     """
     files = tensor_files(directory, stem)
     if missing := sorted(expected.keys() - files.keys()):
@@ -65,7 +69,19 @@ def read_tensors(
                     needed = f"{tuple(like.shape)}, as config.json says, in {', '.join(FLOATS)}"
                     raise UserError(f"{file}: tensor {name!r} is {shape} in {kind}; {needed} is needed")
                 tensor = handle.get_tensor(name).to(device or like.device, like.dtype)
+                # The whole tensor, before it is sharded, so that all processes find the same without talking.
+                if finite and not tensor.isfinite().all():
+                    raise UserError(f"{file}: tensor {name!r} holds numbers that are not finite")
                 yield name, shard_like(tensor, like)
+
+
+def equal_tensors(files: Mapping[str, Path], names: tuple[str, str], dtype: torch.dtype) -> bool:
+    """Whether two stored tensors have the same shape and the same values, read as `dtype`."""
+    values = []
+    for name in names:
+        with _open(files[name]) as handle:
+            values.append(handle.get_tensor(name).to(dtype))
+    return torch.equal(*values)
 
 
 def write_tensors(directory: Path, tensors: Mapping[str, Tensor], stem: str = "model") -> None:
@@ -96,6 +112,7 @@ def write_tensors(directory: Path, tensors: Mapping[str, Tensor], stem: str = "m
 
 @contextmanager
 def _open(file: Path):
+    require_file(file, "fetch it again")
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle

@@ -114,7 +114,7 @@ def measure(case: Case, opponent: str | None = None) -> dict[str, Any]:
     times, batches, peaks = take_steps(case, opponent)
     torch.cuda.empty_cache()  # The processes that measure memory share the GPU.
     theirs, own = np.array(times[1:]).T  # The first step warms up.
-    tokens = case.pairs.tokens(case.responses)[np.concatenate(batches[1:])]
+    tokens = case.pairs.token_counts(case.responses)[np.concatenate(batches[1:])]
     flops = np.array([necessary_flops(case, batch) for batch in batches[1:]])
     result: dict[str, Any] = {
         "step_seconds": spread(own),

@@ -113,7 +113,7 @@ class Step:
         if run.compile:
             self.model.compile_layers()
         self.optimizer = adamw(self.model, optim)
-        self.tokens = case.pairs.tokens(case.responses)  # that each pair lays out
+        self.token_counts = case.pairs.token_counts(case.responses)  # that each pair lays out
         if case.config.loss.needs_reference:
             logps = all_logps(self.model, case.pairs, optim.micro_tokens, case.device, run.dtype)
             self.pairs = replace(case.pairs, ref_logps=logps)
@@ -123,8 +123,8 @@ class Step:
         case, loss, optim = self.case, self.case.config.loss, self.case.config.optim
         forward: Any = pair_rewards if case.rewards else pair_logps
         total = torch.zeros((), device=case.device)
-        for rows in micro_batches(batch, self.tokens[batch], optim.micro_tokens):
-            losses = loss(forward(self.model, self.pairs, rows, loss, case.device, case.config.run.dtype))
+        for indices in micro_batches(batch, self.token_counts[batch], optim.micro_tokens):
+            losses = loss(forward(self.model, self.pairs, indices, loss, case.device, case.config.run.dtype))
             (losses.sum() / len(batch)).backward()
             total += losses.detach().sum() / len(batch)
         clip_grad_norm_(self.model.parameters(), optim.grad_clip or torch.inf)

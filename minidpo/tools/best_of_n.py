@@ -16,7 +16,7 @@ from minidpo.data import Message, Prompt
 from minidpo.errors import UserError
 from minidpo.files import write_json_lines
 from minidpo.log import print0
-from minidpo.training.reward_scorer import mean_and_error
+from minidpo.training.reward_scorer import with_error
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,16 @@ def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
 
 
 def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
-    """One JSON line per sample: prompt_index, sample, prompt (text, or messages), text, ended; with a reward
-    model also reward and best."""
+    """One JSON line per sample: prompt_index (the record's number in its file), sample, prompt (text, or
+    messages), text, ended; with a reward model also reward and best."""
     rows = []
-    for p, samples in enumerate(prompts):
+    for samples in prompts:
         for k, sample in enumerate(samples):
-            row: dict[str, Any] = {"prompt_index": p, "sample": k, "prompt": _prompt(sample)}
+            row: dict[str, Any] = {
+                "prompt_index": sample.prompt.index,
+                "sample": k,
+                "prompt": _prompt(sample),
+            }
             row |= {"text": sample.text, "ended": sample.ended}
             if not math.isnan(sample.reward):
                 row |= {"reward": sample.reward, "best": sample is _best(samples)}
@@ -65,6 +69,11 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
     rows = []
     for pair in pairs:
         row: dict[str, Any] = {"prompt": _prompt(pair[0])}
+        others = dict(pair[0].prompt.given)
+        if tools := others.pop("tools", None):
+            row["tools"] = tools
+        if others:
+            row["chat_template_kwargs"] = others
         for name, sample in zip(("chosen", "rejected"), pair, strict=True):
             turn = [{"role": "assistant", "content": sample.text}]
             row |= {name: turn if sample.prompt.messages else sample.text, f"score_{name}": sample.reward}
@@ -79,10 +88,10 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
 
 def show_all(prompts: Sequence[Sequence[Sample]]) -> None:
     """Every sample, under a heading where there are several."""
-    for p, samples in enumerate(prompts):
+    for samples in prompts:
         for k, sample in enumerate(samples):
             if len(prompts) * len(samples) > 1:
-                print0(f"--- prompt {p}, sample {k}")
+                print0(f"--- prompt {sample.prompt.index}, sample {k}")
             print0(sample.text)
 
 
@@ -90,12 +99,12 @@ def show_best(prompts: Sequence[Sequence[Sample]]) -> None:
     """The best sample of every prompt, then what choosing came to."""
     n = len(prompts[0])
     rewards = np.array([[sample.reward for sample in samples] for samples in prompts])  # (prompts, n)
-    for p, samples in enumerate(prompts):
-        best, mean, worst = rewards[p].max(), rewards[p].mean(), rewards[p].min()
-        print0(f"--- prompt {p}, best of {n}: reward {best:.4f} (mean {mean:.4f}, worst {worst:.4f})")
+    for samples, its in zip(prompts, rewards, strict=True):
+        best, mean, worst = its.max(), its.mean(), its.min()
+        index = samples[0].prompt.index
+        print0(f"--- prompt {index}, best of {n}: reward {best:.4f} (mean {mean:.4f}, worst {worst:.4f})")
         print0(_best(samples).text)
-    per_prompt = rewards.mean(axis=1), rewards.max(axis=1)
-    every, top = (f"{mean:.4f} ± {error:.4f}" for mean, error in map(mean_and_error, per_prompt))
+    every, top = (with_error(per_prompt, ".4f") for per_prompt in (rewards.mean(axis=1), rewards.max(axis=1)))
     print0(f"--- {len(prompts)} prompts, {n} samples each; mean ± standard error over prompts")
     print0(f"reward of a sample {every}, of the best of {n} {top}")
     bound = math.log(n) - (n - 1) / n

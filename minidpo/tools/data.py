@@ -5,22 +5,34 @@
                                          it would hold out, as they stand, for `score` and `explain`
     python -m minidpo data pairs.jsonl --model models/mine
 
-Records read and dropped (by reason, with the first line numbers), truncated prompts and responses, median
-and longest lengths, and the share of all tokens that are responses. Nothing is kept unless --cache (or
-data.cache) names a directory.
+Records read and dropped (by reason, with the first line numbers), keys that are not read, truncated prompts
+and responses, median and longest lengths, and the share of all tokens that are responses; then the first pair
+as the model sees it. Nothing is kept unless --cache (or data.cache) names a directory.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
+
 from minidpo.config import load_either_config
-from minidpo.data import PairTokens, Tokenizer, load_pairs, read_records, require_fit, shape_of
+from minidpo.data import (
+    PairTokens,
+    Tokenizer,
+    load_pairs,
+    read_records,
+    require_fit,
+    require_messages,
+    shape_of,
+)
+from minidpo.data.report import PARTS
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, require_place, writing
 from minidpo.log import print0
 from minidpo.model import read_config
-from minidpo.sections import TEMPLATES, DataSection
+from minidpo.sections import TEMPLATES, DataSection, RewardConfig
+from minidpo.training.reward_scorer import text_after
 
 
 def main(arguments: list[str]) -> None:
@@ -50,7 +62,9 @@ def main(arguments: list[str]) -> None:
         skip_bad=options.skip_bad,
         cache=options.cache,
     )
-    load_pairs(data, Tokenizer.from_pretrained(options.model), seed=0, cache=None)
+    tokenizer = Tokenizer.from_pretrained(options.model)
+    pairs, _ = load_pairs(data, tokenizer, seed=0, cache=None)
+    show_first(pairs, tokenizer)
 
 
 def _as_a_run_would(arguments: list[str]) -> None:
@@ -63,11 +77,29 @@ def _as_a_run_would(arguments: list[str]) -> None:
         files = [*config.data.train, *config.data.eval]
         if Path(options.held_out).resolve() in [Path(file).resolve() for file in files]:
             raise UserError(f"--held-out {options.held_out}: is a file of the data; name a new one")
-    tokenizer = Tokenizer.from_pretrained(config.model.path)
+    tokenizer = Tokenizer.from_pretrained(config.model.path, isinstance(config, RewardConfig))
     require_fit("model", read_config(Path(config.model.path)), tokenizer, config.data.max_length)
-    _, held_out = load_pairs(config.data, tokenizer, config.run.seed, cache=None)
+    train, held_out = load_pairs(config.data, tokenizer, config.run.seed, cache=None)
+    template = tokenizer.chat_template(config.data.template)
+    require_messages(config.named("data.template"), template, train, tokenizer)
+    show_first(train, tokenizer)
     if options.held_out is not None:
         write_records(Path(options.held_out), held_out)
+
+
+def show_first(pairs: PairTokens, tokenizer: Tokenizer) -> None:
+    """Print the first pair with its special tokens, each text between quotes, as it was cut."""
+    bounds = pairs.bounds[0].tolist()
+    prompt = pairs.ids[bounds[0] : bounds[1]].tolist()
+    print0(f"the first pair, {pairs.records(np.array([0]))}, as the model sees it:")
+    for part, start, end in zip(PARTS, bounds, bounds[1:], strict=False):
+        ids = pairs.ids[start:end].tolist()
+        text = text_after(tokenizer, [] if part == "prompt" else prompt, ids, special_tokens=True)
+        print0(f"  {part}, {len(ids)} tokens: {_shortened(text)}")
+
+
+def _shortened(text: str) -> str:
+    return repr(text) if len(text) <= 400 else f"{text[:200]!r} ... {text[-200:]!r}"
 
 
 def write_records(path: Path, pairs: PairTokens) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from minidpo.errors import UserError
+from minidpo.files import require_regular
 from minidpo.losses import DPO, IPO, SimPO
 from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, require_matplotlib
 from minidpo.verify.exact_train import Trained, train_reward_model, train_rlhf, train_to_convergence
@@ -93,6 +94,7 @@ def main(arguments: list[str]) -> None:
     if options.plot is not None:  # Fail now rather than after minutes of training.
         if options.plot.suffix not in (".png", ".svg", ".pdf"):
             raise UserError(f"--plot {options.plot}: the name must end in .png, .svg or .pdf")
+        require_regular(options.plot, "--plot ")
         require_matplotlib("--plot")
     # For matrices this small a second thread costs more in waiting than it brings.
     threads = torch.get_num_threads()

@@ -19,11 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.config import loss_of_run
-from minidpo.data import PairTokens, PreferencePair, Tokenizer, TokenPair, require_fit, tokenize_pairs
+from minidpo.config import config_of_run, date_of_model, loss_of_run
+from minidpo.data import (
+    ChatTemplate,
+    PairTokens,
+    PreferencePair,
+    Tokenizer,
+    TokenPair,
+    require_fit,
+    require_messages,
+    tokenize_pairs,
+)
 from minidpo.data.preferences import Unusable, pair_of, shape_of
 from minidpo.data.records import BadRecord, read_records
-from minidpo.data.tokenizer import describe_pair
+from minidpo.data.truncation import describe_pair
 from minidpo.errors import UserError
 from minidpo.logprobs import sum_by_response
 from minidpo.losses import DPO, LOSSES, PairLogps, PreferenceLoss
@@ -34,6 +43,8 @@ from minidpo.settings import keys_of
 from minidpo.tools.explain_text import render, visible
 from minidpo.tools.sample import unescaped
 from minidpo.training.device import autocast, choose_device
+from minidpo.training.reference import require_reference
+from minidpo.training.scoring import require_finite
 
 # Besides its defaults, every loss that has one of these settings is shown with this value of it.
 VARIANTS = {"length_normalize": True, "label_smoothing": 0.1}
@@ -50,7 +61,7 @@ def main(arguments: list[str]) -> None:
     add("--index", type=int, metavar="K", help="the record's place in the file, from 0")
     for name in TEXTS:
         add(f"--{name}", metavar="TEXT", help="instead of --data (\\n is a line break)")
-    default = "default: that of the run whose final/ --model is, else"
+    default = "default: that of the run that made --model, else"
     add("--loss", metavar="NAME", help=f"{', '.join(LOSSES)} ({default} {DPO.name})")
     for name, key in _settings().items():
         kind: Any = {"action": "store_true"} if key.default is False else {"type": type(key.default)}
@@ -76,11 +87,14 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
     """All that is printed, unrounded: float32 numbers as the model and the losses gave them."""
     device = choose_device(options.device)
     tokenizer = Tokenizer.from_pretrained(options.model)
-    pair = _read_pair(options, tokenizer)
+    template = tokenizer.chat_template(options.template, date_of_model(Path(options.model)))
+    pair = _read_pair(options, template)
     ids = _token_ids(options, pair, tokenizer)
 
     # The log-prob of every token of both responses, then their sums log pi(y|x).
-    batch = pack(PairTokens.from_pairs([ids])).to(device)
+    pairs = PairTokens.from_pairs([ids])
+    require_messages("--template", template, pairs, tokenizer)
+    batch = pack(pairs).to(device)
     policy = reference = _token_logps(options.model, batch, device, options.dtype)  # (S,)
     if options.reference:
         reference = _token_logps(options.reference, batch, device, options.dtype)
@@ -118,7 +132,7 @@ def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:
     precise = PairLogps(*(v.double() if v is not None and v.is_floating_point() else v for v in pair))
     values: dict[str, Any] = {"name": loss.name} | {name: getattr(loss, name) for name in keys_of(loss)}
     values["argument"] = loss.z(precise).item()
-    if loss.saturates:
+    if loss.z_is_logit:
         values["sigmoid"] = loss.z(precise).sigmoid().item()
     if loss.responses == 2:
         chosen, rejected = loss.rewards(pair)
@@ -155,10 +169,10 @@ def _chosen_loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str | Non
         loss = replace(begin, **given)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return loss, str(Path(options.model).parent / "config.toml") if begin is of_run else None
+    return loss, str(config_of_run(Path(options.model))) if begin is of_run else None
 
 
-def _read_pair(options: argparse.Namespace, tokenizer: Tokenizer) -> PreferencePair:
+def _read_pair(options: argparse.Namespace, template: ChatTemplate) -> PreferencePair:
     """The pair that --data and --index name, or that --prompt, --chosen and --rejected spell out."""
     texts = {name: getattr(options, name) for name in TEXTS}
     if (options.data is None) == all(text is None for text in texts.values()):
@@ -174,7 +188,6 @@ def _read_pair(options: argparse.Namespace, tokenizer: Tokenizer) -> PreferenceP
     try:
         if isinstance(record, BadRecord):
             raise record
-        template = tokenizer.chat_template(options.template)
         pair = pair_of(record, shape_of(record), template, drop_identical=False)
     except (BadRecord, Unusable) as reason:
         raise UserError(f"{place}: {reason}") from None
@@ -201,22 +214,17 @@ def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tok
     require_fit("model", config, tokenizer, limit)
     (ids,) = tokenize_pairs([pair], tokenizer, limit, truncate=False, drop_identical=False)
     if options.reference:
-        reference, text = Path(options.reference), pair.prompt + pair.chosen
         longest = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
-        require_fit("reference", read_config(reference), tokenizer, longest)
-        # An embedding that is large enough may be of other tokens. Only the text's ids are compared, because
-        # a base model and its chat model name different EOS. A reference without tokenizer is not checked.
-        has_tokenizer = (reference / "tokenizer.json").is_file()
-        if has_tokenizer and Tokenizer.from_pretrained(reference).encode(text) != tokenizer.encode(text):
-            other = f"{reference}: its tokenizer gives this pair other ids than the model's"
-            raise UserError(f"{other}; give a reference of the same family")
+        require_reference(Path(options.reference), tokenizer, longest)
     return ids
 
 
 @torch.no_grad()
 def _token_logps(directory: str, batch: PackedBatch, device: torch.device, dtype: str) -> Tensor:
     with autocast(device, dtype):
-        return response_token_logps(load_model(directory, device=device), batch).float().cpu()
+        logps = response_token_logps(load_model(directory, device=device), batch).float().cpu()
+    require_finite(logps, directory)
+    return logps
 
 
 def _token_table(

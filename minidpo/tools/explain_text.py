@@ -8,7 +8,7 @@ from typing import Any
 from unicodedata import combining, east_asian_width
 
 from minidpo.data import Tokenizer
-from minidpo.losses import LOSSES
+from minidpo.losses import LOSSES, PreferenceLoss
 from minidpo.settings import keys_of
 
 # Tokens shown at either end of a part that is clearly longer than both together.
@@ -102,7 +102,8 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     loss, kind = e["loss"], LOSSES[e["loss"]["name"]]
 
     def line(label: str, *numbers: float, form: str = "z14.4f") -> str:
-        return f"  {label:<48}" + "".join(f"{number:>{form}}" for number in numbers)
+        begin = f"  {label}\n{'':50}" if len(label) > 48 else f"  {label:<48}"  # A long one has its own line.
+        return begin + "".join(f"{number:>{form}}" for number in numbers)
 
     def both(label: str, chosen: float, rejected: float) -> str:
         return line(label, chosen, rejected) + f"{chosen - rejected:>z20.4f}"
@@ -148,13 +149,16 @@ def _every_loss(losses: list[dict[str, Any]]) -> Iterator[str]:
     numbers = f"{'z or h':>11}{'sigma(z)':>9}{'loss':>11}{'chosen':>11}{'rejected':>12}"
     yield f"  {'loss':<5} {'settings':<38}{numbers}"
     for loss in losses:
-        keys = keys_of(LOSSES[loss["name"]])
-        # What is off by default is shown only if it is on.
-        settings = [_setting(name, loss[name]) for name in keys if loss[name] or keys[name].default]
         sigmoid = f"{loss['sigmoid']:z.4f}" if "sigmoid" in loss else ""
         weights = f"{loss['chosen_weight']:>+z11.6f}{loss['rejected_weight']:>+z12.6f}"
         numbers = f"{loss['argument']:>z11.4f}{sigmoid:>9}{loss['loss']:>z11.4f}{weights}"
-        yield f"  {loss['name']:<5} {', '.join(settings) or 'no settings':<38}{numbers}"
+        yield f"  {loss['name']:<5} {settings(LOSSES[loss['name']], loss) or 'no settings':<38}{numbers}"
+
+
+def settings(kind: type[PreferenceLoss], values: dict[str, Any]) -> str:
+    """The settings of a loss in one line. What is off by default is shown only if it is on."""
+    shown = (name for name, key in keys_of(kind).items() if values[name] or key.default)
+    return ", ".join(_setting(name, values[name]) for name in shown)
 
 
 def _setting(name: str, value: float | bool) -> str:

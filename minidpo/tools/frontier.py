@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from minidpo.errors import UserError
-from minidpo.files import fingerprint, remove_directory, replacing_file, writing
+from minidpo.files import fingerprint, remove_directory, replacing_file, require_regular, writing
 from minidpo.losses import DPO, IPO, SFT, PreferenceLoss, SimPO
 from minidpo.model import load_model, model_fingerprint
 from minidpo.tools.demo.command import OUT, REPOSITORY, fit_reference, from_sft, run_script
@@ -81,6 +81,9 @@ def main(arguments: list[str]) -> None:
     if options.quick and options.demo:
         raise UserError("--quick makes a tiny world of its own; leave out --demo, or --quick")
     started, out = time.monotonic(), options.out
+    files = png_and_svg(out / "frontier")
+    for file in (out / "frontier.json", *files):
+        require_regular(file)  # Fail now rather than after the training.
     scale, world = (QUICK, out / "world") if options.quick else (FULL, options.demo or OUT)
     if not Path(from_sft(world)["model.path"]).is_dir():
         fit_reference(world, seed=0, **scale.sizes)
@@ -88,7 +91,6 @@ def main(arguments: list[str]) -> None:
     start = Point(**found["reference"])
     runs = {loss: [Point(**point) for point in found["runs"][run_name(loss)]] for loss in scale.losses}
     print("\n" + table(start, runs))
-    files = png_and_svg(out / "frontier")
     draw(start, found["best_reachable"], runs, files)
     print(f"\n{time.monotonic() - started:.0f} s; wrote {out / 'frontier.json'}, {files[0]} and {files[1]}")
 

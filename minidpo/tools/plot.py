@@ -1,7 +1,7 @@
 """`python -m minidpo plot`: how a run went, or how several compare, from their metrics.jsonl.
 
-Held-out values are lines with marks; training values are light lines, smoothed by a centred running mean. A
-panel is one quantity; those that no run has measured are left out.
+Held-out values are lines with marks; training values are light lines, where they are many smoothed by a
+centred running mean. A panel is one quantity; those that no run has measured are left out.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ PANELS = {
     "Gradient norm": ("grad_norm",),
 }
 TRAINING: dict[str, Any] = {"linewidth": 1, "alpha": 0.5}
+FEW, MANY = 2, 16  # values of a curve: up to FEW are marked one by one, from MANY on they are smoothed
+LARGEST = 1e100  # No axis can be drawn for more.
 
 
 class Run(NamedTuple):
@@ -70,6 +72,9 @@ def main(arguments: list[str]) -> None:
     files = png_and_svg(options.out or (first if len(runs) == 1 else first.parent) / "curves")
     measured = {key.removeprefix("eval/") for run in runs for key in run.curves}
     shown = [title for title, keys in PANELS.items() if measured & set(keys)]
+    if not shown:
+        where = " and ".join(str(path / "metrics.jsonl") for path in options.runs)
+        raise UserError(f"{where}: nothing that plot draws, such as a loss, is in it; give the file of a run")
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     with drawing(files, 3.1 * columns, 2.1 * rows + 0.4) as figure:
@@ -83,7 +88,7 @@ def read_run(directory: Path, name: str) -> Run:
     points: dict[str, list[tuple[float, float]]] = {}
     for line in read_metrics(file):
         for key, value in line.items():
-            if isinstance(value, int | float) and math.isfinite(value):
+            if isinstance(value, int | float) and abs(value) < LARGEST:  # false for NaN too
                 points.setdefault(key, []).append((line["step"], value))
     if not points:
         raise UserError(f"{file}: no step in it yet; plot again when the run has logged one")
@@ -98,6 +103,7 @@ def draw(figure: Figure, runs: list[Run], shown: list[str], rows: int, columns: 
         axes = figure.add_subplot(rows, columns, place, title=f"Loss, {units}" if title == "Loss" else title)
         # Without a format, a power of ten would stand where the title is.
         axes.yaxis.set_major_formatter("{x:g}")
+        axes.locator_params(axis="x", integer=True)
         for number, run in enumerate(runs):
             for key in PANELS[title]:
                 draw_curves(axes, run, key, look(key, number if len(runs) > 1 else None))
@@ -110,10 +116,12 @@ def draw_curves(axes: Axes, run: Run, key: str, style: dict[str, Any]) -> None:
     training, held_out = run.curves.get(key), run.curves.get(f"eval/{key}")
     if training is not None:
         steps, values = training
-        axes.plot(steps, smoothed(values), color=style["color"], ls=style["ls"], **TRAINING)
+        mark = "None" if len(values) > FEW else "."
+        look_of_it = {"color": style["color"], "ls": style["ls"], "marker": mark} | TRAINING
+        axes.plot(steps, smoothed(values), **look_of_it)
     if held_out is not None:
-        # A line from the first to the last step would show what nobody measured.
-        line = style if held_out.shape[1] > 2 else style | {"ls": ""}
+        # A full line from the first to the last step would show what nobody measured.
+        line = style if held_out.shape[1] > FEW else style | {"ls": ":"}
         axes.plot(*held_out, **line, markevery=math.ceil(held_out.shape[1] / 12))
 
 
@@ -127,7 +135,7 @@ def look(key: str, number: int | None = None) -> dict[str, Any]:
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """A running mean over about an eighth of the values, centred: the first and the last stay as they are."""
-    half = [min(len(values) // 16, i, len(values) - 1 - i) for i in range(len(values))]
+    half = [min(len(values) // MANY, i, len(values) - 1 - i) for i in range(len(values))]
     return np.array([values[i - h : i + h + 1].mean() for i, h in enumerate(half)])
 
 
@@ -142,10 +150,14 @@ def legend(figure: Figure, runs: list[Run]) -> None:
         "chosen": ("/chosen", look("chosen") | of_every_run),
         "rejected": ("/rejected", look("rejected") | of_every_run),
         "held out": ("eval/", {"color": INK, "marker": MARKS[0]}),
-        "training, smoothed": ("grad_norm", {"color": INK} | TRAINING),
     }
     for label, (part, style) in styles.items():
         if any(part in key for run in runs for key in run.curves):
             handles.append(Line2D([], [], label=label, **style))
+    keys = [key for keys in PANELS.values() for key in keys]  # of training values
+    smooth = {run.curves[key].shape[1] >= MANY for run in runs for key in keys if key in run.curves}
+    if smooth:
+        how = ", smoothed" if smooth == {True} else ", partly smoothed" if True in smooth else ""
+        handles.append(Line2D([], [], label=f"training{how}", color=INK, **TRAINING))
     title = None if several else runs[0].name
     figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), title=title)

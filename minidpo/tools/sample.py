@@ -9,6 +9,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
+from minidpo.config import date_of_model
 from minidpo.data import BadRecord, ChatTemplate, Prompt, Tokenizer, prompt_of, read_records, require_fit
 from minidpo.errors import UserError
 from minidpo.files import require_file, require_place
@@ -23,13 +24,18 @@ from minidpo.training.reward_scorer import RewardScorer, text_after
 def main(arguments: list[str]) -> None:
     options = _options(arguments)
     tokenizer, device = Tokenizer.from_pretrained(options.model), choose_device(options.device)
-    template = tokenizer.chat_template(options.template or ("hh" if options.human is not None else "model"))
+    as_hh = options.human is not None and tokenizer.chat_template().form is None
+    kind = options.template or ("hh" if as_hh else "model")
+    template = tokenizer.chat_template(kind, date_of_model(Path(options.model)))
     prompts = _prompts(options, template)
+    if options.template == "chatml" and all(prompt.tail is None for prompt in prompts):
+        raise UserError("--template = chatml is for messages, and the prompts are text; leave it out")
     model = load_model(options.model, device=device)
     require_fit("model", model.config, tokenizer, 1)
     scorer = RewardScorer(options.reward_model, device) if options.reward_model else None
-    if scorer and (options.template or any(prompt.messages for prompt in prompts)):
-        scorer.compare_template(template)
+    if scorer:
+        templated = options.template or any(prompt.tail is not None for prompt in prompts)
+        scorer.compare(tokenizer, template if templated else None)
     prompts = _that_fit(prompts, options.max_new_tokens, model.config.max_length, tokenizer, scorer)
 
     n = options.n
@@ -38,20 +44,23 @@ def main(arguments: list[str]) -> None:
     progress = Progress("sampling", len(ids), "responses")
     try:
         sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
-        drawn = generate(model, ids, sampling, tokenizer.eos_id, options.seed, progress=progress.advance)
+        drawn = generate(model, ids, sampling, tokenizer.stop_ids, options.seed, progress=progress.advance)
     except ValueError as error:
         raise UserError(str(error)) from None
     progress.close(last_line=False)
     texts = [text_after(tokenizer, *both) for both in zip(ids, drawn, strict=True)]
-    ended = [tokens[-1] == tokenizer.eos_id for tokens in drawn]
+    ended = [tokens[-1] in tokenizer.stop_ids for tokens in drawn]
     rewards = scorer.rewards(prompts, texts).tolist() if scorer else [nan] * len(texts)
     samples = list(map(Sample, of_samples, texts, ended, rewards))
     by_prompt = [samples[i : i + n] for i in range(0, len(samples), n)]
-    (show_best if scorer else show_all)(by_prompt)
-    if options.out:
-        write_samples(Path(options.out), by_prompt)
-    if options.pairs_out:
-        write_pairs(Path(options.pairs_out), by_prompt)
+    # Files first: whoever reads what is printed may go away, as `| head` does.
+    try:
+        if options.out:
+            write_samples(Path(options.out), by_prompt)
+        if options.pairs_out:
+            write_pairs(Path(options.pairs_out), by_prompt)
+    finally:
+        (show_best if scorer else show_all)(by_prompt)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -59,12 +68,16 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     prompt, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     add("--model", metavar="DIR", required=True, help="Hugging Face model directory")
     prompt.add_argument("--prompt", help="text to continue, exactly as given (\\n is read as a line break)")
-    about = "a question, put as \\n\\nHuman: TEXT\\n\\nAssistant: or by --template"
+    about = "a question, put by the model's chat template, else as \\n\\nHuman: TEXT\\n\\nAssistant:"
     prompt.add_argument("--human", metavar="TEXT", help=about)
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, \\n is a line break")
     about = "records (.jsonl, .json) with a `prompt` in text or messages, or dialogues"
     prompt.add_argument("--data", metavar="FILE", help=about)
-    add("--template", choices=TEMPLATES, help="of messages (default model) and of --human (default hh)")
+    add(
+        "--template",
+        choices=TEMPLATES,
+        help="of messages and --human (default model; hh for --human without one)",
+    )
     add("--n", type=int, default=1, help="samples per prompt")
     add("--reward-model", metavar="DIR", help="print the best of the n samples by its reward")
     add("--out", metavar="FILE", help="every sample as a JSON line, with its reward if it has one")
@@ -92,27 +105,34 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
-    if options.prompt is not None:
-        return [Prompt(unescaped(options.prompt))]
+    if options.prompt == "":
+        return [Prompt("")]  # The model begins after its BOS.
     file = options.data or options.prompts_file
     records: list[tuple[str, Any]]
     if options.human is not None:
         records = [("--human", {"prompt": [{"role": "user", "content": options.human}]})]
+    elif options.prompt is not None:
+        records = [("--prompt", {"prompt": unescaped(options.prompt)})]
     elif options.data:
         records = [(f"{file}:{line}", record) for line, record in read_records(Path(file))]
     else:
         path = require_file(Path(file), "a text file with one prompt per line is needed")
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # str.splitlines would also break lines at form feeds and other characters inside a prompt.
+            lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text ({error})") from None
-        records = [(file, {"prompt": unescaped(line)}) for line in lines if line]
+        records = [
+            (f"{file}:{n}", {"prompt": unescaped(line)} if line else None) for n, line in enumerate(lines, 1)
+        ]
     prompts = []
-    for place, record in records:
+    for index, (place, record) in enumerate(records):
+        if record is None:  # a blank line
+            continue
         try:
             if isinstance(record, BadRecord):
                 raise record
-            prompts.append(prompt_of(record, template))
+            prompts.append(prompt_of(record, template)._replace(index=index))
         except BadRecord as bad:
             raise UserError(f"{place}: {bad}") from None
     if not prompts:

@@ -3,29 +3,45 @@
 Nothing is truncated: a pair that does not fit max_length is left out and counted, so every number is of a
 whole text. Printed is what the set shows: accuracy, mean margin, two baselines, calibration.
 
+margin         that of the rewards of the run's loss (rewards/margins of its log); DPO's for other models
 accuracy       share of pairs whose margin is > 0: strict, as in training, so a model that cannot tell has 0
-a ± b          a mean and its standard error sqrt(variance / n); of an accuracy p that is sqrt(p (1 - p) / n)
+a ± b          a mean and its standard error sqrt(variance / n), with the variance's n - 1
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from minidpo.config import loss_of_run
-from minidpo.data import DataReport, PairTokens, Tokenizer, read_preferences, require_fit, tokenize_pairs
+from minidpo.config import config_of_run, date_of_model, loss_of_run
+from minidpo.data import (
+    ChatTemplate,
+    DataReport,
+    PairTokens,
+    Tokenizer,
+    read_preferences,
+    require_fit,
+    require_messages,
+    tokenize_pairs,
+)
 from minidpo.data.records import BadRecord, read_records
 from minidpo.errors import UserError
 from minidpo.files import require_place, write_json_lines
 from minidpo.log import print0
-from minidpo.losses import DPO
-from minidpo.model import RewardModel, Transformer, load_model, load_reward_model, read_config
+from minidpo.losses import DPO, PairLogps, PreferenceLoss
+from minidpo.model import RewardModel, Transformer, load_model, load_reward_model
 from minidpo.sections import TEMPLATES
+from minidpo.settings import keys_of
+from minidpo.tools.explain_text import settings
 from minidpo.training.device import choose_device
-from minidpo.training.reward_scorer import mean_and_error
-from minidpo.training.scoring import MICRO_TOKENS, all_logps, all_rewards
+from minidpo.training.reference import require_reference
+from minidpo.training.reward_scorer import compare_template, with_error
+from minidpo.training.scoring import MICRO_TOKENS, all_logps, all_rewards, require_finite
 
 MOST_GROUPS = 50
 BINS = 10  # of predicted probabilities, from 0.5 to 1
@@ -34,43 +50,46 @@ WITHOUT = "(none)"
 
 def main(arguments: list[str]) -> None:
     options = _options(arguments)
+    loss, origin = _loss(options)
     device = choose_device(options.device)
     directory, data = Path(options.reward_model or options.model), Path(options.data)
     model = (load_reward_model if options.reward_model else load_model)(directory, device=device)
     limit = model.config.max_length if options.max_length is None else options.max_length
     if limit < 2:
         raise UserError(f"--max-length {limit}; it must be at least 2")
-    tokenizer = Tokenizer.from_pretrained(directory)
+    tokenizer = Tokenizer.from_pretrained(directory, rewards=bool(options.reward_model))
     require_fit("model", model.config, tokenizer, limit)
     if options.reference:
-        require_fit("reference", read_config(Path(options.reference)), tokenizer, limit)
-    pairs = _read_whole(data, tokenizer, limit, options.template)
+        require_reference(Path(options.reference), tokenizer, limit)
+    template = tokenizer.chat_template(options.template, date_of_model(directory))
+    pairs = _read_whole(data, tokenizer, limit, template)
+    require_messages("--template", template, pairs, tokenizer)
+    if options.reward_model and pairs.templated is not None and pairs.templated.any():
+        compare_template(directory, tokenizer, template)
     groups = groups_of(data, options.by, pairs.index) if options.by else None
 
-    def logps(of: Transformer, name: str) -> dict[str, np.ndarray]:
+    def logps(of: Transformer, read_from: Path, name: str = "") -> dict[str, np.ndarray]:
         values = all_logps(of, pairs, options.micro_tokens, device, options.dtype, f"{name}log-probs")
+        require_finite(values, read_from)
         return {f"{name}chosen_logps": values[:, 0], f"{name}rejected_logps": values[:, 1]}
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
     if isinstance(model, RewardModel):
         rewards = all_rewards(model, pairs, options.micro_tokens, device, options.dtype, "rewards")
+        require_finite(rewards, directory)
         columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
         margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"
+        are_logits = True
     else:
-        columns |= logps(model, "")
+        columns |= logps(model, directory)
         columns |= {"chosen_length": pairs.lengths[:, 1], "rejected_length": pairs.lengths[:, 2]}
-        margins = columns["chosen_logps"] - columns["rejected_logps"]
-        meaning = "log pi(chosen) - log pi(rejected), nats; without --reference no reward and no calibration"
         if options.reference:
-            columns |= logps(load_model(options.reference, device=device), "reference_")
-            chosen_logratios = columns["chosen_logps"] - columns["reference_chosen_logps"]
-            rejected_logratios = columns["rejected_logps"] - columns["reference_rejected_logps"]
-            margins = options.beta * (chosen_logratios - rejected_logratios)
-            meaning = f"beta * (log-ratio of chosen - log-ratio of rejected), beta {options.beta:g}"
+            reference = Path(options.reference)
+            columns |= logps(load_model(reference, device=device), reference, "reference_")
+        margins, meaning, are_logits = _margins(loss, origin, columns)
 
     of_pairs = zip(*(column.tolist() for column in columns.values()), strict=True)
     write_json_lines(Path(options.out), (dict(zip(columns, values, strict=True)) for values in of_pairs))
-    are_logits = bool(options.reward_model or options.reference)
     for line in summary(margins, meaning, pairs.lengths[:, 1:], groups, are_logits):
         print0(line)
     print0(f"{len(pairs)} pairs, one per line, written to {options.out}")
@@ -85,30 +104,62 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--data", metavar="FILE", required=True, help="preference file (.jsonl, .jsonl.gz)")
     add("--out", metavar="FILE", required=True, help="for the scores, one JSON line per pair")
     add("--by", metavar="FIELD", help="accuracy also for each value of this field of the records")
-    about = "with --reference: reward = beta * log-ratio in the summary (default: the run's, else 0.1)"
-    add("--beta", type=float, help=about)
+    add("--beta", type=float, help=f"of the rewards in the summary (default: the run's, else {DPO().beta})")
     add("--max-length", type=int, help="longest prompt + response scored (default: the model's)")
     add("--template", default="model", choices=TEMPLATES, help="how messages become text")
     add("--micro-tokens", type=int, default=MICRO_TOKENS, help="tokens of one forward pass")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     options = parser.parse_args(arguments)
-    if options.reference and options.reward_model:
-        raise UserError("--reference goes with --model; a reward model needs none")
-    if options.beta is None:
-        of_run = loss_of_run(Path(options.model)) if options.model else None
-        options.beta = getattr(of_run, "beta", DPO().beta)
-    elif not options.reference:
-        raise UserError("--beta goes with --reference: without one there is no log-ratio to scale")
-    if not 0 < options.beta < float("inf"):
-        raise UserError(f"--beta {options.beta}; it must be > 0 and finite")
+    for option in ("reference", "beta"):
+        if getattr(options, option) is not None and options.reward_model:
+            raise UserError(f"--{option} goes with --model; a reward model needs none")
     require_place("--out", options.out)
     return options
 
 
-def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: str) -> PairTokens:
+def _loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str]:
+    """The loss whose rewards make the margins, and where its settings are from: the run that made --model,
+    if its loss compares two responses; else DPO's defaults. --beta takes the place of its beta."""
+    loss: Any = loss_of_run(Path(options.model)) if options.model else None
+    origin = f"as {config_of_run(Path(options.model))} says" if loss else "the defaults"
+    if not loss or loss.responses < 2:
+        loss, origin = DPO(), "the defaults"
+    if options.beta is None:
+        return loss, origin
+    if "beta" not in keys_of(loss):
+        raise UserError(f"--beta {options.beta}: the loss of the run, {loss.name}, has no beta")
+    if loss.needs_reference and not options.reference:
+        raise UserError("--beta goes with --reference: without one there is no log-ratio to scale")
+    try:
+        return replace(loss, beta=options.beta), f"{origin}, but for --beta"
+    except ValueError as error:
+        raise UserError(f"--beta {options.beta}; {str(error).rpartition('; ')[2]}") from None
+
+
+def _margins(
+    loss: PreferenceLoss, origin: str, columns: dict[str, np.ndarray]
+) -> tuple[np.ndarray, str, bool]:
+    """The margins (pairs,), in words what they are, and whether sigma(margin) is a probability."""
+    names = [f"{prefix}{name}_logps" for prefix in ("", "reference_") for name in ("chosen", "rejected")]
+    names += ["chosen_length", "rejected_length"]
+    logps = PairLogps(*(torch.from_numpy(columns[name]) if name in columns else None for name in names))
+    if loss.needs_reference and logps.ref_chosen is None:
+        only = "log pi(chosen) - log pi(rejected), nats; without --reference no reward and no calibration"
+        return columns["chosen_logps"] - columns["rejected_logps"], only, False
+    chosen, rejected = loss.rewards(logps)
+    of_loss = f"{loss.name}, {settings(type(loss), vars(loss))} ({origin})"
+    meaning = f"reward of chosen - reward of rejected under {of_loss}"
+    if not loss.needs_reference:
+        meaning += "; it has no reference"
+    if not loss.margin_is_logit:
+        meaning += "; no calibration: sigmoid(margin) is no probability there"
+    return (chosen - rejected).numpy(), meaning, loss.margin_is_logit
+
+
+def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: ChatTemplate) -> PairTokens:
     report = DataReport()
-    texts = read_preferences(path, report, drop_identical=False, template=tokenizer.chat_template(template))
+    texts = read_preferences(path, report, drop_identical=False, template=template)
     whole = tokenize_pairs(texts, tokenizer, max_length, report=report, truncate=False, drop_identical=False)
     pairs = PairTokens.from_pairs(whole)
     for line in report.lines():
@@ -171,8 +222,7 @@ def summary(
     if groups is not None:
         rows += [(name, margins[groups == name]) for name in sorted(set(groups.tolist()))]
     for name, of_row in rows:
-        margin, error = mean_and_error(of_row)
-        yield f"  {name[:28]:<28}{_share(of_row > 0)}    {margin:>8.4f} ± {error:.4f}"
+        yield f"  {name[:28]:<28}{_share(of_row > 0)}    {with_error(of_row, '8.4f')}"
     if ties := int((margins == 0).sum()):
         yield f"  ({ties} margins are 0 and count as wrong)"
     longer = (np.sign(lengths[:, 0] - lengths[:, 1]) + 1) / 2
@@ -191,5 +241,4 @@ def summary(
 
 
 def _share(right: np.ndarray) -> str:
-    share, error = mean_and_error(right)
-    return f"{len(right):>7}   {share:.3f} ± {error:.3f}"
+    return f"{len(right):>7}   {with_error(right, '.3f'):<13}"

@@ -3,8 +3,18 @@
 The thresholds are rules of thumb, not theorems.
 """
 
+from pathlib import Path
+from typing import Any
+
+from minidpo.config import load_config
+from minidpo.data import PairOrder
+from minidpo.distributed import rank
+from minidpo.errors import UserError
 from minidpo.log import print0
-from minidpo.losses import SATURATED
+from minidpo.losses import SATURATED, BradleyTerry, PreferenceLoss
+from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.settings import keys_of
+from minidpo.training.optim import learning_rate
 
 APART = 30.0  # nats of KL of one short response, which as a rule is then no language any more
 MOST_KL = 10.0  # nats per response; beyond it, samples are seldom what the preferences were about
@@ -14,17 +24,23 @@ FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 
 
 class Advice:
-    """Looks at the logged values of a run as they come. usual_lr: the published rates for this loss."""
+    """Looks at the logged values of a run as they come, and names only settings that the run's loss has."""
 
-    def __init__(self, loss: str, usual_lr: tuple[float, float], parameters: int, lr: float) -> None:
+    def __init__(self, loss: PreferenceLoss | BradleyTerry, parameters: int, lr: float) -> None:
         self._given: set[str] = set()
         self._first: dict[str, float] = {}
         self._overfitted_steps = 0
         self._lengths: list[float] = []
-        low, high = usual_lr
+        low, high = loss.usual_lr
         far = not low / 10 <= lr <= high * 10
         effect = "no change" if lr < low else "a model that falls apart"
-        published = f"far from what is published for {loss}, {low:g} to {high:g}"
+        published = f"far from what is published for {loss.name}, {low:g} to {high:g}"
+        has = keys_of(loss)
+        # A beta pulls towards the reference where there is one, and elsewhere scales the reward.
+        self._beta = ["a higher loss.beta"] * ("beta" in has and loss.needs_reference)
+        self._smoothing = ["loss.label_smoothing"] * ("label_smoothing" in has)
+        self._by_length = ["loss.length_normalize", "SimPO"] * ("length_normalize" in has)
+        self._logistic = getattr(loss, "saturates", True)
         self._warn(far and parameters >= FEW_PARAMETERS, f"optim.lr = {lr:g} is {published}: expect {effect}")
 
     def on_step(self, values: dict[str, float]) -> None:
@@ -35,12 +51,13 @@ class Advice:
         self._warn(
             self._overfitted_steps >= 3,
             "accuracy 1.0 and a loss near 0 in three logged steps: the pairs are learnt by heart;"
-            " fewer epochs, a higher loss.beta or label smoothing keep more of the model",
+            f" {_any_of('fewer optim.epochs', *self._beta, *self._smoothing)} would keep more of the model",
         )
         margin = values.get("rewards/margins", values.get("margin", 0.0))
         self._warn(
-            margin > LARGE_MARGIN,
-            f"a mean margin of {margin:.1f} leaves no gradient; fewer epochs, a lower optim.lr or smoothing",
+            margin > LARGE_MARGIN and self._logistic,
+            f"a mean margin of {margin:.1f} leaves no gradient;"
+            f" try {_any_of('fewer optim.epochs', 'a lower optim.lr', *self._smoothing)}",
         )
         saturated = values.get("saturated", 0.0)
         self._warn(
@@ -56,18 +73,18 @@ class Advice:
         kl, worst = values.get("kl", 0.0), values.get("kl_of_worst", 0.0)
         self._warn(
             kl > MOST_KL,
-            f"KL {kl:.1f} nats from the reference, more than {MOST_KL:g}: a higher loss.beta, a lower"
-            " optim.lr or an earlier checkpoint stays closer; read OUT/samples",
+            f"KL {kl:.1f} nats from the reference, more than {MOST_KL:g}: read OUT/samples;"
+            f" {_any_of(*self._beta, 'a lower optim.lr', 'an earlier checkpoint')} would stay closer",
         )
         self._warn(
             worst > APART and kl <= MOST_KL,
-            f"one response has a KL of {worst:.0f} nats: read OUT/samples for text that has fallen apart",
+            f"one response has a KL of {worst:.0f} nats: read OUT/samples for broken text",
         )
         fallen = self._first["logps/chosen"] - watched["logps/chosen"]
         self._warn(
             fallen > FALLEN and watched["rewards/margins"] > self._first["rewards/margins"],
             f"chosen responses are {fallen:.1f} nats less likely than at the start while margins rise: both"
-            " responses fall, the rejected one faster; a higher loss.beta or lower optim.lr",
+            f" responses fall, the rejected one faster; try {_any_of(*self._beta, 'a lower optim.lr')}",
         )
         self._warn(
             values.get("ended") == 0.0,
@@ -80,7 +97,7 @@ class Advice:
             self._warn(
                 len(last) == 4 and last == sorted(set(last)) and last[-1] > 1.25 * first,
                 f"responses get longer at every evaluation, {first:.0f} to {last[-1]:.0f} tokens: length is"
-                " what is learnt; loss.length_normalize or SimPO",
+                f" what is learnt; try {_any_of(*self._by_length, 'fewer optim.epochs')}",
             )
 
     def _warn(self, condition: bool, text: str) -> None:
@@ -88,3 +105,28 @@ class Advice:
         if condition and kind not in self._given:
             self._given.add(kind)
             print0(f"warning: {text}")
+
+
+def tell_new_schedule(config: DPOConfig | RewardConfig, step: int, steps: int, pairs: int) -> None:
+    """Say what becomes of lr if a run resumes after `step` with other `steps` than OUT/config.toml plans."""
+    file, optim = Path(config.run.out, "config.toml"), config.optim
+    if not 0 < step < steps or rank() > 0:
+        return
+    try:
+        kind: Any = type(config)
+        before = load_config(kind, [str(file)]).optim
+    except UserError:  # There is no such file, or one of another version, which is about to be written again.
+        return
+    planned = len(PairOrder(pairs, before.batch_size, before.epochs, before.max_steps, config.run.seed))
+    was, now = (learning_rate(step, total, optim) for total in (planned, steps))
+    if was != now:
+        print0(
+            f"{steps} steps, where {planned} were planned: with optim.schedule = {optim.schedule}"
+            f" lr is {now:.3g} at the next step, where {was:.3g} was planned"
+        )
+
+
+def _any_of(*remedies: str) -> str:
+    """ "a, b or c"."""
+    *others, last = remedies
+    return f"{', '.join(others)} or {last}" if others else last

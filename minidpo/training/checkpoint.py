@@ -6,7 +6,8 @@ random numbers.
 """
 
 import json
-import shutil
+import re
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,16 +16,31 @@ from typing import Any
 
 from torch.optim import AdamW
 
-from minidpo.data.tokenizer_files import CHAT_TEMPLATE, CONFIG, SPECIAL_TOKENS
+from minidpo.data.tokenizer_files import (
+    ADDED_TOKENS,
+    CHAT_TEMPLATE,
+    CONFIG,
+    MORE_TEMPLATES,
+    SPECIAL_TOKENS,
+    find_template,
+)
 from minidpo.distributed import rank, require_same
 from minidpo.errors import UserError, one_line
-from minidpo.files import remove_directory, replacing_directory, writing
+from minidpo.files import read_object, remove_directory, replacing_directory, writing
 from minidpo.log import print0
 from minidpo.model import RewardModel, Transformer, save_model, save_reward_model
 from minidpo.model.tensors import read_tensors, write_tensors
 from minidpo.training.optim import load_optimizer_tensors, optimizer_tensors
+from minidpo.training.special_tokens import align_special_tokens, edit_field
 
-TOKENIZER_FILES = ("tokenizer.json", CONFIG, SPECIAL_TOKENS, CHAT_TEMPLATE, "generation_config.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    CONFIG,
+    SPECIAL_TOKENS,
+    ADDED_TOKENS,
+    CHAT_TEMPLATE,
+    "generation_config.json",
+)
 
 
 def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
@@ -38,6 +54,27 @@ def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[s
     return settings | {f"run.{k}": config["run"][k] for k in ("seed", "dtype")} | fingerprints
 
 
+def tokenizer_files(directory: Path) -> dict[str, bytes]:
+    """The tokenizer and generation files of a model directory, by name. They are read once, at the start.
+
+    A link is followed, because model caches are made of links. Raises UserError for content that is not what
+    the name says: it would be copied to a place from which models are published.
+    """
+    files = {}
+    more = (f"{MORE_TEMPLATES}/{file.name}" for file in (directory / MORE_TEMPLATES).glob("*.jinja"))
+    for name in (*TOKENIZER_FILES, *more):
+        file = directory / name
+        if not file.is_file():
+            continue
+        template = "default" if name == CHAT_TEMPLATE else file.stem
+        if file.suffix == ".json":
+            read_object(file)
+        elif not re.search("{[{%]", find_template(directory, template) or ""):
+            raise UserError(f"{file}: not a jinja template, it has no {{{{ and no {{%; fetch it again")
+        files[name] = file.read_bytes().removeprefix(BOM_UTF8)  # transformers reads no JSON that has one.
+    return files
+
+
 @dataclass(frozen=True)
 class Checkpoints:
     """The model directories that a run writes: OUT/checkpoints/step-N and OUT/final. All ranks call it."""
@@ -45,8 +82,9 @@ class Checkpoints:
     out: Path
     identity: dict[str, Any]  # setting -> value of everything that would silently make this another run
     keep: int  # how many checkpoints stay, the newest ones
-    tokenizer_from: Path  # the model directory whose tokenizer files are copied
-    template: str | None  # the chat template, where it is not that of `tokenizer_from`
+    files: dict[str, bytes]  # the `tokenizer_files` of the model that the run started from
+    template: str | None  # the chat template, where it is not among `files`
+    on_messages: bool = True  # whether a chat template wrote any of the pairs to train on
 
     def save(self, step: int, model: Transformer, optimizer: AdamW) -> Path:
         """Write OUT/checkpoints/step-N, then delete the oldest ones."""
@@ -62,12 +100,9 @@ class Checkpoints:
 
     def save_final(self, model: Transformer) -> Path:
         """Write OUT/final, which transformers or the next script opens."""
-        rewards = isinstance(model, RewardModel)
-        save = save_reward_model if rewards else save_model
-        with self._model_directory(self.out / "final", save, model) as directory:
-            if rank() == 0 and rewards:
-                _pad_as_in_config(directory)
-        return self.out / "final"
+        save = save_reward_model if isinstance(model, RewardModel) else save_model
+        with self._model_directory(self.out / "final", save, model):
+            return self.out / "final"
 
     def resume(self, model: Transformer, optimizer: AdamW) -> int:
         """Load the newest complete checkpoint into model and optimizer; returns its step, 0 without one.
@@ -106,14 +141,16 @@ class Checkpoints:
         if state["step"] != _step(path):
             raise ValueError(f"state.json is of step {state['step']!r}")
         if names := [name for name in was | now if was.get(name) != now.get(name)]:
-            # Another loss has other settings, too, so its name is said first, then what only one of them has.
-            name = min(names, key=lambda name: (name != "loss.name", name in was and name in now, name))
+            # Another loss has other settings, too, so its name is said first, then what only one of them has;
+            # the content of the data comes last, because other differences explain it.
+            name = min(names, key=lambda n: (n != "loss.name", n in was and n in now, n == "data", n))
             return f"{name} = {was.get(name)!r}, now it is {now.get(name)!r}"
         # In place, because a second copy may not fit in memory. If the files turn out to be torn, the
         # checkpoint before overwrites all that was read, or the run ends.
         moments = optimizer_tensors(model, optimizer)
         for stem, tensors in (("model", model.state_dict()), ("optimizer", moments)):
-            for name, value in read_tensors(path, tensors, stem=stem):
+            # Numbers that are not finite would stop the run in training, too.
+            for name, value in read_tensors(path, tensors, stem=stem, finite=True):
                 tensors[name].copy_(value)
         load_optimizer_tensors(model, optimizer, moments)
         return ""
@@ -127,12 +164,17 @@ class Checkpoints:
             return
         with writing(path), replacing_directory(path) as directory:
             save(model, directory)
-            for name in TOKENIZER_FILES:
-                if (self.tokenizer_from / name).is_file():
-                    shutil.copyfile(self.tokenizer_from / name, directory / name)
+            for name, content in self.files.items():
+                if self.template is None or Path(name).parent.name != MORE_TEMPLATES:
+                    (directory / name).parent.mkdir(exist_ok=True)
+                    (directory / name).write_bytes(content)
             if self.template is not None:
                 (directory / CHAT_TEMPLATE).write_text(self.template, encoding="utf-8")
-                _edit(directory / CONFIG, "chat_template", None)  # Some programs look there first.
+                edit_field(directory / CONFIG, "chat_template", None)  # Some programs look there first.
+            if isinstance(model, RewardModel) and not self.on_messages:
+                edit_field(directory / "config.json", "reward_read_at", "EOS of text")
+            if "tokenizer.json" in self.files:
+                align_special_tokens(directory, rewards=isinstance(model, RewardModel))
             yield directory
 
     def _saved(self, last: float = float("inf")) -> list[Path]:
@@ -149,24 +191,3 @@ def _remove(checkpoints: list[Path]) -> None:
     for path in checkpoints if rank() == 0 else ():
         with writing(path):
             remove_directory(path)
-
-
-def _pad_as_in_config(directory: Path) -> None:
-    """Give the tokenizer files of a reward model the pad token of its config.json.
-
-    transformers reads the score at the last token that is not the config's pad token: behind a tokenizer that
-    pads with another one (often EOS) it would read the score of the padding.
-    """
-    pad_id = json.loads((directory / "config.json").read_text())["pad_token_id"]
-    vocabulary = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    for pad in (token["content"] for token in vocabulary.get("added_tokens", []) if token["id"] == pad_id):
-        for name in (CONFIG, SPECIAL_TOKENS):
-            _edit(directory / name, "pad_token", pad)
-
-
-def _edit(file: Path, key: str, value: str | None) -> None:
-    """Set a field of a JSON file, if there is that file; None removes the field."""
-    if file.is_file():
-        fields = json.loads(file.read_text(encoding="utf-8")) | {key: value}
-        fields = {k: v for k, v in fields.items() if k != key or v is not None}
-        file.write_text(json.dumps(fields, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,6 +1,7 @@
 """Where a run computes and in what precision."""
 
 import os
+import time
 from contextlib import AbstractContextManager
 
 import torch
@@ -33,6 +34,28 @@ def choose_device(name: str, threads: int = 0) -> torch.device:
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     """bf16 matrix products over float32 weights for "bf16"; no change of precision for "fp32"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
+
+
+def slowdown_of_threads() -> float:
+    """How many times faster one CPU thread is than all of this process, for products like those of a layer.
+
+    Threads wait for each other after every product. Where other programs use the processors, the wait is for
+    a thread that has none. It is measured for half a second, because nothing else tells it beforehand.
+    """
+    matrix, threads = torch.ones(256, 256), torch.get_num_threads()
+
+    def products_per_second(count: int) -> float:
+        torch.set_num_threads(count)
+        torch.mm(matrix, matrix)  # The first one starts the threads.
+        done, begin = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - begin) < 0.2:
+            torch.mm(matrix, matrix)
+            done += 1
+        return done / seconds
+
+    if threads == 1:
+        return 1.0
+    return products_per_second(1) / products_per_second(threads)  # In this order: all of them stay set.
 
 
 def describe(device: torch.device, run: RunSection) -> str:

@@ -10,11 +10,14 @@ The second sums over every token that could come next and leaves only the prefix
 negative and has far less noise. (Schulman's exp(-d) - 1 + d is never negative either, but at several nats the
 tokens that carry its mean are hardly ever sampled, and it comes out too low.) A response cut at
 max_new_tokens counts as far as it went.
+
+All is computed in float32, whatever the run trains in: between two models whose products are rounded to bf16
+there are tenths of a nat, where the models themselves have thousandths.
 """
 
 import gc
 import json
-from collections import Counter
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -26,14 +29,13 @@ from torch import Tensor
 
 from minidpo.config import DPOConfig
 from minidpo.data import PairTokens, Tokenizer
-from minidpo.distributed import all_gather, rank, ranks
+from minidpo.distributed import all_gather, rank, ranks, reshard, shard
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 from minidpo.log import Progress
-from minidpo.logprobs import at_least_float32, chunk_rows, sum_by_response
+from minidpo.logprobs import at_least_float32, sum_by_response, tokens_per_chunk
 from minidpo.model import Sampling, Transformer, generate, hidden_states
 from minidpo.packing import PackedBatch
-from minidpo.training.device import autocast
 from minidpo.training.reference import load_reference
 from minidpo.training.reward_scorer import RewardScorer, mean_and_error, text_after
 from minidpo.training.run import Run
@@ -59,7 +61,10 @@ class SampledEvaluation:
     """Samples from policy and reference to the same held-out prompts, at temperature 1: each evaluation's
     figures.
 
-    Raises UserError where a prompt leaves no room for max_new_tokens in the policy or the reward model.
+    Both draw independently of one another, the policy anew at each evaluation. win_rate is the share of
+    prompts to which the policy's response has the higher reward: of a policy that equals its reference, (1 -
+    tie_rate) / 2 on average. Raises UserError where a prompt leaves no room for max_new_tokens in the policy
+    or the reward model.
     """
 
     def __init__(
@@ -70,31 +75,33 @@ class SampledEvaluation:
         self._scorer = (
             RewardScorer(config.eval.reward_model, run.device) if config.eval.reward_model else None
         )
-        if self._scorer and config.data.template != "model":
-            self._scorer.compare_template(tokenizer.chat_template(config.data.template))
+        template = tokenizer.chat_template(config.data.template, config.data.date)
+        templated = np.zeros(len(held_out), bool) if held_out.templated is None else held_out.templated
+        if self._scorer:
+            self._scorer.compare(tokenizer, template if templated.any() else None)
         # The first rows with a prompt that no row before them has.
-        first = dict(zip(reversed(held_out.prompt_keys()), reversed(range(len(held_out))), strict=True))
+        first = dict(zip(reversed(held_out.token_keys()), reversed(range(len(held_out))), strict=True))
         rows = sorted(first.values())[: config.eval.samples]
         self._prompts = [held_out.ids[start:end].tolist() for start, end in held_out.bounds[rows, :2]]
-        self._as_text = [tokenizer.prompt(ids) for ids in self._prompts]
+        tails = [template.tail if written else None for written in templated[rows]]
+        as_text = map(tokenizer.prompt, self._prompts)
+        self._as_text = [text._replace(tail=tail) for text, tail in zip(as_text, tails, strict=True)]
         self._require_room(policy.config.max_length)
         self._of_reference: Samples | None = None
 
     def __call__(self, policy: Transformer, step: int) -> dict[str, float]:
         """Figures of this step, under names without "eval/"; the samples go to OUT/samples/step-N.jsonl."""
         # The reference is read anew each time, so that between evaluations the policy has its memory.
-        device, dtype = self._run.device, self._run.dtype
-        reference = load_reference(self._reference_path, device, dtype)
+        device, seed = self._run.device, self._run.seed
+        reference = load_reference(self._reference_path, device, "fp32")
         if self._of_reference is None:
-            self._of_reference = self._sample(reference, "sampling, reference")
+            # With the policy's seed, both would say the same as long as they are much alike, and mostly tie.
+            self._of_reference = self._sample(reference, "sampling, reference", seed + ranks())
         base = self._of_reference
-        compare = partial(divergences, policy, reference, self._prompts, device=device, dtype=dtype)
-        samples, divergence = base, compare(base.ids) if step == 0 else None
-        # Both sample with the same seed, so while policy and reference are equal their samples are equal too.
-        if divergence is None or divergence.any():
-            samples = self._sample(policy, "sampling")
-            divergence = compare(samples.ids)
-        del reference, compare
+        policy = _in_float32(policy, device, self._run.dtype)
+        samples = self._sample(policy, "sampling", seed)
+        divergence = divergences(policy, reference, self._prompts, samples.ids, device, "fp32")
+        del policy, reference
         gc.collect()  # Sharded layers refer to one another; without this they would stay beside the policy.
         kl, kl_error = mean_and_error(divergence[:, 1])
         figures = {
@@ -115,21 +122,20 @@ class SampledEvaluation:
             figures["win_rate"] = float((samples.rewards > base.rewards).mean())
             figures["tie_rate"] = float((samples.rewards == base.rewards).mean())
         self._write(step, samples, divergence)
-        return figures
+        return {name: value for name, value in figures.items() if not math.isnan(value)}  # one has no error
 
-    def _sample(self, model: Transformer, label: str) -> Samples:
+    def _sample(self, model: Transformer, label: str, seed: int) -> Samples:
         """Each rank samples for as many prompts as the others, because all gather sharded layers together."""
-        seed, eos_id = self._run.seed + rank(), self._tokenizer.eos_id
+        seed, stops = seed + rank(), self._tokenizer.stop_ids
         each = -(-len(self._prompts) // ranks())
         own = [self._prompts[i % len(self._prompts)] for i in range(rank() * each, (rank() + 1) * each)]
         progress = Progress(label, len(own), "responses")
-        with autocast(self._run.device, self._run.dtype):
-            drawn = generate(model, own, self._sampling, eos_id, seed, progress=progress.advance)
+        drawn = generate(model, own, self._sampling, stops, seed, progress=progress.advance)
         progress.close(last_line=False)
         ids = [row for part in all_gather(drawn) for row in part][: len(self._prompts)]
         texts = [text_after(self._tokenizer, *both) for both in zip(self._prompts, ids, strict=True)]
         rewards = self._scorer.rewards(self._as_text, texts) if self._scorer else None
-        ended = np.array([row[-1] == eos_id for row in ids])
+        ended = np.array([row[-1] in stops for row in ids])
         return Samples(ids, texts, ended, rewards)
 
     def _write(self, step: int, samples: Samples, divergence: np.ndarray) -> None:
@@ -158,13 +164,25 @@ class SampledEvaluation:
         if not self._scorer:
             return
         # Another tokenizer may cut the same text into more tokens.
-        same = self._scorer.tokenizer.identity == self._tokenizer.identity
+        same = not self._scorer.tokenizer.conflict(self._tokenizer)
         room = min(map(self._scorer.room, self._as_text), default=limit)
         if (new + 1) * (1 if same else 2) > room:
             raise UserError(
                 f"eval.max_new_tokens = {new}, but eval.reward_model takes {self._scorer.max_length} tokens,"
                 f" and its longest prompt leaves {room}"
             )
+
+
+def _in_float32(policy: Transformer, device: torch.device, dtype: str) -> Transformer:
+    """The same weights in a model whose layers are gathered in float32, where `shard` has them in bf16."""
+    if ranks() == 1 or dtype == "fp32":
+        return policy
+    reshard(policy)
+    with torch.device("meta"):
+        view = Transformer(policy.config)
+    shard(view, device, "fp32")
+    view.load_state_dict(policy.state_dict(), assign=True)
+    return view
 
 
 def divergences(
@@ -185,11 +203,11 @@ def divergences(
 def divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) -> Tensor:
     """Both estimates for the one response of each prompt of a packed row: (P, 2)."""
     # The hidden states before every scored token, (S, D) each
-    ours, theirs = (hidden_states(model, batch)[batch.predicts] for model in (policy, reference))
+    ours, theirs = (hidden_states(model, batch)[batch.predictor] for model in (policy, reference))
     ratios, kls = [], []
-    rows = chunk_rows(policy.config.vocab_size, torch.float32)
+    chunk = tokens_per_chunk(policy.config.vocab_size, torch.float32)
     for h, h_reference, target in zip(
-        ours.split(rows), theirs.split(rows), batch.targets.split(rows), strict=True
+        ours.split(chunk), theirs.split(chunk), batch.targets.split(chunk), strict=True
     ):
         logps = at_least_float32(F.linear(h, policy.output_weight)).log_softmax(-1)  # (chunk, V)
         logratios = logps - at_least_float32(F.linear(h_reference, reference.output_weight)).log_softmax(-1)
@@ -200,7 +218,7 @@ def divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) 
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams over all n-grams of the responses' tokens: low if a policy repeats itself (Li et al.
-    2016)."""
-    counts = Counter(tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1))
-    return len(counts) / max(1, sum(counts.values()))
+    """Distinct n-grams of all responses over their tokens, as in Li et al. 2016: low if a policy repeats
+    itself."""
+    grams = {tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)}
+    return len(grams) / max(1, sum(map(len, responses)))

@@ -17,9 +17,9 @@ def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
         v <- beta2 v + (1 - beta2) g^2
         w <- w - lr (m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w)
 
-    g: the gradient of a parameter w; t: the steps taken, this one included. Weight decay is for matrices
-    only: norms and biases have no size to keep small.
+    g: the gradient of a parameter w; t: the number of the step, from 1.
     """
+    # Matrices only: the weights of norms are scales around 1, and would be drawn to 0.
     groups = [
         {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim.weight_decay},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -30,10 +30,12 @@ def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
 
 def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
     """The rate of step `step` (from 0): linear warm-up to lr, then constant or falling to 0 at the end."""
+    # The first step has the rate lr / warmup_steps. transformers is one step behind: its first step has 0.
     if step < optim.warmup_steps:
         return optim.lr * (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return optim.lr
+    # done: the share of the steps after warm-up that have been taken.
     done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
     return optim.lr * ((1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done)
 

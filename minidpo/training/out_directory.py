@@ -7,8 +7,25 @@ from pathlib import Path
 
 from minidpo.distributed import first_before_others, rank
 from minidpo.errors import UserError
-from minidpo.files import clear_leftovers, writing
+from minidpo.files import clear_leftovers, require_regular, writing
 from minidpo.log import print0
+
+UNLINKED = (".lock", "samples", "tensorboard")  # Links of these names are removed.
+FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def require_parts(out: Path) -> None:
+    """Raises UserError if something in `out` stands where a run will write, and cannot be replaced.
+
+    Called at the start: otherwise the run would train until its first save, or wait for ever on a pipe.
+    """
+    for name in ("checkpoints", "tokens", "samples", "tensorboard"):
+        path = out / name
+        removed = name in UNLINKED and path.is_symlink()
+        if os.path.lexists(path) and not os.path.isdir(path) and not removed:
+            raise UserError(f"{path}: no directory; remove it, or mount the disk that it is a link to")
+    for name in (".lock", "config.toml", "metrics.jsonl", "reference.safetensors"):
+        require_regular(out / name)
 
 
 def lock_directory(out: Path) -> None:
@@ -20,8 +37,13 @@ def lock_directory(out: Path) -> None:
         if rank() > 0:
             return
         out.mkdir(parents=True, exist_ok=True)
+        # Writing through a link would change files of somebody else. checkpoints/ and tokens/ may be links to
+        # a larger disk: what is in them is replaced as a whole, and the names are those of runs alone.
+        for name in UNLINKED:
+            if (out / name).is_symlink():
+                (out / name).unlink()
         # Never closed: the lock ends with the process, however that ends, and does not refuse it itself.
-        descriptor = os.open(out / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(out / ".lock", FLAGS, 0o644)
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

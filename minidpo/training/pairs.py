@@ -1,13 +1,26 @@
 """The pairs of a run. What does not fit together is refused here, before anything is computed or kept."""
 
+from dataclasses import replace
 from pathlib import Path
 
-from minidpo.config import DPOConfig, RewardConfig
-from minidpo.data import PairTokens, Tokenizer, load_pairs, longest_pair, require_fit, require_margins
+from minidpo.config import DPOConfig, RewardConfig, date_of_run
+from minidpo.data import (
+    PairTokens,
+    Tokenizer,
+    load_pairs,
+    longest_pair,
+    require_fit,
+    require_margins,
+    require_messages,
+)
+from minidpo.data.records import check_path
+from minidpo.data.tokenizer_files import CONFIG, prefix_space
 from minidpo.distributed import first_before_others
 from minidpo.errors import UserError
 from minidpo.log import print0
 from minidpo.model import read_config, require_reward_model
+from minidpo.sections import naming_key
+from minidpo.training.reference import require_reference
 
 
 def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tuple[PairTokens, PairTokens]:
@@ -18,32 +31,47 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
     """
     max_length = config.data.max_length
     require_fit("model", read_config(Path(config.model.path)), tokenizer, max_length)
+    if (theirs := prefix_space(Path(config.model.path))) not in (None, tokenizer.prepends):
+        file, value = f"{config.model.path}/{CONFIG}", str(theirs).lower()
+        what = "which transformers follows, contradicts tokenizer.json, which is followed here"
+        print0(f"warning: {file}: add_prefix_space = {value}, {what}")
     if isinstance(config, DPOConfig):
         _check_evaluation(config)
-        if config.loss.needs_reference:
-            require_fit("reference", read_config(config.reference_path), tokenizer, max_length)
+        if config.reference.path and (config.loss.needs_reference or config.eval.samples):
+            with naming_key(config, "reference.path"):
+                require_reference(config.reference_path, tokenizer, max_length)
+    for key, files in (("data.eval", config.data.eval), ("data.train", config.data.train)):
+        for file in files:
+            with naming_key(config, key):
+                check_path(Path(file))
 
     def check(train: PairTokens, held_out: PairTokens) -> None:
+        template = tokenizer.chat_template(config.data.template)
+        records = "those of data.train" if config.data.eval else "the records"
+        require_messages(config.named("data.template"), template, train, tokenizer, records)
         longest = longest_pair(train, held_out)
         if longest > config.optim.micro_tokens:
-            raise UserError(
-                f"optim.micro_tokens = {config.optim.micro_tokens}, but one pair has {longest} tokens;"
-                " it must be at least that"
-            )
+            given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
+            raise UserError(f"{given}, but one pair has {longest} tokens; it must be at least that")
         if isinstance(config, RewardConfig) and config.loss.margin_from_data:
             require_margins(train)
             require_margins(held_out)
 
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
-        cache = Path(config.run.out) / "tokens"
-        return load_pairs(config.data, tokenizer, config.run.seed, cache, check)
+        out = Path(config.run.out)
+        # A run that is resumed on a later day goes on with the date of its first one.
+        data = replace(config.data, date=config.data.date or date_of_run(out))
+        train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check)
+        config.data.date = train.date or held_out.date or config.data.date
+        return train, held_out
 
 
 def _check_evaluation(config: DPOConfig) -> None:
     """Fail now rather than at the first evaluation, and name what is given and not read."""
     reward_model, samples = config.eval.reward_model, config.eval.samples
     if samples and reward_model:
-        require_reward_model(Path(reward_model))
+        with naming_key(config, "eval.reward_model"):
+            require_reward_model(Path(reward_model))
     elif reward_model:
         print0("eval.reward_model is not read: eval.samples is 0")
     if config.reference.path and not config.loss.needs_reference and not samples:

@@ -12,19 +12,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from minidpo.config import DPOConfig
-from minidpo.data import PairTokens
+from minidpo.data import PairTokens, Tokenizer, require_fit
 from minidpo.distributed import broadcast, rank, shard
-from minidpo.files import fingerprint, replacing_file, writing
+from minidpo.errors import UserError, one_line
+from minidpo.files import fingerprint, read_arrays, replacing_file, write_arrays, writing
 from minidpo.log import print0
-from minidpo.model import Transformer, load_model
+from minidpo.model import Transformer, load_model, read_config
 from minidpo.training.run import Run
-from minidpo.training.scoring import all_logps
+from minidpo.training.scoring import all_logps, require_finite
 
 Sets = dict[str, tuple[PairTokens, np.ndarray]]  # name -> pairs, and the rows of those that are needed
+
+
+def require_reference(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
+    """Raises UserError unless the reference takes texts of max_length, and reads the tokens that are meant.
+
+    A directory without tokenizer.json is taken at its word.
+    """
+    require_fit("reference", read_config(directory), tokenizer, max_length)
+    has_tokenizer = (directory / "tokenizer.json").is_file()
+    if has_tokenizer and (conflict := tokenizer.conflict(Tokenizer.from_pretrained(directory))):
+        what = f"{directory}: its tokenizer has other ids than the model's ({conflict})"
+        raise UserError(f"{what}; give a reference of the same family")
 
 
 def load_reference(directory: str | Path, device: torch.device, dtype: str) -> Transformer:
@@ -58,29 +69,26 @@ def with_reference_logps(
             if len(rows):
                 selected = pairs.select(rows)
                 logps[name][rows] = all_logps(reference, selected, micro_tokens, run.device, run.dtype, label)
+                require_finite(logps[name][rows], config.reference_path)
         del reference
         gc.collect()  # Sharded modules refer to one another, so their memory would stay taken.
         if rank() == 0:
             with writing(file), replacing_file(file) as temporary:
-                save_file(logps, temporary, metadata=names)
+                write_arrays(temporary, logps, names)
     return replace(train, ref_logps=logps["train"]), replace(held_out, ref_logps=logps["held_out"])
 
 
 def _read(file: Path, names: dict[str, str], sets: Sets) -> dict[str, np.ndarray]:
     """The sets that `file` holds under these fingerprints, with all the rows that are needed."""
-    found: dict[str, np.ndarray] = {}
-    if not file.exists():
-        return found
     try:
-        with safe_open(file, framework="numpy") as stored:
-            known = stored.metadata() or {}
-            for name in (name for name in names if known.get(name) == names[name]):
-                logps = stored.get_tensor(name)
-                if not np.isnan(logps[sets[name][1]]).any():
-                    found[name] = logps
-    except (SafetensorError, OSError):
-        print0(f"reference log-probs: {file} is torn and is computed again")
+        stored, known = read_arrays(file)
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        print0(f"reference log-probs: {file} is spoilt ({one_line(error)}) and is computed again")
+        return {}
+    found = {name: stored[name] for name in names if known.get(name) == names[name]}
+    found = {name: logps for name, logps in found.items() if not np.isnan(logps[sets[name][1]]).any()}
     for name in found:
         print0(f"reference log-probs, {name}: read from {file}")
     return found

@@ -1,6 +1,8 @@
 """A reward model that is asked about texts: it gives them what `score --reward-model` does."""
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -8,7 +10,7 @@ import torch
 from minidpo.data import ChatTemplate, PairTokens, Prompt, Tokenizer, longest_pair, require_fit
 from minidpo.errors import UserError
 from minidpo.log import print0
-from minidpo.model import load_reward_model
+from minidpo.model import load_reward_model, reward_read_at
 from minidpo.training.scoring import MICRO_TOKENS, all_rewards
 
 
@@ -18,22 +20,25 @@ class RewardScorer:
     def __init__(self, directory: str, device: torch.device) -> None:
         self._device = device
         self._model = load_reward_model(directory, device=device)
-        self.tokenizer = Tokenizer.from_pretrained(directory)
+        self._directory = Path(directory)
+        self.tokenizer = Tokenizer.from_pretrained(directory, rewards=True)
         self.max_length = self._model.config.max_length
         require_fit("reward model", self._model.config, self.tokenizer, 2)
 
-    def compare_template(self, template: ChatTemplate) -> None:
-        """Warn where messages are written by `template` and the reward model has another one of its own."""
-        own = self.tokenizer.chat_template().form
-        if own is not None and own != template.form:
-            print0(
-                "warning: the reward model has another chat template than the messages are written by;"
-                " unless it was trained on text like this, its rewards mean little"
-            )
+    def compare(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+        """Tell where the reward model has another tokenizer than the model's, or another chat template.
+
+        template: that of the messages; None if there are none.
+        """
+        if conflict := self.tokenizer.conflict(tokenizer):
+            print0(f"the reward model has another tokenizer than the model ({conflict}); it reads the text")
+        if template:
+            compare_template(self._directory, self.tokenizer, template)
 
     def room(self, prompt: Prompt) -> int:
         """How many tokens of a response, EOS included, the reward model can read after `prompt`."""
-        return self.max_length - len(self.tokenizer.prompt_ids(prompt))
+        after_eos = max(0, len(self.tokenizer.encode(prompt.tail or "", add_special_tokens=False)) - 1)
+        return self.max_length - len(self.tokenizer.prompt_ids(prompt)) - after_eos
 
     def rewards(self, prompts: Sequence[Prompt], responses: Sequence[str]) -> np.ndarray:
         """The reward of each response, float32. Of messages, the prompt is the text that was sampled from.
@@ -59,12 +64,41 @@ class RewardScorer:
         return rewards
 
 
-def text_after(tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int]) -> str:
+def compare_template(directory: Path, tokenizer: Tokenizer, template: ChatTemplate) -> None:
+    """Warn where messages are written by `template` and the reward model was trained otherwise."""
+    own, read_at = tokenizer.chat_template().form, reward_read_at(directory)
+    what = "has another chat template than the messages are written by"
+    if own and read_at == "EOS of text":
+        own, what = None, "was trained on text, not on messages written by its chat template"
+    # Without a template it was trained on text, and only hh is written like a kind of text.
+    if own != template.form and not (own is None and template.kind == "hh"):
+        print0(
+            f"warning: the reward model {what};"
+            " unless it was trained on text like this, its rewards mean little"
+        )
+    after = (template.tail or "").rpartition(tokenizer.piece(tokenizer.eos_id))[2]
+    if after and read_at == "EOS":
+        what = f"its rewards at EOS, and is read at the end of the template's text, {after!r}"
+        print0(f"warning: {directory} was saved by an older version that trained {what}; train it again")
+
+
+def text_after(
+    tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], special_tokens: bool = False
+) -> str:
     """The text of a response, decoded after its prompt: some decoders strip a text's leading space."""
-    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *response])
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response)
+    texts = (prompt, [*prompt, *response], response)
+    before, whole, alone = (tokenizer.decode(ids, special_tokens) for ids in texts)
+    return whole.removeprefix(before) if whole.startswith(before) else alone
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """The mean of independent values (n,), and its standard error sqrt(variance / n)."""
-    return float(values.mean()), float(values.std() / len(values) ** 0.5)
+    """The mean of independent values (n,), and its standard error: sqrt(variance / n), where the variance
+    divides by n - 1. One value has none: NaN."""
+    error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def with_error(values: np.ndarray, form: str) -> str:
+    """The mean and its standard error, "0.500 ± 0.177" for the format ".3f"; of one value the mean."""
+    mean, error = mean_and_error(values)
+    return f"{mean:{form}}" + ("" if math.isnan(error) else f" ± {error:{form.lstrip('0123456789')}}")

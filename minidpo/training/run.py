@@ -17,15 +17,16 @@ import numpy as np
 import torch
 
 from minidpo.config import DPOConfig, RewardConfig, to_dict, write_config
-from minidpo.data import PairTokens, Tokenizer, micro_batches
+from minidpo.data import HELD_OUT_BY, PairTokens, Tokenizer, micro_batches
 from minidpo.distributed import any_rank, leave, rank, ranks, shard
-from minidpo.errors import STOPPED, RunStopped
+from minidpo.errors import STOPPED, RunStopped, silence_closed_pipes
 from minidpo.log import MetricsFile, Progress, console_line, print0
 from minidpo.model import Transformer, model_fingerprint, read_config
-from minidpo.training.advice import Advice
-from minidpo.training.checkpoint import Checkpoints, run_identity
-from minidpo.training.device import choose_device, describe
-from minidpo.training.out_directory import lock_directory
+from minidpo.sections import naming_key
+from minidpo.training.advice import Advice, tell_new_schedule
+from minidpo.training.checkpoint import Checkpoints, run_identity, tokenizer_files
+from minidpo.training.device import choose_device, describe, slowdown_of_threads
+from minidpo.training.out_directory import lock_directory, require_parts
 
 
 class Run:
@@ -34,9 +35,12 @@ class Run:
 
     def __init__(self, config: DPOConfig | RewardConfig) -> None:
         settings = config.run
-        read_config(Path(config.model.path))  # Fail now if it is no model directory.
+        with naming_key(config, "model.path"):
+            read_config(Path(config.model.path))  # Fail now if it is no model directory.
+        self._tokenizer_files = tokenizer_files(Path(config.model.path))
         self.config, self.settings = config, settings
         self.out, self.seed, self.dtype = Path(settings.out), settings.seed, settings.dtype
+        require_parts(self.out)
         self.device = choose_device(settings.device, settings.threads)
         torch.manual_seed(self.seed)  # for a new reward head
         self._stop_requested = False
@@ -56,15 +60,15 @@ class Run:
             model.compile_layers()
 
     def micro_batches(
-        self, tokens: np.ndarray, rows: np.ndarray | None = None, label: str = ""
+        self, token_counts: np.ndarray, indices: np.ndarray | None = None, label: str = ""
     ) -> Iterator[np.ndarray]:
-        """`rows` (default: all) in few parts that fit one pass, optim.micro_tokens; of those, this process's
-        share.
+        """`indices` (default: all) in few parts that fit one pass, optim.micro_tokens; of those, this
+        process's share.
 
-        tokens: how many tokens each pair lays out. A label makes a line of progress.
+        token_counts: how many tokens each pair lays out. A label makes a line of progress.
         """
-        rows = np.arange(len(tokens)) if rows is None else rows
-        own = micro_batches(rows, tokens[rows], self.config.optim.micro_tokens, rank(), ranks())
+        indices = np.arange(len(token_counts)) if indices is None else indices
+        own = micro_batches(indices, token_counts[indices], self.config.optim.micro_tokens, rank(), ranks())
         progress = Progress(label, sum(map(len, own)), "pairs")
         for part in own:
             yield part
@@ -94,15 +98,17 @@ class Run:
         self.fingerprints = self._fingerprints(train)
         identity = run_identity(to_dict(config), self.fingerprints)
         template = tokenizer.chat_template(config.data.template).to_keep
-        keep = self.settings.keep_checkpoints
-        self._checkpoints = Checkpoints(self.out, identity, keep, Path(config.model.path), template)
+        keep, files = self.settings.keep_checkpoints, self._tokenizer_files
+        on_messages = train.templated is not None and bool(train.templated.any())
+        self._checkpoints = Checkpoints(self.out, identity, keep, files, template, on_messages)
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
+        tell_new_schedule(config, step, steps, len(train))
         write_config(config, self.out)
         self.first_step = step
         self._metrics = MetricsFile(self.out / "metrics.jsonl", step, self.settings.tensorboard)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._advice = Advice(config.loss.name, config.loss.usual_lr, self.parameters, optim.lr)
+        self._advice = Advice(config.loss, self.parameters, optim.lr)
         if optim.warmup_steps > steps:
             print0(
                 f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}:"
@@ -111,12 +117,17 @@ class Run:
         return step
 
     def _fingerprints(self, train: PairTokens) -> dict[str, str]:
-        """Of the files whose content makes this run what it is."""
+        """Of the files whose content makes this run what it is, and how the data was made of them."""
         paths = {"model": Path(self.config.model.path)}
         if isinstance(self.config, DPOConfig) and self.config.loss.needs_reference:
             paths["reference"] = self.config.reference_path
         of_path = {path: model_fingerprint(path) for path in {*paths.values()}}  # equal paths are read once
-        return {name: of_path[path] for name, path in paths.items()} | {"data": train.fingerprint()}
+        fingerprints = {name: of_path[path] for name, path in paths.items()} | {"data": train.fingerprint()}
+        if train.date:
+            fingerprints["data.date"] = train.date
+        if self.config.data.eval_pairs and not self.config.data.eval:
+            fingerprints["held-out pairs chosen by"] = HELD_OUT_BY
+        return fingerprints
 
     def announce(self, train: PairTokens, held_out: PairTokens) -> None:
         """The line with which training begins."""
@@ -125,6 +136,11 @@ class Run:
             f"{self.config.loss.name}: {self.parameters:,} parameters, {len(train)} pairs to train on,"
             f" {len(held_out)} held out, {self.steps} steps of {batch} pairs on {where}"
         )
+        if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
+            print0(
+                f"warning: {slowdown:.0f} times slower than on one thread, because other programs use the"
+                " processors: stop with Ctrl-C and go on with --run.threads=1"
+            )
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
         """OUT/checkpoints/step-N, from which the same command goes on. All processes save together."""
@@ -161,17 +177,19 @@ class Run:
             if self.device.type == "cuda":
                 values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             self._metrics.write(values)
-            self._advice.on_step(values)
             seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-            print0(console_line(values, self.steps, seconds_per_step * (self.steps - step)))
+            with self._stop_if_nobody_reads():
+                self._advice.on_step(values)
+                print0(console_line(values, self.steps, seconds_per_step * (self.steps - step)))
         self._clock = time.monotonic()
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """The figures of an evaluation, under "eval/" in metrics.jsonl."""
-        self._advice.on_evaluation(values)
-        values = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
-        self._metrics.write(values)
-        print0(console_line(values, self.steps, 0, "eval/"))
+        logged = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
+        self._metrics.write(logged)
+        with self._stop_if_nobody_reads():
+            self._advice.on_evaluation(values)
+            print0(console_line(logged, self.steps, 0, "eval/"))
         self._clock = time.monotonic()
 
     def require_finite(self, step: int, loss: float, grad_norm: float, batch: PairTokens) -> None:
@@ -210,6 +228,15 @@ class Run:
             else:
                 for number, handler in before.items():
                     signal.signal(number, handler)
+
+    @contextmanager
+    def _stop_if_nobody_reads(self) -> Iterator[None]:
+        """Stop as after Ctrl-C, and save, if whoever read the console has gone: `train_dpo.py ... | head`."""
+        try:
+            yield
+        except BrokenPipeError:
+            silence_closed_pipes()
+            self._stop_requested = True
 
     def stop_requested(self) -> bool:
         """Whether a signal has reached any of the processes: all must leave the loop at the same step."""

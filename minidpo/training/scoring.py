@@ -5,6 +5,7 @@ Each process computes its share of the prompts, and all return the whole.
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,12 +13,19 @@ from torch import Tensor
 
 from minidpo.data import PairTokens, micro_batches
 from minidpo.distributed import all_reduce_sum, rank, ranks
+from minidpo.errors import NOT_FINITE, UserError
 from minidpo.log import Progress
 from minidpo.model import RewardModel, Transformer, response_logps
 from minidpo.packing import PackedBatch, pack
 from minidpo.training.device import autocast
 
 MICRO_TOKENS = 8192  # tokens of one pass without gradients, where nobody says how many
+
+
+def require_finite(values: np.ndarray | Tensor, directory: str | Path) -> None:
+    """Raises UserError unless all that the model of `directory` gave are finite numbers."""
+    if not torch.as_tensor(values).isfinite().all():
+        raise UserError(f"{directory}: the model's numbers are not finite: {NOT_FINITE}")
 
 
 @torch.no_grad()
@@ -38,17 +46,17 @@ def values_of_every_prompt(
     long it took.
     """
     every = np.arange(len(pairs))
-    own = micro_batches(every, pairs.tokens(responses), micro_tokens, rank(), ranks())
+    own = micro_batches(every, pairs.token_counts(responses), micro_tokens, rank(), ranks())
     progress = Progress(label or "scoring", sum(map(len, own)), "prompts")
     values = torch.zeros(len(pairs), 0)
-    for rows in own:
-        batch = pack(pairs, rows, responses, scored).to(device)
+    for indices in own:
+        batch = pack(pairs, indices, responses, scored).to(device)
         with autocast(device, dtype):
             computed = compute(batch).float().cpu()
         if not values.shape[1]:  # Only `compute` knows how many values a prompt has.
             values = torch.zeros(len(pairs), computed.shape[1])
-        values[rows] = computed
-        progress.advance(len(rows))
+        values[indices] = computed
+        progress.advance(len(indices))
     progress.close(last_line=bool(label))
     return all_reduce_sum(values).numpy()
 

@@ -1,6 +1,6 @@
-"""From a few pairs to the numbers that a loss reads: pack them, run the model, add up log-probs.
+"""One micro-batch, from token ids to what a loss reads: pack the pairs, run the model, sum the log-probs.
 
-The scripts train with these functions, and `bench` times them.
+The scripts train with these functions, and `bench` times them. B: pairs of the micro-batch.
 """
 
 import numpy as np
@@ -17,48 +17,46 @@ from minidpo.training.device import autocast
 def pair_logps(
     policy: Transformer,
     pairs: PairTokens,
-    rows: np.ndarray,
+    indices: np.ndarray,
     loss: PreferenceLoss,
     device: torch.device,
     dtype: str,
 ) -> PairLogps:
-    """The log-probs that `loss` reads of the pairs numbered `rows`: one forward pass over one packed row.
-
-    The reference's log-probs are a column of the data. dtype: "bf16" or "fp32".
-    """
-    batch = pack(pairs, rows, loss.responses).to(device)
+    """The log-probs that `loss` reads about the pairs numbered `indices`. dtype: "bf16" or "fp32"."""
+    # One forward pass over one packed row. A loss that reads only the chosen response leaves out the others.
+    batch = pack(pairs, indices, loss.responses).to(device)
     with autocast(device, dtype):
         logps = response_logps(policy, batch)  # (B, responses)
 
     def columns(values: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Those of chosen and rejected; None where the loss reads the chosen response alone."""
+        """(B, responses) -> chosen (B,) and rejected (B,), or None if the loss reads only the chosen one."""
         return values[:, 0], values[:, 1] if loss.responses == 2 else None
 
+    # The reference is frozen, so its log-probs, ref_logps (n, 2), were computed before training.
     reference: tuple[Tensor | None, Tensor | None] = (None, None)
     if loss.needs_reference:
         if pairs.ref_logps is None:
+            # Without them the loss would compare with nothing, which is another loss.
             raise ValueError(f"{loss.name} compares with a reference, and the pairs have no ref_logps")
-        reference = columns(to_device(torch.from_numpy(pairs.ref_logps[rows]), device))
+        reference = columns(to_device(torch.from_numpy(pairs.ref_logps[indices]), device))
     return PairLogps(*columns(logps), *reference, *columns(batch.lengths))
 
 
 def pair_rewards(
     model: RewardModel,
     pairs: PairTokens,
-    rows: np.ndarray,
+    indices: np.ndarray,
     loss: BradleyTerry,
     device: torch.device,
     dtype: str,
 ) -> Rewards:
-    """Rewards of both responses, and the log-probs of the chosen one if the loss has a language-modelling
-    term.
-
-    All come from one forward pass over one packed row.
-    """
-    batch = pack(pairs, rows, scored=1 if loss.lm_weight else 0).to(device)
+    """Rewards of both responses, and log-probs of the chosen one if the loss models language too."""
+    # One forward pass gives both. Only the chosen response, the first, may need log-probs.
+    batch = pack(pairs, indices, scored=1 if loss.lm_weight else 0).to(device)
     with autocast(device, dtype):
-        rewards, logps = model.forward_packed(batch)  # (B, 2), (B, 1)
-    margin = pairs.margins(rows) if loss.margin_from_data else None
+        rewards, logps = model.forward_packed(batch)  # (B, 2); (B, 1), None if nothing is scored
+    # The target margin of each pair, where the records have one and the loss asks for it.
+    margin = pairs.margins(indices) if loss.margin_from_data else None
     margin = None if margin is None else to_device(margin, device)
     chosen_logps = None if logps is None else logps[:, 0]
     return Rewards(rewards[:, 0], rewards[:, 1], margin, chosen_logps, batch.lengths[:, 0])

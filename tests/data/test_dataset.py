@@ -1,72 +1,139 @@
-"""From files to the pairs of a run: no prompt is on both sides, records are named, margins are kept."""
+"""From files to the pairs of a run: no prompt is on both sides, and its record decides on which one it is."""
 
-import gzip
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from chat_model import DATED, NO, YES, chat_model, turn
 
-import train_rm
-from minidpo.data import PairTokens, Tokenizer, TokenPair, load_pairs, longest_pair, require_fit
-from minidpo.data.dataset import require_margins, split_by_prompt
+from minidpo.data import (
+    PairTokens,
+    Tokenizer,
+    TokenPair,
+    load_pairs,
+    longest_pair,
+    require_fit,
+    require_margins,
+    split_by_prompt,
+)
 from minidpo.errors import UserError
 from minidpo.sections import DataSection
 from record_files import record, write
 
-PROMPTS = [f"question {i % 70}".encode() for i in range(100)]  # 30 prompts have two pairs
+PROMPTS = [f"question {i % 70}".encode() for i in range(100)]  # 30 prompts have two pairs.
 
 
-def sides(tokenizer: Tokenizer, seed: int = 0, **settings: object) -> tuple[PairTokens, PairTokens]:
-    return load_pairs(DataSection(max_length=40, max_prompt_length=20, **settings), tokenizer, seed)
-
-
-# Train and eval
-
-
-def test_split_by_prompt():
-    """No prompt is on both sides of the split, which depends on the seed and not on the file's order."""
-    mask = split_by_prompt(PROMPTS, 25, seed=1)
-    inside = {prompt for prompt, out in zip(PROMPTS, mask, strict=True) if out}
-    outside = {prompt for prompt, out in zip(PROMPTS, mask, strict=True) if not out}
-    assert sum(mask) == 25 and not inside & outside
-    assert (split_by_prompt(PROMPTS[::-1], 25, seed=1) == mask[::-1]).all()
-    assert (split_by_prompt(PROMPTS, 25, seed=2) != mask).any()
-
-
-def test_empty_side():
-    """A split that leaves a side empty is refused; holding nothing out is not."""
+def test_split():
+    """No prompt is on both sides of a split, which depends on the seed and not on the file's order."""
+    held_out = split_by_prompt(PROMPTS, 25, seed=1)
+    inside = {prompt for prompt, out in zip(PROMPTS, held_out, strict=True) if out}
+    outside = {prompt for prompt, out in zip(PROMPTS, held_out, strict=True) if not out}
+    assert sum(held_out) == 25 and not inside & outside
+    assert (split_by_prompt(PROMPTS[::-1], 25, seed=1) == held_out[::-1]).all()
+    assert (split_by_prompt(PROMPTS, 25, seed=2) != held_out).any()
     assert not split_by_prompt(PROMPTS, 0, seed=1).any()
-    for impossible in (-1, 100, 101):
-        with pytest.raises(UserError, match=f"{impossible} pairs to hold out of 100"):
-            split_by_prompt(PROMPTS, impossible, seed=1)
-    with pytest.raises(UserError, match="none can be held out"):
-        split_by_prompt([b"same"] * 10, 5, seed=1)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count", "said"),
+    [
+        (PROMPTS, -1, "-1 pairs to hold out of 100"),
+        (PROMPTS, 100, "100 pairs to hold out of 100"),
+        ([b"same"] * 10, 5, "none can be held out"),
+    ],
+)
+def test_empty_side(prompts, count, said):
+    """A split that leaves a side empty is refused."""
+    with pytest.raises(UserError, match=said):
+        split_by_prompt(prompts, count, seed=1)
+
+
+def load(tokenizer: Tokenizer, *files: Path, seed: int = 0, **settings: object):
+    limits = {"max_length": 120, "max_prompt_length": 100}
+    return load_pairs(DataSection(train=[str(file) for file in files], **limits | settings), tokenizer, seed)
 
 
 def test_two_sides(tokenizer, tmp_path):
-    """No prompt is both trained on and evaluated on, and the seed decides which is held out."""
+    """Pairs are trained on or held out, and the seed decides which."""
     file = write(tmp_path / "a.jsonl", *(record(f"cat {i % 12}") for i in range(30)))
-    train, held_out = sides(tokenizer, train=[str(file)], eval_pairs=7)
-    assert len(held_out) == 7 and len(train) == 23
-    assert not {*train.prompt_keys()} & {*held_out.prompt_keys()}
-    again = sides(tokenizer, train=[str(file)], eval_pairs=7)[1]
-    other = sides(tokenizer, seed=1, train=[str(file)], eval_pairs=7)[1]
-    assert held_out.index.tolist() == again.index.tolist() != other.index.tolist()
-    train, held_out = sides(tokenizer, train=[str(file)], eval_pairs=0)
-    assert (len(train), len(held_out), longest_pair(held_out)) == (30, 0, 0)
+    train, held_out = load(tokenizer, file, eval_pairs=7)
+    assert len(held_out) == 7 and not {*train.prompt_keys()} & {*held_out.prompt_keys()}
+    assert sorted([*train.index, *held_out.index]) == list(range(30))
+    assert load(tokenizer, file, eval_pairs=7, seed=1)[1].index.tolist() != held_out.index.tolist()
 
 
-def test_prompts_of_both_files(tokenizer, tmp_path, capsys):
+def test_both_files(tokenizer, tmp_path, capsys):
     """Prompts that are in both given files are reported."""
     train = write(tmp_path / "a.jsonl", *(record(f"cat {i}") for i in range(9)))
     held_out = write(tmp_path / "b.jsonl", *(record(f"cat {i}") for i in range(7, 12)))
-    sides(tokenizer, train=[str(train)], eval=[str(held_out)])
+    load(tokenizer, train, eval=[str(held_out)])
     assert "warning: 2 prompts are in both data.train and data.eval" in capsys.readouterr().out
 
 
-def test_model_that_does_not_fit(tokenizer):
+@pytest.mark.parametrize("change", [{"date": "2025-01-01"}, {"template": "chatml"}, {"max_prompt_length": 3}])
+def test_held_out_by_record(tokenizer, tmp_path, change):
+    """Date, template, limits, tokenizer and shape change a record's ids, not the side on which it is."""
+    pytest.importorskip("jinja2")
+    prompts = [[turn("user", f"Is it {'very ' * 9}{i % 20}?")] for i in range(30)]
+    messages = [{"prompt": prompt, "chosen": [YES], "rejected": [NO]} for prompt in prompts]
+    conversations = [{"chosen": [*prompt, YES], "rejected": [*prompt, NO]} for prompt in prompts]
+    first = write(tmp_path / "messages.jsonl", *messages)
+    second = write(tmp_path / "conversations.jsonl", *conversations)
+    _, expected = load(tokenizer, first, eval_pairs=8, template="hh")
+    _, held_out = load(chat_model(tmp_path, DATED), second, eval_pairs=8, **change)
+    assert held_out.index.tolist() == expected.index.tolist()
+
+
+def test_dropped_records(tmp_path):
+    """Limits and templates that drop records leave every other record on its side."""
+    pytest.importorskip("jinja2")
+    no_system = DATED.replace(
+        "<{{", "{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}<{{", 1
+    )
+    records = []
+    for i in range(40):
+        # Of every other record, the responses differ only at their ends.
+        words = "and " * (60 if i % 2 else 1)
+        prompt = [turn("system", "Brief.")] * (i % 3 == 0) + [turn("user", f"{i}?")]
+        responses = {"chosen": [turn("assistant", words + "yes")], "rejected": [turn("assistant", words)]}
+        records.append({"prompt": prompt} | responses)
+    records[7] |= {"rejected": records[7]["chosen"]}
+    records[8] |= {"rejected": [turn("assistant", " ")]}
+    file = write(tmp_path / "a.jsonl", *records)
+    sides = []
+    # The second time, the short ones are mapped from the cache.
+    for template, limit in ((DATED, 500), (DATED, 80), (DATED, 80), (no_system, 500)):
+        settings = {"eval_pairs": 12, "max_length": limit, "max_prompt_length": 60, "skip_bad": True}
+        sets = load(chat_model(tmp_path, template), file, **settings, cache=str(tmp_path / "tokens"))
+        sides.append([{*pairs.index.tolist()} for pairs in sets])
+    (all_train, all_held_out), *others = sides
+    assert len(all_train | all_held_out) == 38 and 10 <= len(all_held_out) <= 12
+    for train, held_out in others:
+        assert len(train | held_out) < 30 and train <= all_train and held_out <= all_held_out
+
+
+def test_nothing_survives():
+    """Held-out records that were all dropped are an error, as is a prompt with too many pairs."""
+    records = [str(i).encode() for i in range(9)]
+    (chosen,) = np.flatnonzero(split_by_prompt(records, 1, seed=0))
+    left = records[:chosen] + records[chosen + 1 :]
+    with pytest.raises(UserError, match="all records chosen were dropped, so none can be held out"):
+        split_by_prompt(left, 1, 0, records)
+
+
+def test_keys_of_pairs(tokenizer, tmp_path):
+    """Each pair that is kept has the key of its own record, whatever was dropped before it."""
+    alike = record("dog", rejected=" yes")
+    cut = record("fox", chosen="x" * 200 + "a", rejected="x" * 200 + "b")
+    file = write(tmp_path / "a.jsonl", alike, cut, record("cat 0"), cut, record("cat 1"), alike)
+    train, _ = load(tokenizer, file, file, eval_pairs=0)
+    (tmp_path / "b").mkdir()
+    plain = write(tmp_path / "b" / "a.jsonl", record("cat 0"), record("cat 1"))
+    assert train.prompt_keys() == load(tokenizer, plain, eval_pairs=0)[0].prompt_keys() * 2
+
+
+def test_fit(tokenizer):
     """A model that takes fewer tokens, or has fewer ids, is refused by its role."""
     model = SimpleNamespace(max_length=64, vocab_size=tokenizer.vocab_size)
     require_fit("model", model, tokenizer, 64)
@@ -80,8 +147,26 @@ def test_model_that_does_not_fit(tokenizer):
 # The arrays of the pairs
 
 
-def test_names_of_records():
-    """Records are named with their file, if there are files."""
+def test_responses():
+    """A prompt has K responses, one after the other; a selection takes every column along."""
+    prompts, responses = [[1, 2], [3]], [[[4], [5, 6], [7]], [[8, 9], [4], [5]]]
+    pairs = PairTokens.from_responses(prompts, responses)
+    assert pairs.ids.tolist() == [1, 2, 4, 5, 6, 7, 3, 8, 9, 4, 5]
+    assert pairs.bounds.tolist() == [[0, 2, 3, 5, 6], [6, 7, 9, 10, 11]]
+    assert pairs.lengths.tolist() == [[2, 1, 2, 1], [1, 2, 1, 1]]
+    assert pairs.token_counts().tolist() == [6, 5]  # 2 + 1 + 2 + 1 and 1 + 2 + 1 + 1
+    assert pairs.token_counts(1).tolist() == [3, 3]  # the prompt and its first response: 2 + 1 and 1 + 2
+    assert longest_pair(pairs.select(np.array([1])), pairs) == 6
+    pairs.ref_logps = np.array([[1.0, 2.0], [3.0, 4.0]], dtype=np.float32)
+    second = pairs.select(np.array([1]))
+    assert second.ref_logps.tolist() == [[3, 4]] and second.token_counts(2).tolist() == [4]
+    assert len(PairTokens.from_responses([], [])) == len(PairTokens.from_pairs([])) == 0
+    with pytest.raises(ValueError, match="the first prompt has 3 responses"):
+        PairTokens.from_responses(prompts, [responses[0], responses[1][:2]])
+
+
+def test_records():
+    """Pairs are named by their records, with the file if there are files."""
     pairs = [TokenPair([1], [2], [3], index, file=file) for file, index in ((0, 4), (1, 4), (0, 7))]
     rows = np.array([0, 1, 2])
     assert PairTokens.from_pairs(pairs, ("a", "b")).records(rows) == "records [4, 7] of a, records [4] of b"
@@ -92,71 +177,18 @@ def test_margins():
     """Margins go with their pairs, and missing ones are named."""
     pairs = [TokenPair([1], [2], [3], index, margin) for index, margin in enumerate((0.5, None, 2.0))]
     tokens = PairTokens.from_pairs(pairs, ("a.jsonl",))
-    assert tokens.select(np.array([2, 0])).margin.tolist() == [2.0, 0.5]
     assert tokens.margins(np.array([2, 0])).tolist() == [2.0, 0.5]
     with pytest.raises(UserError, match=r"1 of 3 pairs have no margin \(records \[1\] of a.jsonl\)"):
         require_margins(tokens)
     require_margins(tokens.select(np.array([2, 0])))
-    without = PairTokens.from_pairs(pairs[1:2])
-    assert without.margin is None and without.margins(np.array([0])) is None
-
-
-def test_any_number_of_responses():
-    """A prompt has K responses: tokens counts the first of them, and select takes every column along."""
-    prompts, responses = [[1, 2], [3]], [[[4], [5, 6], [7]], [[8, 9], [4], [5]]]
-    pairs = PairTokens.from_responses(prompts, responses)
-    assert pairs.ids.tolist() == [1, 2, 4, 5, 6, 7, 3, 8, 9, 4, 5]
-    assert pairs.bounds.tolist() == [[0, 2, 3, 5, 6], [6, 7, 9, 10, 11]]
-    assert pairs.lengths.tolist() == [[2, 1, 2, 1], [1, 2, 1, 1]]
-    assert pairs.tokens().tolist() == [6, 5] and pairs.tokens(1).tolist() == [3, 3]
-    assert longest_pair(pairs, pairs.select(np.array([1]))) == 6
-    pairs.ref_logps = np.array([[1.0, 2.0], [3.0, 4.0]], dtype=np.float32)
-    second = pairs.select(np.array([1]))
-    assert second.ref_logps.tolist() == [[3, 4]] and second.tokens(2).tolist() == [4]
-    as_pairs = PairTokens.from_pairs([TokenPair([1, 2], [4], [5, 6], 0)])
-    assert as_pairs.fingerprint() == PairTokens.from_responses([[1, 2]], [[[4], [5, 6]]]).fingerprint()
-    assert len(PairTokens.from_responses([], [])) == len(PairTokens.from_pairs([])) == 0
-    with pytest.raises(ValueError, match="the first prompt has 3 responses"):
-        PairTokens.from_responses(prompts, [responses[0], responses[1][:2]])
+    assert PairTokens.from_pairs(pairs[1:2]).margins(np.array([0])) is None
 
 
 def test_fingerprint():
-    """The fingerprint is that of tokens, margins and order, not of where they lie in the array."""
-
-    def of(*pairs: TokenPair, rows: tuple[int, ...] = (0, 1)) -> str:
-        return PairTokens.from_pairs(pairs).select(np.array(rows)).fingerprint()
-
+    """The fingerprint is that of tokens, lengths, margins and order, not of where they lie in the array."""
     a, b = TokenPair([1], [2], [3], 0), TokenPair([4], [5, 6], [7], 1)
-    moved, cut = b._replace(chosen=[5], rejected=[6, 7]), b._replace(chosen=[6, 5])
-    different = {
-        of(a, b),
-        of(b, a),
-        of(a, cut),
-        of(a, moved),
-        of(a, b._replace(margin=1.0)),
-        of(a, b, rows=(1, 0, 1)),
-    }
-    assert len(different) == 6
-    assert of(a, b) == of(b, a, rows=(1, 0))
-
-
-def test_margins_of_a_run(config, world, tmp_path):
-    """A reward model adds each record's margin to the common one, when asked."""
-    lines = gzip.open(world / "pairs.jsonl.gz", "rt").read().splitlines()
-    scored = [json.loads(line) | {"score_chosen": i % 3, "score_rejected": 1} for i, line in enumerate(lines)]
-    file = write(tmp_path / "scored.jsonl", *scored)
-
-    def first_loss(name: str, *overrides: str) -> float:
-        base = [*config(), f"--data.train={file}", "--loss.lm_weight=0", "--optim.max_steps=1"]
-        train_rm.main([*base, f"--run.out={tmp_path / name}", *overrides])
-        return json.loads(Path(tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])["eval/loss"]
-
-    plain, asked = first_loss("plain"), first_loss("asked", "--loss.margin_from_data=true")
-    assert asked != pytest.approx(plain, rel=1e-3)
-    one_by_one = first_loss("one", "--loss.margin_from_data=true", "--optim.micro_tokens=100")
-    assert one_by_one == pytest.approx(asked, rel=1e-5), "each pair has its own margin, whatever its row"
-    write(file, *(row | {"margin": 0.75} for row in scored))
-    both = first_loss("both", "--loss.margin_from_data=true", "--loss.margin=0.5")
-    assert both == pytest.approx(first_loss("constant", "--loss.margin=1.25"), rel=1e-6)
-    with pytest.raises(UserError, match="loss.margin_from_data: 32 of 32 pairs have no margin"):
-        train_rm.main([*config(), "--loss.margin_from_data=true"])
+    expected = PairTokens.from_pairs([a, b]).fingerprint()
+    for other in ({"chosen": [6, 5]}, {"chosen": [5], "rejected": [6, 7]}, {"margin": 1.0}):
+        assert PairTokens.from_pairs([a, b._replace(**other)]).fingerprint() != expected
+    assert PairTokens.from_pairs([b, a]).fingerprint() != expected
+    assert PairTokens.from_pairs([b, a]).select(np.array([1, 0])).fingerprint() == expected

@@ -1,15 +1,23 @@
 """Token ids kept between starts: the cache gives what tokenizing gives, report included, or nothing."""
 
-import json
+import datetime
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from chat_model import DATED, RECORD, chat_model
 
 import train_dpo
-from minidpo.data import PairTokens, Tokenizer, TokenPair, dataset, load_pairs
+from minidpo.data import PairTokens, Tokenizer, chat_template, dataset, load_pairs
 from minidpo.errors import UserError
+from minidpo.model import save_model
 from minidpo.sections import DataSection
+from minidpo.tools.explain import main as explain
+from minidpo.tools.sample import main as sample
+from minidpo.tools.score import main as score
 from record_files import record, write
+from tiny import tiny_model
 
 
 @pytest.fixture
@@ -19,113 +27,129 @@ def files(world, tmp_path) -> list[str]:
     return [str(world / "pairs.jsonl.gz"), str(second)]
 
 
-@pytest.fixture
-def load(files, tokenizer, tmp_path, capsys):
-    """Tokenizes `files` with a cache; returns the pairs, whether they came from it, and the report."""
-
-    def load(
-        tokenizer: Tokenizer = tokenizer, files: list[str] = files, cache: str = "deep/tokens", **settings
-    ) -> tuple[PairTokens, bool, list[str]]:
-        section = DataSection(train=files, eval_pairs=0, max_length=40, max_prompt_length=9, **settings)
-        capsys.readouterr()
-        pairs, _ = load_pairs(section, tokenizer, 0, tmp_path / cache if cache else None)
-        lines = capsys.readouterr().out.splitlines()
-        report = [line for line in lines if not line.startswith("token ids: ")]
-        return pairs, any("token ids: mapped from" in line for line in lines), report
-
-    return load
+def load(tokenizer: Tokenizer, where: Path | None, files: list[str], **settings: object) -> PairTokens:
+    data = DataSection(train=files, eval_pairs=0, **{"max_length": 40, "max_prompt_length": 9} | settings)
+    return load_pairs(data, tokenizer, 0, where)[0]
 
 
 def equal(left: PairTokens, right: PairTokens) -> bool:
     ours, theirs = ({"ids": pairs.ids, **pairs.columns()} for pairs in (left, right))
-    return left.files == right.files and all(
-        np.array_equal(ours[name], theirs[name], equal_nan=name == "margin")
-        and ours[name].dtype == theirs[name].dtype
-        for name in ours.keys() | theirs.keys()
+    return (
+        left.files == right.files
+        and ours.keys() == theirs.keys()
+        and all(np.array_equal(ours[name], theirs[name], equal_nan=name == "margin") for name in ours)
     )
 
 
-def test_second_start(load, monkeypatch):
-    """A second start reads what the first one made, and says the same."""
-    first, was_read, said = load()
-    monkeypatch.setattr(dataset, "_tokenize", None)  # whoever tokenizes now fails
-    second, is_read, said_again = load()
-    assert (was_read, is_read) == (False, True)
-    assert said == said_again and any("45 pairs, 45 kept" in line for line in said)
-    monkeypatch.undo()
-    plain, _, _ = load(cache="")
-    assert equal(first, second) and equal(second, plain) and len(plain) == 45
-    assert isinstance(second.ids.base, np.memmap)
+def test_second_start(tokenizer, files, tmp_path, monkeypatch, capsys):
+    """A second start maps what the first one made, and says the same."""
+    plain = load(tokenizer, None, files)
+    said = capsys.readouterr().out
+    first = load(tokenizer, tmp_path / "deep" / "tokens", files)
+    assert capsys.readouterr().out == said and "45 pairs, 45 kept" in said
+    monkeypatch.setattr(dataset, "tokenize_pairs", None)  # Whoever tokenizes now fails.
+    second = load(tokenizer, tmp_path / "deep" / "tokens", files)
+    mapped, _, again = capsys.readouterr().out.partition("\n")
+    assert mapped.startswith("token ids: mapped from") and again == said
+    assert equal(first, second) and equal(second, plain) and isinstance(second.ids.base, np.memmap)
 
 
-def test_other_pairs(load, files, world):
+def test_other_pairs(tokenizer, world, files, tmp_path, capsys):
     """Pairs of other files, settings, tokenizers and templates are never taken for these."""
-    load()
+    load(tokenizer, tmp_path / "tokens", files)
+    for settings in ({"skip_bad": True}, {"template": "hh"}, {"max_length": 41}, {"max_prompt_length": 8}):
+        load(tokenizer, tmp_path / "tokens", files, **settings)
+    load(tokenizer, tmp_path / "tokens", files[::-1])
     other = Tokenizer.from_pretrained(world / "model")
     other.eos_id = 1
-    for change in ({"skip_bad": True}, {"template": "hh"}, {"files": files[::-1]}, {"tokenizer": other}):
-        assert not load(**change)[1]
-    assert load()[1]
-    with open(files[1], "a") as file:
-        file.write(json.dumps(record("dog")) + "\n")
-    pairs, was_read, _ = load()
-    assert not was_read and len(pairs) == 46
+    load(other, tmp_path / "tokens", files)
+    write(Path(files[1]), *(record(f"dog {i}") for i in range(5)))
+    assert equal(load(tokenizer, tmp_path / "tokens", files), load(tokenizer, None, files))
+    assert "mapped from" not in capsys.readouterr().out
+    load(tokenizer, None, files, cache=str(tmp_path / "tokens"))  # as data.cache
+    assert "mapped from" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "columns.safetensors"])
-@pytest.mark.parametrize("keep", [0.0, 0.9, None], ids=["empty", "cut", "gone"])
-def test_torn_cache(load, tmp_path, name, keep):
+@pytest.mark.parametrize("torn", ["empty", "cut", "other", "gone"])
+def test_torn(tokenizer, files, tmp_path, capsys, name, torn):
     """A torn cache is made anew."""
-    whole, _, _ = load()
-    (file,) = tmp_path.glob(f"deep/tokens/train-*/{name}")
+    whole = load(tokenizer, tmp_path / "tokens", files)
+    (file,) = tmp_path.glob(f"tokens/train-*/{name}")
     content = file.read_bytes()
-    file.unlink()  # a file that is mapped must stay as it is
-    if keep is not None:
-        file.write_bytes(content[: int(len(content) * keep)])
-    again, was_read, _ = load()
-    assert not was_read and equal(whole, again)
-    assert load()[1]
+    file.unlink()  # A file that is mapped must stay as it is.
+    if torn != "gone":
+        file.write_bytes({"empty": b"", "cut": content[:-99], "other": content[:-1] + b"\1"}[torn])
+    for mapped in (False, True):
+        assert equal(load(tokenizer, tmp_path / "tokens", files), whole)
+        assert ("mapped from" in capsys.readouterr().out) == mapped
 
 
-def test_interrupted_start(load, tmp_path, monkeypatch):
-    """A start that is interrupted leaves nothing behind."""
-
-    def interrupted(*arguments):
-        yield TokenPair([1], [2], [3], 0)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(dataset, "tokenize_pairs", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        load()
-    assert not (tmp_path / "deep").exists()
-
-
-def test_refused_pairs(files, tokenizer, tmp_path):
-    """Pairs that the caller refuses leave nothing behind; the caller sees both sides of the split."""
+def test_nothing_left(tokenizer, files, tmp_path, monkeypatch):
+    """Pairs that the caller refuses, or a start that is interrupted, leave nothing behind."""
 
     def refuse(train: PairTokens, held_out: PairTokens) -> None:
         raise UserError(f"{len(train)} and {len(held_out)}")
 
-    section = DataSection(train=files, eval_pairs=5, max_length=40, max_prompt_length=9)
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    data = DataSection(train=files, eval_pairs=5, max_length=40, max_prompt_length=9)
     with pytest.raises(UserError, match="40 and 5"):
-        load_pairs(section, tokenizer, 0, tmp_path / "deep" / "tokens", refuse)
-    assert not (tmp_path / "deep").exists()
+        load_pairs(data, tokenizer, 0, tmp_path / "tokens", refuse)
+    monkeypatch.setattr(dataset, "write_arrays", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(tokenizer, tmp_path / "tokens", files)
+    assert not [*tmp_path.glob("tokens/*")]
+    (tmp_path / "file").write_text("where a directory should be")
+    with pytest.raises(UserError, match=r"file/train-\w+: cannot be written"):
+        load(tokenizer, tmp_path / "file", files)
 
 
-def test_cache_that_cannot_be_written(load, tmp_path):
-    """A cache that cannot be written is one line."""
-    (tmp_path / "deep").write_text("a file where a directory should be")
-    with pytest.raises(UserError, match=r"deep/tokens/train-\w+: cannot be written"):
-        load()
+def test_date(tmp_path, capsys):
+    """Ids with a date are kept under it and tell it when they are mapped; others are kept under none."""
+    pytest.importorskip("jinja2")
+    tokenizer, files = chat_model(tmp_path, DATED), [str(write(tmp_path / "a.jsonl", RECORD))]
+    for date, written in (("2024-02-29", "29 Feb"), ("2024-02-29", "29 Feb"), ("2024-03-01", "01 Mar")):
+        pairs = load(tokenizer, tmp_path / "tokens", files, date=date, max_prompt_length=40)
+        assert tokenizer.decode(pairs.ids.tolist()).startswith(written)
+    load(tokenizer, tmp_path / "tokens", files, date="2024-03-01", template="hh")
+    said = capsys.readouterr().out
+    assert said.count("the chat template writes the date, here 2024-02-29") == 2
+    assert said.count("the chat template writes the date, here 2024-03-01") == 1
+    assert said.count("mapped from") == 1
+    names = sorted(path.name[22:] for path in (tmp_path / "tokens").iterdir())
+    assert names == ["", "-2024-02-29", "-2024-03-01"]
 
 
-def test_cache_of_a_run(config, tmp_path, capsys):
-    """A run keeps its ids beside itself, or where it is told."""
-    arguments = [*config(), "--optim.max_steps=1"]
-    train_dpo.main(arguments)
-    assert [path.parent for path in tmp_path.rglob("ids.npy")] == [*tmp_path.glob("out/tokens/train-*")]
-    train_dpo.main([*arguments, f"--data.cache={tmp_path / 'shared'}", f"--run.out={tmp_path / 'a'}"])
-    capsys.readouterr()
-    train_dpo.main([*arguments, f"--data.cache={tmp_path / 'shared'}", f"--run.out={tmp_path / 'b'}"])
-    assert f"token ids: mapped from {tmp_path / 'shared'}" in capsys.readouterr().out
-    assert not (tmp_path / "b" / "tokens").exists()
+def test_run(config, tmp_path, monkeypatch, capsys):
+    """A run keeps its ids beside itself, and the date of its first day when it is resumed on another."""
+    pytest.importorskip("jinja2")
+    chat_model(tmp_path / "dated", DATED)
+    save_model(tiny_model(vocab_size=400), tmp_path / "dated")
+    keys = {"data__eval_pairs": 0, "optim__epochs": 2, "optim__schedule": '"constant"'}
+    data = write(tmp_path / "a.jsonl", *[RECORD] * 4)
+    run = [*config(**keys), f"--model.path={tmp_path / 'dated'}", f"--data.train={data}"]
+
+    class FirstDay(datetime.date):
+        @classmethod
+        def today(cls):
+            return cls(2024, 2, 29)
+
+    monkeypatch.setattr(chat_template, "date", FirstDay)
+    train_dpo.main([*run, "--optim.max_steps=1"])
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "out" / "tokens")
+    train_dpo.main(run)
+    said = capsys.readouterr().out
+    assert "resuming from" in said and said.count("writes the date, here 2024-02-29") == 2
+    assert [path.parent.name[22:] for path in tmp_path.rglob("ids.npy")] == ["-2024-02-29"]
+    commands = {score: ["--out", f"{tmp_path / 'o'}"], explain: ["--index", "0"], sample: []}
+    for command, options in commands.items():
+        for model in (tmp_path / "out" / "final", *(tmp_path / "out" / "checkpoints").iterdir()):
+            command(["--model", f"{model}", "--data", f"{data}", *options])
+            assert capsys.readouterr().out.count("writes the date, here 2024-02-29") == 1
+    with pytest.raises(UserError, match="made with data.date = '2024-02-29', now it is '2024-03-01'"):
+        train_dpo.main([*run, "--data.date=2024-03-01"])
+    with pytest.raises(UserError, match="data.date = .*; it must be a date as 2026-11-26, or empty"):
+        train_dpo.main([*run, "--data.date=tomorrow"])

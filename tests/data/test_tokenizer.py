@@ -1,125 +1,47 @@
-"""Where prompt and response meet: the responses that were meant are scored, from their first token to EOS."""
+"""What a tokenizer's directory says: where a text ends, which tokens are special, and what is refused."""
 
 import json
 from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models
 
 from characters import BOS, EOS, LETTERS, bpe, ids, pair
-from minidpo.data import DataReport, Tokenizer, TokenPair, describe_pair, tokenize_pairs
+from minidpo.data import Tokenizer
 from minidpo.errors import UserError
 
-STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
-needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="../shared/models/stories260k is not here")
+NEXT = 2 + len(LETTERS)  # the first id that the tokenizer below does not have
 
 
-# The boundary rule
-
-
-@pytest.mark.parametrize(
-    ("core", "texts", "expected"),
-    [
-        # The tokenizer merges across the boundary of both responses, and of one of them.
-        (bpe([("b", "c")]), ("ab", "cd", "ce"), (ids("ab"), ids("cd"), ids("ce"))),
-        (bpe([("b", "c")], bos=True), ("ab", "cc", "dd"), ([BOS, *ids("ab")], ids("cc"), ids("dd"))),
-        # It prepends a space to every text, but a response is none.
-        (bpe(bos=True, prepend=True), ("ab", "cd", " d"), ([BOS, *ids("▁ab")], ids("cd"), ids("▁d"))),
-        # EOS is in the response already.
-        (bpe(), ("a", "bc", "de</s>"), (ids("a"), ids("bc"), ids("de"))),
-    ],
-)
-def test_boundary(core, texts, expected):
-    """Prompt ids are those of the prompt alone, response ids what follows them, then EOS, once."""
-    prompt, chosen, rejected = expected
-    encoded = Tokenizer(core, EOS).encode_pair(pair(*texts))
-    assert encoded == TokenPair(prompt, [*chosen, EOS], [*rejected, EOS], 0)
-
-
-def test_foils_of_the_boundary():
-    """The tokenizers above merge and prepend: otherwise they would prove nothing."""
-    assert Tokenizer(bpe([("b", "c")]), EOS).encode("abcd")[:2] != ids("ab")
-    assert Tokenizer(bpe(prepend=True), EOS).encode("cd", add_special_tokens=False) == ids("▁cd")
-
-
-def test_prompt_without_a_token():
-    """A pair whose prompt has no token is dropped and counted."""
-    # With nothing before it, the first token of a response would be predicted by another pair's last.
-    tokenizer, report = Tokenizer(bpe(), EOS), DataReport()
-    kept = list(tokenize_pairs([pair("", "a", "b", 0), pair("a", "b", "c", 1)], tokenizer, 9, report=report))
-    ((reason, numbers),) = report.dropped.items()
-    assert [p.index for p in kept] == [1] and "nothing predicts" in reason and numbers == ["0"]
-    assert Tokenizer(bpe(bos=True), EOS).encode_pair(pair("", "a", "b")).prompt == [BOS]
-
-
-# Every token of one pair
-
-
-def test_positions():
-    """Positions of rejected restart where the prompt ended, and only responses are scored."""
-    tokenizer = Tokenizer(bpe(), EOS)
-    rows = describe_pair(
-        tokenizer.encode_pair(pair("a</s>", "</s>d", "e")), tokenizer
-    )  # EOS inside is no end
-    assert [(row["role"], row["position"], row["piece"], row["scored"]) for row in rows] == [
-        ("prompt", 0, "a", False),
-        ("prompt", 1, "</s>", False),
-        ("chosen", 2, "</s>", True),
-        ("chosen", 3, "d", True),
-        ("eos", 4, "</s>", True),
-        ("rejected", 2, "e", True),
-        ("eos", 3, "</s>", True),
-    ]
-
-
-# Loading
-
-
-def test_vocab_size():
-    """vocab_size covers the highest id."""
-    core = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "a": 9}, merges=[]))
-    assert Tokenizer(core, 0).vocab_size == 10
-
-
-def test_round_trip():
-    """Byte-level text survives the round trip."""
-    core = tokenizers.Tokenizer(models.BPE())
-    core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    core.train_from_iterator(["Human: what? Assistant: that."] * 20, trainer)
-    tokenizer = Tokenizer(core, 0)
-    question, response = "\n\nHuman: Wie heißt 😀?\n\nAssistant:", " Ça  va.\n"
-    encoded = tokenizer.encode_pair(pair(question, response, " no"))
-    assert tokenizer.decode(encoded.prompt) == question
-    assert tokenizer.decode(encoded.chosen) == response
-    assert tokenizer.bos_id is None
-
-
-def directory(path: Path, **files: dict) -> Path:
+def directory(path: Path, **files: object) -> Path:
+    """A directory of the character tokenizer, with the JSON files named."""
     bpe(bos=True).save(str(path / "tokenizer.json"))
     for name, content in files.items():
         (path / f"{name}.json").write_text(json.dumps(content))
     return path
 
 
+TEXT = {"eos_token": "</s>"}
+OPTIONS = {"eos_token": {"content": "</s>", "lstrip": False}}
+
+
 @pytest.mark.parametrize(
-    "files",
+    ("files", "stops"),
     [
-        {"tokenizer_config": {"eos_token": "</s>"}, "config": {"eos_token_id": 5}},
-        {"tokenizer_config": {"eos_token": {"content": "</s>", "lstrip": False}}},
-        {"tokenizer_config": {"eos_token": None}, "special_tokens_map": {"eos_token": "</s>"}},
-        {"special_tokens_map": {"eos_token": {"content": "</s>"}}, "config": {"eos_token_id": 5}},
-        {"config": {"eos_token_id": EOS}},
-        {"config": {"eos_token_id": [EOS, 5]}},
+        ({"tokenizer_config": TEXT}, {EOS}),
+        ({"tokenizer_config": OPTIONS, "config": {"eos_token_id": 5}}, {EOS, 5}),
+        ({"tokenizer_config": {"eos_token": None}, "special_tokens_map": TEXT}, {EOS}),
+        ({"special_tokens_map": OPTIONS, "config": {"eos_token_id": [5, 6]}}, {EOS, 5, 6}),
+        ({"config": {"eos_token_id": EOS}, "generation_config": {"eos_token_id": 7}}, {EOS, 7}),
+        ({"config": {"eos_token_id": [EOS, 5]}, "generation_config": {"eos_token_id": [5, 7]}}, {EOS, 5, 7}),
     ],
 )
-def test_eos_of_files(tmp_path, files):
-    """EOS is found in the first file that names it."""
+def test_eos(tmp_path, files, stops):
+    """The first file that names EOS decides how a text ends; generation ends at all that are named."""
     tokenizer = Tokenizer.from_pretrained(directory(tmp_path, **files))
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (EOS, BOS, 2 + len(LETTERS))
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (EOS, BOS, NEXT)
+    assert tokenizer.stop_ids == stops
 
 
 @pytest.mark.parametrize(
@@ -127,7 +49,10 @@ def test_eos_of_files(tmp_path, files):
     [
         ({}, "tokenizer_config.json: no eos_token"),
         ({"config": {"eos_token_id": []}}, "config.json: eos_token_id"),
-        ({"tokenizer_config": {"eos_token": "<end>"}}, "tokenizer_config.json: eos_token '<end>' is not in"),
+        (
+            {"config": {"vocab_size": NEXT}, "tokenizer_config": {"eos_token": "<end>"}},
+            "tokenizer_config.json: eos_token '<end>' is not in",
+        ),
         ({"special_tokens_map": {"eos_token": {"text": "</s>"}}}, "tokenizer_config.json: no eos_token"),
         ({"config": {"eos_token_id": 99}}, "config.json: eos_token_id 99 is not in"),
         ({"tokenizer_config": ["</s>"]}, "tokenizer_config.json: a JSON list"),
@@ -140,55 +65,117 @@ def test_no_eos(tmp_path, files, said):
     assert said in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_no_tokenizer(tmp_path):
+# Tokens that only the files beside tokenizer.json name: "j" is in its vocabulary, <x> and <y> are not.
+
+
+def test_named_tokens(tmp_path):
+    """A special token that only the other files name has the next free id, and is not decoded."""
+    files = {"config": {"vocab_size": 99}, "tokenizer_config": TEXT}
+    before = Tokenizer.from_pretrained(directory(tmp_path, **files))
+    files["tokenizer_config"] = {"eos_token": "j", "extra_special_tokens": ["<x>"]}
+    tokenizer = Tokenizer.from_pretrained(directory(tmp_path, **files))
+    assert tokenizer.encode("aj<x>b") == [BOS, *ids("aj"), NEXT, *ids("b")]
+    assert tokenizer.decode([*ids("aj"), NEXT]) == before.decode(ids("a"))
+    assert tokenizer.identity != before.identity and tokenizer.conflict(before) == ""
+
+
+PLAIN = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True}
+X, Y, J = ({"content": text} | PLAIN for text in ("<x>", "<y>", "j"))
+BY_ID = {"40": Y, "9": X | {"special": False}, "11": J}  # By number, <x> comes first.
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("tokenizer_config", {"eos_token": "j", "pad_token": "<x>"}),
+        ("special_tokens_map", {"eos_token": "j", "pad_token": "<x>"}),
+        ("tokenizer_config", {"eos_token": {"__type": "AddedToken"} | J}),
+        ("tokenizer_config", TEXT | {"additional_special_tokens": ["<x>", "j"]}),
+        ("tokenizer_config", TEXT | {"extra_special_tokens": ["<y>", "<x>"]}),
+        ("tokenizer_config", TEXT | {"extra_special_tokens": {"x": "<x>"}, "image_token": "<y>"}),
+        ("tokenizer_config", TEXT | {"pad_token": "<x>", "added_tokens_decoder": BY_ID}),
+        ("tokenizer_config", TEXT | {"model_specific_special_tokens": {"x_token": "<x>"}}),
+        ("added_tokens", {"<y>": 40, "<x>": 9, "</s>": 0}),  # as older versions of transformers wrote them
+    ],
+)
+def test_transformers(tmp_path, file, named):
+    """Named tokens have the ids that transformers gives them."""
+    transformers = pytest.importorskip("transformers")
+    config = {"vocab_size": 99, "model_type": "llama", "eos_token_id": 0}
+    files = {"config": config, "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast"}}
+    if file == "added_tokens":
+        files["tokenizer_config"] |= TEXT | {"pad_token": "<x>"}
+    files[file] = files.get(file, {}) | named
+    path = directory(tmp_path, **files)
+    ours, theirs = Tokenizer.from_pretrained(path), transformers.AutoTokenizer.from_pretrained(path)
+    text_ids = theirs("a<x> j <y>bj</s>ab")["input_ids"]
+    assert ours.encode("a<x> j <y>bj</s>ab") == text_ids
+    assert ours.decode(text_ids) == theirs.decode(text_ids, skip_special_tokens=True)
+    assert (ours.eos_id, ours.vocab_size) == (theirs.eos_token_id, len(theirs))
+
+
+def test_no_row(tmp_path):
+    """A named token for which the model has no row is refused where a text holds it, and only there."""
+    files = {"config": {"vocab_size": NEXT}, "tokenizer_config": TEXT | {"pad_token": "<x>"}}
+    tokenizer = Tokenizer.from_pretrained(directory(tmp_path, **files))
+    assert tokenizer.vocab_size == NEXT and tokenizer.encode("ab") == [BOS, *ids("ab")]
+    with pytest.raises(UserError, match="holds '<x>', for which the model has no row"):
+        tokenizer.encode_pair(pair("a", "b<x>", "c"))
+
+
+def test_no_model(tmp_path):
+    """Beside no config.json every named token has a row, and may be EOS."""
+    tokenizer = Tokenizer.from_pretrained(directory(tmp_path, tokenizer_config={"eos_token": "<x>"}))
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (NEXT, NEXT + 1)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("text", ["<x>a b<x>ccc", " a<x> <y>▁<x>", "<y>a<y> b <x><x>", "a b", " a"])
+def test_text_of_ids(bos, text):
+    """The text of a prompt's ids has these ids, though a space is put behind every special token."""
+    core = bpe([("▁", "a")], bos=bos, prepend=True)
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1)])
+    core.add_special_tokens(["<x>"])
+    core.add_tokens(["<y>"])
+    tokenizer = Tokenizer(core, EOS)
+    prompt = tokenizer.encode(text)
+    assert tokenizer.prompt_ids(tokenizer.prompt(prompt)) == prompt
+
+
+def test_conflict():
+    """Two tokenizers conflict if an id is another token to each; merges and new tokens are harmless."""
+    more, renamed = bpe(), bpe()
+    more.add_special_tokens(["<x>"])
+    renamed.add_special_tokens(["<y>"])
+    ours = Tokenizer(bpe(), EOS)
+    for core in (bpe([("b", "c")], bos=True, prepend=True), more, renamed):
+        assert not ours.conflict(Tokenizer(core, EOS)) and not Tokenizer(core, BOS).conflict(ours)
+    assert not Tokenizer(more, EOS).conflict(Tokenizer(renamed, EOS))
+    for letters in (LETTERS.replace("ab", "ba"), LETTERS.replace("j", "k")):
+        other = Tokenizer(bpe(letters=letters), EOS)
+        assert ours.conflict(other) and other.conflict(ours)
+
+
+# tokenizer.json
+
+
+def test_bad_files(tmp_path):
     """Files that are no tokenizer are refused."""
-    with pytest.raises(UserError, match=r"tokenizer.json: no such file"):
+    with pytest.raises(UserError, match="tokenizer.json: no such file"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text('{"version": "1.0",\n "model": ')
     with pytest.raises(UserError, match=r"tokenizer.json: not a tokenizer[^\n]*fetch it again$"):
         Tokenizer.from_pretrained(tmp_path)
-    directory(tmp_path)
-    (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config.json: not JSON"):
+    (directory(tmp_path) / "tokenizer_config.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer_config.json: not JSON"):
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_saved_truncation(tmp_path):
-    """Truncation and padding that a tokenizer was saved with are switched off."""
+def test_saved_truncation():
+    """Truncation and padding that were saved are switched off; vocab_size is the highest id + 1."""
     core = bpe()
     core.enable_truncation(3)
     core.enable_padding(length=8)
-    core.save(str(directory(tmp_path, config={"eos_token_id": EOS}) / "tokenizer.json"))
-    assert Tokenizer.from_pretrained(tmp_path).encode("abcde") == ids("abcde")
-
-
-# A published tokenizer
-
-DIALOGUE = "\n\nHuman: Tell me a story.\n\nAssistant:"
-
-
-@needs_stories
-def test_published_tokenizer():
-    """The published Llama tokenizer puts BOS first, and no stray space before a response."""
-    tokenizer = Tokenizer.from_pretrained(STORIES)
-    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (2, 1, 512)
-    encoded = tokenizer.encode_pair(pair("Once upon a time", ", Lily", " and"))
-    assert encoded.prompt[0] == 1 and 1 not in encoded.prompt[1:] + encoded.chosen + encoded.rejected
-    assert not tokenizer.piece(encoded.chosen[0]).startswith("▁")
-    foil = tokenizer.encode(", Lily", add_special_tokens=False)
-    assert tokenizer.piece(foil[0]).startswith("▁")
-    assert tokenizer.decode(encoded.prompt + encoded.chosen) == "Once upon a time, Lily"
-
-
-@needs_stories
-def test_ids_of_transformers():
-    """Ids equal those of transformers."""
-    transformers = pytest.importorskip("transformers")
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(STORIES), Tokenizer.from_pretrained(STORIES)
-    responses = " Once upon a time.", " No, 😀 never!\n\n"
-    for sample in ("", "a", DIALOGUE, *responses, DIALOGUE + responses[0]):
-        assert ours.encode(sample) == theirs(sample)["input_ids"]
-    encoded = ours.encode_pair(pair(DIALOGUE, *responses))
-    for response, text in zip((encoded.chosen, encoded.rejected), responses, strict=True):
-        assert encoded.prompt + response == [*theirs(DIALOGUE + text)["input_ids"], theirs.eos_token_id]
-    assert ours.decode(encoded.chosen) == theirs.decode(encoded.chosen, skip_special_tokens=True)
+    assert Tokenizer(core, EOS).encode("abcde") == ids("abcde")
+    sparse = tokenizers.Tokenizer(models.BPE(vocab={"</s>": 0, "a": 9}, merges=[]))
+    assert Tokenizer(sparse, EOS).vocab_size == 10

@@ -1,14 +1,18 @@
 """config.json: every field that changes the numbers is read or refused by name."""
 
 import pytest
+import torch
 
 from minidpo.errors import UserError
 from minidpo.model import load_model, save_model
 from tiny import edit_config, tiny_model
 
+TOKENS = torch.arange(40).view(2, 20)
 THETA = {"rope_type": "default", "rope_theta": 123.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
+
+YARN = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 32, "mscale": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -22,7 +26,9 @@ LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_fr
     ],
     ids=str,
 )
-def test_rope_theta_is_found_wherever_transformers_writes_it(directory, fields):
+def test_rope_theta(directory, fields):
+    """It is found wherever transformers writes it."""
+
     def replace(config: dict) -> None:
         for name in ("rope_theta", "rope_parameters", "rope_scaling"):
             del config[name]
@@ -45,9 +51,18 @@ def test_rope_theta_is_found_wherever_transformers_writes_it(directory, fields):
         ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor is None"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0 and 10000.0 in different places"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
+        ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "is 64 and, in rope_scaling, 32"),
+        ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5"),
+        ({"is_causal": False}, "'is_causal' = False"),
         ({"logit_scale": 0.1}, "'logit_scale'"),
         ({"embedding_multiplier": 12.0}, "'embedding_multiplier'"),
-        ({"quantization_config": {"bits": 4}}, "'quantization_config'"),
+        ({"quantization_config": {"bits": 4}}, "quantised weights are not read; give the original model"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantised weights are not read"),
+        ({"hidden_activation": "gelu"}, "'hidden_activation' = 'gelu'"),
+        ({"initializer_range": -1}, "initializer_range is -1; a number, at least 0 is needed"),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"rope_scaling": True}, "rope_scaling is True; an object"),
         ({"layer_types": ["chunked_attention"]}, "layer_types is ['chunked_attention']"),
         ({"hidden_size": None}, "hidden_size is None"),
         ({"num_key_value_heads": 3}, "num_key_value_heads 3"),
@@ -67,8 +82,40 @@ def test_unsupported_config(directory, fields, named):
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-def test_unset_unknown_fields_are_no_error(directory):
-    edit_config(directory, lambda config: config.update(logit_scale=None, quantization_config={}))
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"_attn_implementation_autoset": True, "attn_implementation": "sdpa", "_flash_attn_2_enabled": True},
+        {"_attn_implementation": "eager", "use_bfloat16": True, "gradient_checkpointing": True},
+        {"cache_implementation": "hybrid", "use_cache": False, "is_decoder": True, "is_causal": True},
+        {"tokenizer_class": "LlamaTokenizer", "mask_token_id": 4, "max_sequence_length": 9, "seq_length": 9},
+        {"num_beams": 4, "length_penalty": 1.0, "top_p": 0.9, "min_p": 0.1, "no_repeat_ngram_size": 3},
+        {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "original_max_position_embeddings": 9},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": YARN},
+        {"rope_scaling": False, "hidden_activation": "silu", "initializer_range": 0.0},
+        {"loss_type": "ForCausalLM", "save_step": 100, "use_unsloth": True, "router_aux_loss_coef": 0.001},
+        {"guidance_scale": 1.5, "eos_token_ids": [2], "renormalize_logits": True, "stop_strings": ["a"]},
+        {"rope_scaling": None, "rope_parameters": THETA | {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_ignored(directory, fields):
+    """Fields that cannot change a number, and others at the value that changes none: as in transformers."""
+    transformers = pytest.importorskip("transformers")
+    before = load_model(directory)
+    edit_config(directory, lambda config: config.update(fields))
+    logits = load_model(directory)(TOKENS)
+    assert torch.equal(logits, before(TOKENS))
+    peer = transformers.AutoModelForCausalLM.from_pretrained(directory)
+    with torch.no_grad():
+        torch.testing.assert_close(peer(TOKENS).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_unset(directory):
+    """Unknown fields that are unset are no error."""
+    unset = {"logit_scale": None, "quantization_config": {}, "use_qk_norm": False}
+    edit_config(directory, lambda config: config.update(unset))
     load_model(directory)
 
 
@@ -85,7 +132,8 @@ def test_unset_unknown_fields_are_no_error(directory):
               layer_types=["full_attention"] * 2), 5000),
     ],
 )  # fmt: skip
-def test_a_sliding_window_limits_the_length_where_a_layer_slides(tmp_path, fields, limit):
+def test_sliding_window(tmp_path, fields, limit):
+    """It limits the length where a layer slides."""
     qwen = fields["model_type"] == "qwen3"
     save_model(tiny_model(model_type=fields["model_type"], qk_norm=qwen), tmp_path)
 

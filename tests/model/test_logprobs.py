@@ -1,131 +1,170 @@
-"""Log-probs of responses: the definition by hand, and the form that fits in memory against the definition."""
+"""Log-probs of responses: the definition by hand, then the chunked form against a full log-softmax.
+
+A test that takes `form` is run on the code here, and on wrong forms of it by test_wrong_logps.py.
+"""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
-from minidpo.data import PairTokens
-from minidpo.logprobs import LOGITS, chunk_rows, sequence_logps, sum_by_response, token_logps
-from minidpo.model import response_logps
-from minidpo.packing import pack
-from tiny import padded_rows, random_pairs, tiny_model
+from minidpo import logprobs
+from minidpo.logprobs import CHUNK_BYTES, sequence_logps, sum_by_response, token_logps, tokens_per_chunk
+
+F64 = torch.float64
+
+# --- sequence_logps(logits, tokens, response_mask): the definition ------------------------------------------
 
 
-def test_five_tokens_by_hand():
-    """Vocabulary {0, 1, 2}; the text is 0 1 2 2 0, of which the last three tokens are the response.
+def test_five_tokens(form=sequence_logps):
+    """Vocabulary {0, 1, 2}; the text is 0 1 2 2 0. Row 0 scores its last three tokens, row 1 the last one.
 
-    The rows of `weights` are proportional to the model's next-token probabilities:
-        after 0 (row 0)   1 1 1    not looked at: it predicts token 1, which is the prompt's
-        after 1 (row 1)   1 2 5    token 2 follows: 5/8
-        after 2 (row 2)   3 1 4    token 2 follows: 4/8
-        after 2 (row 3)   1 1 2    token 0 follows: 1/4
-        after 0 (row 4)   9 9 9    not looked at: nothing follows
-    Sum = ln(5/8 * 4/8 * 1/4) = ln(5/64) = -2.5494, of 3 tokens; -0.8498 per token.
-    With the shift forgotten it would be ln(4/8 * 2/4 * 9/27) = ln(1/12); off by one the other way, another.
+    `weights` are proportional to the model's next-token probabilities:
+        after 0   1 1 2    not looked at: it predicts token 1, which is the prompt's
+        after 1   1 2 5    token 2 follows: 5/8
+        after 2   3 1 4    token 2 follows: 4/8
+        after 2   1 1 2    token 0 follows: 1/4
+        after 0   9 9 2    not looked at: nothing follows
+    Row 0: ln(5/8 * 4/8 * 1/4) = ln(5/64) = -2.5494 of 3 tokens. Row 1: ln(1/4) of 1 token.
     """
-    weights = torch.tensor([[[1, 1, 1], [1, 2, 5], [3, 1, 4], [1, 1, 2], [9, 9, 9]]])  # (1, 5, 3)
-    tokens = torch.tensor([[0, 1, 2, 2, 0]])
-    response = torch.tensor([[False, False, True, True, True]])
-    sums, counts = sequence_logps(weights.log(), tokens, response)
-    assert counts.tolist() == [3]
-    assert sums.item() == pytest.approx(math.log(5 / 64), abs=1e-6) == pytest.approx(-2.5494, abs=1e-4)
+    weights = torch.tensor([[1, 1, 2], [1, 2, 5], [3, 1, 4], [1, 1, 2], [9, 9, 2]])
+    logits = weights.log().expand(2, 5, 3)
+    tokens = torch.tensor([[0, 1, 2, 2, 0]] * 2)
+    response = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 0, 0, 1]]).bool()
+    sums, counts = form(logits, tokens, response)
+    assert_close(sums, torch.tensor([math.log(5 / 64), math.log(1 / 4)]))
+    assert counts.tolist() == [3, 1] and counts.dtype == torch.int64
 
 
-def test_sequence_logps_equals_a_loop():
-    logits = torch.randn(4, 9, 7, dtype=torch.float64)
-    tokens = torch.randint(0, 7, (4, 9))
-    scored = torch.rand(4, 9) < 0.5
-    scored[:, 0], scored[:, 5] = False, True
-    sums, counts = sequence_logps(logits, tokens, scored)
-    for r in range(4):
-        places = [t for t in range(9) if scored[r, t]]
-        expected = sum(math.log(logits[r, t - 1].softmax(0)[tokens[r, t]]) for t in places)
-        assert sums[r].item() == pytest.approx(expected, abs=1e-12)
-        assert counts[r].item() == len(places)
+def test_definition(form=sequence_logps):
+    """A loop over scored tokens gives the sums; the gradient is onehot - softmax before each, 0 elsewhere.
+
+    Token 1 of row 0 is not scored, so it does no harm that its log-prob is -inf.
+    """
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(3, 6, 5, generator=generator, dtype=F64)
+    tokens = torch.randint(5, (3, 6), generator=generator)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0]]).bool()
+    logits[0, 0, tokens[0, 1]] = -math.inf
+    logits.requires_grad_()
+    sums, _ = form(logits, tokens, mask)
+    gradient = torch.zeros_like(logits)
+    for r in range(3):
+        logp = 0.0
+        for t in (t for t in range(6) if mask[r, t]):
+            softmax = logits[r, t - 1].detach().softmax(0)
+            logp += math.log(softmax[tokens[r, t]])
+            gradient[r, t - 1] = -softmax
+            gradient[r, t - 1, tokens[r, t]] += 1
+        assert sums[r].item() == pytest.approx(logp, rel=1e-12)
+    assert sums.requires_grad
+    assert_close(torch.autograd.grad(sums.sum(), logits)[0], gradient)
 
 
-def test_prompt_logits_do_not_matter():
-    logits, tokens = torch.randn(2, 8, 7), torch.randint(0, 7, (2, 8))
-    scored = torch.tensor([[0, 0, 0, 1, 1, 1, 0, 0], [0, 1, 1, 0, 0, 0, 0, 0]]).bool()
-    scrambled = logits.clone()
-    predicts_scored = torch.cat((scored[:, 1:], torch.zeros(2, 1, dtype=torch.bool)), dim=1)
-    scrambled[~predicts_scored] = torch.randn(7) * 100
-    scrambled[0, 0] = -torch.inf  # even what is not a number must not leak through
-    scrambled[1, 7] = torch.nan
-    assert torch.equal(
-        sequence_logps(logits, tokens, scored)[0], sequence_logps(scrambled, tokens, scored)[0]
-    )
-
-
-def test_prompt_logits_get_no_gradient():
-    logits, tokens = torch.randn(1, 6, 7, requires_grad=True), torch.randint(0, 7, (1, 6))
-    scored = torch.tensor([[False, False, False, True, True, False]])
-    sequence_logps(logits, tokens, scored)[0].sum().backward()
-    touched = logits.grad[0].abs().sum(-1) > 0
-    assert touched.tolist() == [False, False, True, True, False, False]
+def test_bf16_rows():
+    """bf16 logits are cast to float32 before the softmax: they give the same sums as float32 logits."""
+    logits = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0)).bfloat16()
+    tokens, mask = torch.ones(2, 6, dtype=torch.int64), torch.arange(6).expand(2, 6) > 2
+    sums, of_float32 = (sequence_logps(x, tokens, mask)[0] for x in (logits, logits.float()))
+    assert torch.equal(sums, of_float32)
 
 
 @pytest.mark.parametrize(
-    "logits, tokens, mask, named",
+    ("logits", "mask", "said"),
     [
-        ((1, 4, 3), (1, 4), [[0, 0, 0, 0]], "row 0 has no scored token"),
-        ((2, 4, 3), (2, 4), [[0, 0, 1, 0], [0, 0, 0, 0]], "row 1 has no scored token"),
-        ((1, 4, 3), (1, 4), [[1, 0, 1, 0]], "first token"),
-        ((1, 4, 3), (1, 3), [[0, 0, 1]], "must be"),
-        ((4, 3), (4,), [0, 0, 1, 0], "must be"),
-        ((1, 4, 3), (1, 4), [[0, 1, 1]], "must be"),
+        ((1, 4, 3), [[0, 0, 0, 0]], "row 0 has no scored token"),
+        ((2, 4, 3), [[0, 0, 1, 0], [0, 0, 0, 0]], "row 1 has no scored token"),
+        ((1, 4, 3), [[1, 0, 1, 0]], "first token"),
+        ((1, 4, 3), [[0, 1, 1]], "must be"),
+        ((4, 3), [0, 0, 1, 0], "must be"),
     ],
 )
-def test_wrong_masks_and_shapes_are_refused(logits, tokens, mask, named):
-    with pytest.raises(ValueError, match=named):
-        sequence_logps(torch.zeros(logits), torch.zeros(tokens, dtype=torch.int64), torch.tensor(mask).bool())
+def test_refused(logits, mask, said):
+    """Nothing scored, a first token scored, and shapes that do not fit."""
+    tokens = torch.zeros(logits[:-1], dtype=torch.int64)
+    with pytest.raises(ValueError, match=said):
+        sequence_logps(torch.zeros(logits), tokens, torch.tensor(mask).bool())
 
 
-@settings(deadline=None, max_examples=30)
-@given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(1, 50))
-def test_token_logps_equals_log_softmax(seed, rows, chunk_size):
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(rows, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(11, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    targets = torch.randint(0, 11, (rows,), generator=generator)
-    upstream = torch.randn(rows, generator=generator, dtype=torch.float64)
-    ours = token_logps(hidden, weight, targets, chunk_size)
-    naive = (hidden @ weight.T).log_softmax(-1)[torch.arange(rows), targets]
-    torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-12)
-    for left, right in zip(
-        torch.autograd.grad(ours, (hidden, weight), upstream),
-        torch.autograd.grad(naive, (hidden, weight), upstream),
-        strict=True,
-    ):
-        torch.testing.assert_close(left, right, rtol=1e-11, atol=1e-11)
+# --- token_logps(hidden, output_weight, targets, chunk_size): the chunked form ------------------------------
 
 
-def test_token_logps_passes_gradcheck():
-    hidden, weight = torch.randn(7, 4).double().requires_grad_(), torch.randn(6, 4).double().requires_grad_()
-    targets = torch.tensor([0, 5, 2, 2, 2, 1, 0])
-    assert torch.autograd.gradcheck(lambda h, w: token_logps(h, w, targets, 3), (hidden, weight))
+def seven_tokens(dtype=F64) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (7, 4), output_weight (5, 4), targets (7,)."""
+    generator = torch.Generator().manual_seed(1)
+    hidden, weight = torch.randn(7, 4, generator=generator), torch.randn(5, 4, generator=generator)
+    targets = torch.tensor([0, 4, 2, 2, 2, 1, 0])
+    return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets
 
 
-def test_chunk_size_changes_nothing_but_rounding():
-    hidden, weight = torch.randn(100, 16, requires_grad=True), torch.randn(61, 16, requires_grad=True)
-    targets = torch.randint(0, 61, (100,))
-    results = []
-    for chunk_size in (1, 7, 100, 1024):
-        logps = token_logps(hidden, weight, targets, chunk_size)
-        results.append((logps.detach(), *torch.autograd.grad(logps.mean(), (hidden, weight))))
-    for result in results[1:]:
-        for left, right in zip(result, results[0], strict=True):
-            torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-6)
+def full(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    logits = (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return logits.log_softmax(-1)[torch.arange(len(targets)), targets]
+
+
+def gradients(logps: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Of a sum in which the first token counts 1, the second 2, ...: every token has a different gradient."""
+    weighted = (logps * torch.arange(1, len(logps) + 1)).sum()
+    return torch.autograd.grad(weighted, inputs, retain_graph=True, materialize_grads=True, allow_unused=True)
+
+
+def test_chunks(form=token_logps):
+    """Chunks of any size give the values and gradients of the full log-softmax, in a second backward too."""
+    hidden, weight, targets = seven_tokens()
+    expected = full(hidden, weight, targets)
+    for chunk_size in (1, 2, 3, 7, 1024):
+        logps = form(hidden, weight, targets, chunk_size)
+        assert_close(logps, expected, rtol=1e-12, atol=1e-12)
+        assert logps.requires_grad
+        for _ in range(2):
+            assert_close(gradients(logps, hidden, weight), gradients(expected, hidden, weight))
+
+
+def test_one_row_at_a_time(monkeypatch):
+    """A CPU works on a few rows of a chunk at once in float32; one row at a time gives the same."""
+    monkeypatch.setattr(logprobs, "CACHED_LOGITS", 1)
+    test_chunks()
+
+
+def test_huge_logits():
+    """Logits 1e4 and -1e4: log-probs 0 and -2e4, and finite gradients, though e^-20000 is 0."""
+    hidden, weight = torch.full((2, 1), 1e4, requires_grad=True), torch.tensor([[1.0], [-1.0]])
+    logps = token_logps(hidden, weight.requires_grad_(), torch.tensor([0, 1]), 1)
+    assert logps.tolist() == [0.0, -2e4]
+    assert all(gradient.isfinite().all() for gradient in gradients(logps, hidden, weight))
+
+
+def test_bf16_chunks():
+    """bf16 products, then float32: log-probs are not rounded, and 600 gradients add up to 600 times one."""
+    hidden, weight, targets = seven_tokens(torch.bfloat16)
+    assert_close(token_logps(hidden, weight, targets, 2), full(hidden, weight, targets))
+    one, many = (
+        token_logps(hidden[:1].expand(n, -1), weight, targets[:1].expand(n), 1).sum() for n in (1, 600)
+    )
+    one, many = (torch.autograd.grad(logp, weight)[0].float() for logp in (one, many))
+    assert_close(many / 600, one, rtol=0.01, atol=1e-6)
+
+
+def test_autocast():
+    """Autocast gives what bf16 inputs give, but a float32 weight's gradient comes unrounded."""
+    hidden, weight, targets = seven_tokens(torch.bfloat16)
+    full_hidden, full_weight = (values.detach().float().requires_grad_() for values in (hidden, weight))
+    expected = token_logps(hidden, weight, targets, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logps = token_logps(full_hidden, full_weight, targets, 2)
+    assert torch.equal(logps, expected)
+    of_hidden, of_weight = gradients(logps, full_hidden, full_weight)
+    assert_close((of_hidden.bfloat16(), of_weight.bfloat16()), gradients(expected, hidden, weight))
+    assert not torch.equal(of_weight, of_weight.bfloat16().float())
 
 
 @pytest.mark.parametrize(("chunk_size", "products"), [(12, 3), (11, 3.5), (4, 3 + 2 / 3), (None, 3)])
-def test_all_but_the_last_chunk_are_computed_twice(chunk_size, products):
-    """Three products are the least: logits, and from their gradient those of hidden states and weight."""
+def test_products(chunk_size, products):
+    """Three matrix products (logits, gradients of hidden and of weight), plus the logits again for every
+    chunk but the last. 12 rows in chunks of at most 11 are two chunks of 6: half of the logits again."""
     hidden, weight = torch.randn(12, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         token_logps(hidden, weight, torch.zeros(12, dtype=torch.int64), chunk_size).sum().backward()
@@ -133,60 +172,26 @@ def test_all_but_the_last_chunk_are_computed_twice(chunk_size, products):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_chunk_rows(dtype):
+def test_tokens_per_chunk(dtype):
+    """As many rows of logits as fit into CHUNK_BYTES, and at least one."""
     row = 49_152 * dtype.itemsize
-    rows = chunk_rows(49_152, dtype)
-    assert rows * row <= LOGITS < (rows + 1) * row
-    assert chunk_rows(10**12, dtype) == 1
+    assert tokens_per_chunk(49_152, dtype) == CHUNK_BYTES // row
+    assert tokens_per_chunk(10**12, dtype) == 1
 
 
-def test_finite_where_probabilities_underflow():
-    hidden, weight = torch.tensor([[1e4], [1e4]], requires_grad=True), torch.tensor([[1.0], [-1.0]])
-    logps = token_logps(hidden, weight.requires_grad_(), torch.tensor([0, 1]))
-    assert logps.tolist() == [0.0, -2e4]
-    logps.sum().backward()
-    assert hidden.grad.isfinite().all() and weight.grad.isfinite().all()
-
-
-def test_token_logps_under_autocast():
-    """bf16 keeps 8 bits: logits of size L carry errors up to L * 2^-8, and so does a token's log-prob.
-
-    What must not happen is rounding of the log-probs themselves: a sum near -1000 would step by 4.
-    """
-    hidden, weight = torch.randn(500, 64), torch.randn(300, 64) / 4
-    targets = torch.randint(0, 300, (500,))
-    exact = token_logps(hidden, weight, targets)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = token_logps(hidden.requires_grad_(), weight, targets)
-    assert low.dtype == torch.float32
-    largest = (hidden @ weight.T).abs().max().item()
-    assert (low - exact).abs().max() < 2 * largest * 2**-8  # the target's logit and the normaliser
-    assert (low - exact).mean().abs() < 0.01  # and without a drift that sums would pile up
-    assert not torch.equal(low, low.bfloat16().float())
-    low.sum().backward()
-    assert hidden.grad.dtype == torch.float32
-
-
-def test_response_logps_under_autocast():
-    model, rng = tiny_model(initializer_range=0.1), np.random.default_rng(0)
-    row = pack(PairTokens.from_pairs(random_pairs(rng, 12, response=(1, 30))))
-    exact = response_logps(model, row)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = response_logps(model, row)
-    assert low.dtype == torch.float32
-    a_token = (low - exact).abs() / row.lengths
-    assert a_token.max() < 0.05
-    low.sum().backward()
-    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+# --- sum_by_response(values, lengths) -----------------------------------------------------------------------
 
 
 def test_sum_by_response():
-    sums = sum_by_response(torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), torch.tensor([1, 3, 2]))
-    assert sums.tolist() == [1.0, 14.0, 48.0]
+    """Responses of 1, 3 and 2 tokens: 1; 2 + 4 + 8; 16 + 32. The gradient of each token is its response's."""
+    values = torch.tensor([1.0, 2, 4, 8, 16, 32], requires_grad=True)
+    sums = sum_by_response(values, torch.tensor([1, 3, 2]))
+    assert sums.tolist() == [1, 14, 48] and sums.requires_grad
+    (gradient,) = torch.autograd.grad(sums @ torch.tensor([5.0, 6, 7]), values)
+    assert gradient.tolist() == [5, 6, 6, 6, 7, 7]
 
 
-def test_the_naive_mask_scores_responses_alone():
-    (pair,) = random_pairs(np.random.default_rng(5), 1, prompt=(3, 3), response=(2, 4))
-    tokens, scored = padded_rows([pair])
-    assert tokens[0][scored[0]].tolist() == pair.chosen and tokens[1][scored[1]].tolist() == pair.rejected
-    assert not scored[:, :3].any()
+def test_sums_in_float64():
+    """2^24 + 1 is no float32: each of the 64 ones would be lost on its way into a float32 sum."""
+    sums = sum_by_response(torch.tensor([-(2.0**24)] + [-1.0] * 64 + [-3.0]), torch.tensor([65, 1]))
+    assert sums.tolist() == [-(2.0**24) - 64, -3.0] and sums.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The decoder against its formulas, and against transformers on every supported family."""
+"""The decoder against its formulas, and against transformers for every supported family."""
 
 from functools import partial
 from pathlib import Path
@@ -6,179 +6,145 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.testing import assert_close
 
 from minidpo.data import PairTokens
 from minidpo.model import load_model, response_logps, save_model
-from minidpo.model.transformer import Llama3Rope, RMSNorm, Transformer, rotary_frequencies, rotate
+from minidpo.model.transformer import Llama3Rope, RMSNorm, rotary_frequencies, rotate
 from minidpo.packing import pack
 from tiny import gradients, random_pairs, relative_difference, tiny_config, tiny_model
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
-
-# Such that all three regimes of Llama 3's scaling occur among the few frequencies of a tiny head.
-LLAMA3 = Llama3Rope(
-    factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64
-)
-BIASED = dict(qkv_bias=True, output_bias=True)
-FAMILIES = {
-    "llama": {},
-    "llama without grouped queries": dict(num_key_value_heads=4),
-    "llama tied": dict(tie_word_embeddings=True),
-    "llama attention_bias": BIASED,
-    "llama mlp_bias": dict(mlp_bias=True),
-    "llama explicit head_dim": dict(head_dim=12),
-    "llama rope_theta": dict(rope_theta=500.0, rms_norm_eps=1e-3),
-    "llama3 rope": dict(rope_scaling=LLAMA3, rope_theta=1000.0, head_dim=16),
-    "mistral": dict(model_type="mistral"),
-    "mistral window not reached": dict(model_type="mistral", sliding_window=64),
-    "qwen2": dict(model_type="qwen2", qkv_bias=True),
-    "qwen2 tied": dict(model_type="qwen2", qkv_bias=True, tie_word_embeddings=True),
-    "qwen3": dict(model_type="qwen3", qk_norm=True, head_dim=16),
-    "qwen3 tied attention_bias": dict(model_type="qwen3", qk_norm=True, tie_word_embeddings=True, **BIASED),
-}
+TOKENS = torch.randint(0, 61, (3, 50), generator=torch.Generator().manual_seed(1))
 
 
-def test_rms_norm_equals_its_formula():
-    norm = RMSNorm(6, eps=0.1).double()
-    norm.weight.data = torch.linspace(0.5, 2, 6, dtype=torch.float64)
-    x = torch.randn(3, 4, 6, dtype=torch.float64)
-    expected = x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * norm.weight
-    torch.testing.assert_close(norm(x), expected, rtol=1e-14, atol=1e-14)
+def test_rms_norm():
+    """x = (3, 4): the mean square is 12.5; with eps = 3.5 the divisor is sqrt(16) = 4. Weights 1 and 2."""
+    norm = RMSNorm(2, eps=3.5)
+    norm.weight.data = torch.tensor([1.0, 2.0])
+    assert_close(norm(torch.tensor([3.0, 4.0])), torch.tensor([0.75, 2.0]))
 
 
-def test_rms_norm_under_autocast_rounds_only_its_result():
+def test_rms_norm_under_autocast():
+    """Only the result is rounded to bf16."""
     norm, x = RMSNorm(64, eps=1e-5), torch.randn(8, 64)
     with torch.autocast("cpu", torch.bfloat16):
         low = norm(x)
-    assert low.dtype == torch.bfloat16
-    assert torch.equal(low, norm(x).bfloat16())
+    assert low.dtype == torch.bfloat16 and torch.equal(low, norm(x).bfloat16())
 
 
-def test_rotation_turns_coordinate_pairs_by_position_times_frequency():
-    model = tiny_model(dtype=torch.float64)
-    theta, size = model.config.rope_theta, model.config.head_dim
-    heads = torch.randn(5, 4, size, dtype=torch.float64)
-    positions = torch.tensor([0, 1, 7, 2, 2])
-    rotated = rotate(heads, *model.model.rotation(positions))
-    for t, position in enumerate(positions.tolist()):
-        for i in range(size // 2):
-            angle = torch.tensor(position * theta ** (-2 * i / size), dtype=torch.float64)
-            turn = torch.polar(torch.ones((), dtype=torch.float64), angle)
-            pair = torch.complex(heads[t, :, i], heads[t, :, i + size // 2]) * turn
-            torch.testing.assert_close(rotated[t, :, i], pair.real)
-            torch.testing.assert_close(rotated[t, :, i + size // 2], pair.imag)
+def test_rotation():
+    """A head of 4 with theta = 100 has frequencies 1 and 100^(-2/4) = 0.1: at position 2 the coordinates
+    (0, 2) turn by 2 radians and (1, 3) by 0.2, so (1, 0, 0, 1) becomes (cos 2, -sin 0.2, sin 2, cos 0.2)."""
+    model = tiny_model(dtype=torch.float64, head_dim=4, rope_theta=100.0)
+    head = torch.tensor([1.0, 0, 0, 1], dtype=torch.float64)
+    rotated = rotate(head, *model.model.rotation(torch.tensor(2)))[0]
+    two, fifth = torch.tensor([2, 0.2], dtype=torch.float64)
+    expected = torch.stack((two.cos(), -fifth.sin(), two.sin(), fifth.cos()))
+    assert_close(rotated, expected, rtol=1e-14, atol=0)
 
 
-def test_rotated_products_depend_on_distance_alone():
-    model = tiny_model(dtype=torch.float64)
-    q, k = torch.randn(2, 1, 4, model.config.head_dim, dtype=torch.float64)
-
-    def product(query_position: int, key_position: int) -> torch.Tensor:
-        at_query = rotate(q, *model.model.rotation(torch.tensor([query_position])))
-        return (at_query * rotate(k, *model.model.rotation(torch.tensor([key_position])))).sum(-1)
-
-    torch.testing.assert_close(product(9, 4), product(105, 100))
-    assert not torch.allclose(product(9, 4), product(9, 5))
+def test_llama3_rope():
+    """Over 63 positions frequency f makes 63 f / 2 pi turns: 10.027, 1.003 and 0.1. More than 4 keep f, fewer
+    than 0.5 give f / 8; 1.003 keeps (1.003 - 0.5) / (4 - 0.5) = 0.1436: 0.1436 * 0.1 + 0.8564 * 0.1 / 8."""
+    scaling = Llama3Rope(8.0, low_freq_factor=0.5, high_freq_factor=4.0, original_max_position_embeddings=63)
+    config = tiny_config(head_dim=6, rope_theta=1000.0, rope_scaling=scaling)
+    frequencies = rotary_frequencies(config, torch.device("cpu"), torch.float64)
+    assert frequencies.tolist() == pytest.approx([1, 0.025067, 0.01 / 8], rel=1e-4)
 
 
-def test_llama3_scaling_leaves_fast_frequencies_and_divides_slow_ones():
-    config = tiny_config(head_dim=16, rope_theta=1000.0)
-    plain = rotary_frequencies(config, torch.device("cpu"), torch.float64)
-    config = tiny_config(head_dim=16, rope_theta=1000.0, rope_scaling=LLAMA3)
-    scaled = rotary_frequencies(config, torch.device("cpu"), torch.float64)
-    turns = 64 * plain / (2 * torch.pi)
-    assert torch.equal(scaled[turns >= 4], plain[turns >= 4])
-    torch.testing.assert_close(scaled[turns <= 1], plain[turns <= 1] / 8)
-    between = (turns > 1) & (turns < 4)
-    assert (turns >= 4).any() and between.any() and (turns <= 1).any()
-    assert (scaled[between] < plain[between]).all() and (scaled[between] > plain[between] / 8).all()
-
-
-def test_nothing_is_random_in_train_mode():
+def test_nothing_is_random():
+    """There is no dropout, even in train mode."""
     model = tiny_model().train()
-    tokens = torch.randint(0, model.config.vocab_size, (3, 20))
-    assert torch.equal(model(tokens), model(tokens))
-    assert torch.equal(model(tokens), model.eval()(tokens))
+    logits = model(TOKENS)
+    assert torch.equal(logits, model(TOKENS)) and torch.equal(logits, model.eval()(TOKENS))
 
 
-def test_later_tokens_do_not_change_earlier_logits():
-    model = tiny_model()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 20))
-    changed = tokens.clone()
-    changed[:, 12:] = (changed[:, 12:] + 1) % model.config.vocab_size
-    logits, logits_of_changed = model(tokens), model(changed)
-    torch.testing.assert_close(logits[:, :12], logits_of_changed[:, :12], rtol=0, atol=1e-6)
-    assert (logits[:, 12:] - logits_of_changed[:, 12:]).abs().max() > 0.1
-
-
-def test_activation_checkpointing_changes_no_value_and_no_gradient():
-    model = tiny_model()
-    tokens = torch.randint(0, model.config.vocab_size, (2, 12))
-    results = []
-    for model.activation_checkpointing in (False, True):
-        model.zero_grad()
-        logits = model(tokens)
-        logits.square().mean().backward()
-        results.append((logits, [p.grad.clone() for p in model.parameters()]))
-    (plain, plain_grads), (checkpointed, checkpointed_grads) = results
-    assert torch.equal(plain, checkpointed)
-    for left, right in zip(plain_grads, checkpointed_grads, strict=True):
-        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
+def test_activation_checkpointing():
+    """It changes no value and no gradient."""
+    plain, model = tiny_model(), tiny_model()
+    model.activation_checkpointing = True
+    assert torch.equal(model(TOKENS), plain(TOKENS))
+    ours, theirs = (gradients(m, m(TOKENS).square().mean()) for m in (model, plain))
+    assert relative_difference(ours, theirs) < 1e-6
 
 
 @pytest.mark.slow
-def test_compiled_layers_change_nothing_but_rounding(monkeypatch):
+def test_compiled_layers(monkeypatch):
+    """torch.compile changes nothing but rounding; one compilation serves rows of different lengths."""
     # The graphs as torch.compile captures them, run without generating C++ for a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     plain, compiled = tiny_model(), tiny_model()
     compiled.compile_layers()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
-    for seed, n in ((0, 3), (1, 5)):  # rows of different shapes through one compilation
-        pairs = PairTokens.from_pairs(random_pairs(np.random.default_rng(seed), n))
-        row = pack(pairs)
+    for n in (3, 5):
+        row = pack(PairTokens.from_pairs(random_pairs(np.random.default_rng(n), n)))
         expected, logps = response_logps(plain, row), response_logps(compiled, row)
-        torch.testing.assert_close(logps, expected, rtol=1e-5, atol=1e-5)
-        difference = relative_difference(gradients(compiled, logps.mean()), gradients(plain, expected.mean()))
-        assert difference < 1e-5
+        assert_close(logps, expected, rtol=1e-5, atol=1e-5)
+        assert (
+            relative_difference(gradients(compiled, logps.mean()), gradients(plain, expected.mean())) < 1e-5
+        )
 
 
-def test_text_longer_than_the_model_was_made_for_is_refused():
-    for over in (dict(max_position_embeddings=8), dict(model_type="mistral", sliding_window=8)):
-        model = tiny_model(**over)
-        model(torch.zeros(1, 8, dtype=torch.int64))
-        with pytest.raises(ValueError, match="9 tokens; this model takes 8"):
-            model(torch.zeros(1, 9, dtype=torch.int64))
+@pytest.mark.parametrize("limit", [dict(max_position_embeddings=8), dict(sliding_window=8)])
+def test_too_long(limit):
+    """A text longer than the model was made for is refused."""
+    model = tiny_model(model_type="mistral", **limit)
+    model(TOKENS[:, :8])
+    with pytest.raises(ValueError, match="9 tokens; this model takes 8"):
+        model(TOKENS[:, :9])
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_logits_equal_transformers(name, tmp_path):
-    model = tiny_model(seed=3, **FAMILIES[name])
-    save_model(model, tmp_path)
-    assert_logits_equal_transformers(model, tmp_path)
+# All three regimes of Llama 3's scaling occur among the frequencies of these heads.
+LLAMA3 = Llama3Rope(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
+FAMILIES = {
+    "llama": {},
+    "llama, a key head per query head": dict(num_key_value_heads=4),
+    "llama biases": dict(qkv_bias=True, output_bias=True, mlp_bias=True),
+    "llama other numbers": dict(head_dim=12, rope_theta=500.0, rms_norm_eps=1e-3),
+    "llama 3": dict(rope_scaling=LLAMA3, rope_theta=1000.0, head_dim=16),
+    "mistral, window not reached": dict(model_type="mistral", sliding_window=64),
+    "qwen2": dict(model_type="qwen2", qkv_bias=True),
+    "qwen3": dict(model_type="qwen3", qk_norm=True, head_dim=16),
+    "qwen3 tied, biases": dict(
+        model_type="qwen3", qk_norm=True, tie_word_embeddings=True, qkv_bias=True, output_bias=True
+    ),
+}
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_directories_written_by_transformers_load_with_equal_logits(kind, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    sizes = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(**sizes, initializer_range=0.2)
-    torch.manual_seed(0)
-    getattr(transformers, f"{kind}ForCausalLM")(config).save_pretrained(tmp_path)
-    assert_logits_equal_transformers(load_model(tmp_path), tmp_path)
-
-
-def test_stories260k_logits_equal_transformers():
-    if not STORIES.is_dir():
-        pytest.skip(f"{STORIES} is not there")
-    assert_logits_equal_transformers(load_model(STORIES), STORIES)
-
-
-def assert_logits_equal_transformers(model: Transformer, directory: Path) -> None:
+def require_equal_logits(directory: Path) -> None:
+    """load_model and transformers give the same logits."""
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    tokens = torch.randint(0, model.config.vocab_size, (3, 50), generator=torch.Generator().manual_seed(1))
+    model = load_model(directory)
+    assert peer.state_dict().keys() - model.state_dict().keys() <= {"lm_head.weight"}  # a tied copy
     with torch.no_grad():
-        ours, theirs = model(tokens), peer(tokens).logits
+        ours, theirs = model(TOKENS), peer(TOKENS).logits
     assert ours.std() > 0.1  # else equality would prove little
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_our_directories(family, tmp_path):
+    """What minidpo writes, transformers opens as the same model."""
+    save_model(tiny_model(seed=3, **FAMILIES[family]), tmp_path)
+    require_equal_logits(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_their_directories(family, tmp_path):
+    """What transformers writes, minidpo opens as the same model."""
+    transformers = pytest.importorskip("transformers")
+    sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
+    sizes += "num_key_value_heads head_dim max_position_embeddings initializer_range".split()
+    config = {name: getattr(tiny_config(), name) for name in sizes}
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config))
+    model.save_pretrained(tmp_path)
+    require_equal_logits(tmp_path)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="needs ../shared/models/stories260k")
+def test_stories260k():
+    """A published model."""
+    require_equal_logits(STORIES)

@@ -8,13 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from minidpo.data.dataset import PairTokens
+from minidpo.data import PairTokens, Tokenizer
 from minidpo.errors import UserError
 from minidpo.model import load_model, load_reward_model, model_fingerprint, save_model, save_reward_model
 from minidpo.model import tensors as tensor_files
 from minidpo.model.transformer import Llama3Rope
 from minidpo.packing import pack
-from tiny import EOS, edit_config, naive_rewards, padded_rows, random_pairs, tiny_model, tiny_reward_model
+from minidpo.textbook import pad as pad_rows
+from tiny import EOS, edit_config, random_pairs, tiny_model, tiny_reward_model
 
 TOKENS = torch.arange(40).view(2, 20)
 EVERYTHING = dict(
@@ -52,8 +53,8 @@ def write_index(directory, index) -> None:
 @pytest.mark.parametrize(
     "over", [{}, EVERYTHING, dict(model_type="mistral", sliding_window=33), dict(mlp_bias=True)]
 )
-def test_what_is_saved_is_what_is_loaded(tmp_path, over):
-    """initializer_range and all else that transformers keeps, too; the numbers themselves bit for bit."""
+def test_round_trip(tmp_path, over):
+    """What is saved is loaded: every field that transformers keeps, and the numbers bit for bit."""
     model = tiny_model(**over)
     save_model(model, tmp_path)
     loaded = load_model(tmp_path)
@@ -73,8 +74,8 @@ def test_dtypes(directory):
 
 
 @pytest.mark.parametrize("links", [False, True], ids=["files", "links"])
-def test_shards_with_an_index_load_as_the_single_file(directory, links):
-    """Links to elsewhere, too: that is what Hugging Face's download cache consists of."""
+def test_shards(directory, links):
+    """They load as the single file; links to elsewhere do, too, of which Hugging Face's cache consists."""
     whole = load_model(directory)
     shard(directory)
     if links:
@@ -85,12 +86,30 @@ def test_shards_with_an_index_load_as_the_single_file(directory, links):
     assert torch.equal(load_model(directory)(TOKENS), whole(TOKENS))
 
 
-def test_a_tied_file_loads_with_and_without_its_copy_of_lm_head(tmp_path):
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+STORED_AS = {
+    "both": lambda t: {HEAD: t[EMBEDDING].clone()} | t,
+    "lm_head alone": lambda t: {HEAD if name == EMBEDDING else name: tensor for name, tensor in t.items()},
+    "lm_head differs": lambda t: {HEAD: 1.5 * t[EMBEDDING]} | t,
+}
+
+
+@pytest.mark.parametrize("stored", STORED_AS)
+def test_tied(tmp_path, capsys, stored):
+    """However a tied pair is stored, the logits are those of transformers: what is stored is used."""
+    transformers = pytest.importorskip("transformers")
     model = tiny_model(tie_word_embeddings=True)
     save_model(model, tmp_path)
-    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
-    rewrite(tmp_path, lambda t: {"lm_head.weight": t["model.embed_tokens.weight"].clone()} | t)
-    assert torch.equal(load_model(tmp_path)(TOKENS), model(TOKENS))
+    assert HEAD not in load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, STORED_AS[stored])
+    logits, differs = load_model(tmp_path)(TOKENS), stored == "lm_head differs"
+    assert torch.allclose(logits, model(TOKENS)) != differs
+    assert ("stored with other values" in capsys.readouterr().out) == differs
+    with torch.no_grad():
+        peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)(TOKENS).logits
+    torch.testing.assert_close(peer, logits, rtol=1e-4, atol=1e-4)
+    save_model(load_model(tmp_path), tmp_path / "again")
+    assert torch.equal(load_model(tmp_path / "again")(TOKENS), logits)
 
 
 def tensors_of(change):
@@ -106,6 +125,11 @@ def only_pickles(directory) -> None:
     torch.save({}, directory / "pytorch_model.bin")
 
 
+def adapter(directory) -> None:
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text("{}")
+
+
 def index_that_lies(directory) -> None:
     weight_map = shard(directory)
     other = next(file for file in weight_map.values() if file != weight_map[NORM])
@@ -113,6 +137,7 @@ def index_that_lies(directory) -> None:
 
 
 NORM = "model.norm.weight"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1044496\n"
 BROKEN = {
     "a tensor short": (tensors_of(lambda t: {k: t[k] for k in t if k != NORM}), f"no tensor '{NORM}'"),
     "untied": (tensors_of(lambda t: {k: t[k] for k in t if k != "lm_head.weight"}), "no tensor 'lm_head"),
@@ -120,22 +145,24 @@ BROKEN = {
     "reward head": (tensors_of(lambda t: t | {"score.weight": torch.ones(1)}), "'score.weight' has no place"),
     "another shape": (tensors_of(lambda t: t | {NORM: torch.ones(31)}), f"'{NORM}' is (31,) in F32; (32,)"),
     "whole numbers": (tensors_of(lambda t: t | {NORM: t[NORM].int()}), f"'{NORM}' is (32,) in I32; (32,)"),
-    "fp8": (tensors_of(lambda t: t | {NORM: t[NORM].to(torch.float8_e4m3fn)}), f"'{NORM}' is (32,) in F8_E4M3"),
+    "fp8": (tensors_of(lambda t: t | {NORM: t[NORM].to(torch.float8_e4m3fn)}), "is (32,) in F8_E4M3"),
     "no safetensors": (lambda d: (d / "model.safetensors").write_bytes(b"x"), "not a safetensors file"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "neither model.safetensors nor"),
     "only pickles": (only_pickles, "pickles and are not read"),
     "torn config": (lambda d: (d / "config.json").write_text("[1"), "config.json: not JSON"),
+    "lfs": (lambda d: (d / "model.safetensors").write_bytes(POINTER), "a git-lfs pointer, not the file"),
+    "lfs config": (lambda d: (d / "config.json").write_bytes(POINTER), "config.json: a git-lfs pointer"),
+    "adapter": (adapter, "merge it first"),
     "no config": (lambda d: (d / "config.json").unlink(), "no such file"),
     "torn index": (index_of("{"), "not an index of shards"),
     "index of a list": (index_of([]), "not an index of shards"),
-    "index of a number": (index_of({"weight_map": 3}), "not an index of shards"),
     "index of numbers": (index_of({"weight_map": {"a": 3}}), "not an index of shards"),
     "index that lies": (index_that_lies, f"does not contain tensor {NORM}"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("spoil", "said"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_directory(directory, spoil, said):
+def test_broken(directory, spoil, said):
     """The error names the directory, and in it the file or the tensor."""
     spoil(directory)
     with pytest.raises(UserError) as error:
@@ -143,8 +170,22 @@ def test_a_broken_directory(directory, spoil, said):
     assert said in str(error.value) and str(directory) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "hinted"), [("Qwen/Qwen2.5-0.5B", True), ("models/mine", False), ("mine", False)]
+)
+def test_name_of_the_hub(tmp_path, monkeypatch, given, hinted):
+    """What looks like a name of the Hugging Face hub, and is no place here, is to be downloaded first."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    for load in (load_model, load_reward_model, Tokenizer.from_pretrained):
+        with pytest.raises(UserError, match=f"^{given}/.*no such file") as error:
+            load(given)
+        assert (f"download it first: hf download {given} --local-dir models/" in str(error.value)) == hinted
+
+
 @pytest.mark.parametrize("escape", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "gone"])
-def test_an_index_that_points_elsewhere_is_an_error(directory, escape):
+def test_index_points_elsewhere(directory, escape):
+    """It is refused."""
     (directory / "sub").mkdir()
     for place in (directory.parent, directory / "sub"):
         shutil.copy(directory / "model.safetensors", place / "model.safetensors")
@@ -153,7 +194,8 @@ def test_an_index_that_points_elsewhere_is_an_error(directory, escape):
         load_model(directory)
 
 
-def test_the_fingerprint_follows_config_and_weights(directory):
+def test_fingerprint(directory):
+    """It follows config and weights."""
     before = model_fingerprint(directory)
     assert model_fingerprint(directory) == before
     rewrite(directory, lambda tensors: tensors | {NORM: torch.ones(32)})
@@ -162,15 +204,15 @@ def test_the_fingerprint_follows_config_and_weights(directory):
     assert len({before, after_weights, model_fingerprint(directory)}) == 3
 
 
-@pytest.mark.parametrize("pad", [None, EOS, 0], ids=["no pad", "pad is eos", "own pad"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_reward_model_scores_the_same_in_transformers(tmp_path, pad, tied):
+@pytest.mark.parametrize("pad", [None, EOS, 0])
+def test_reward_model(tmp_path, pad):
+    """It scores the same in transformers, whichever token pads: none, EOS, or one of its own."""
     transformers = pytest.importorskip("transformers")
-    model = tiny_reward_model(pad_token_id=pad, tie_word_embeddings=tied)
+    model = tiny_reward_model(pad_token_id=pad, tie_word_embeddings=pad is None)
     save_reward_model(model, tmp_path)
     peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
     pairs = random_pairs(np.random.default_rng(0), 6)
-    tokens, scored = padded_rows(pairs)
+    tokens, scored = pad_rows([pair[:3] for pair in pairs])
     present = scored.flip(1).cummax(1).values.flip(1)  # up to the last scored token
     tokens[~present] = peer.config.pad_token_id  # and what lies behind it is padding
     with torch.no_grad():
@@ -178,11 +220,10 @@ def test_a_reward_model_scores_the_same_in_transformers(tmp_path, pad, tied):
         batch = pack(PairTokens.from_pairs(pairs), scored=0)
         ours, reread = (m.forward_packed(batch)[0] for m in (model, load_reward_model(tmp_path)))
     torch.testing.assert_close(scores, ours, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(naive_rewards(model, pairs), ours, rtol=1e-5, atol=1e-5)
     assert torch.equal(reread, ours)
 
 
-def test_a_model_of_the_other_kind(directory, tmp_path):
+def test_other_kind(directory, tmp_path):
     """A language model gives no rewards, a saved reward model no logits."""
     with pytest.raises(UserError, match="no score.weight among its tensors"):
         load_reward_model(directory)
@@ -191,8 +232,8 @@ def test_a_model_of_the_other_kind(directory, tmp_path):
         load_reward_model(tmp_path)(TOKENS)
 
 
-def test_large_model_is_written_in_shards(tmp_path, monkeypatch):
-    """They open here and in transformers."""
+def test_large_model(tmp_path, monkeypatch):
+    """It is written in shards, which open here and in transformers."""
     monkeypatch.setattr(tensor_files, "MOST_BYTES", 20_000)
     model = tiny_model()
     save_model(model, tmp_path)

@@ -1,56 +1,117 @@
-"""The checks of logp_checks.py pass for the code, and refute every mistake of wrong_logps.py."""
+"""Mistakes that real projects made in log-probs, packing and attention, each refuted by a test.
 
-import logp_checks as checks
+x are logits (R, T, V), t tokens (R, T), m a response mask (R, T); h hidden states (S, D), w an output matrix
+(V, D), t targets (S,), c a chunk size; b is a packed batch.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
-import torch.nn.functional as F
-from wrong_logps import WRONG
+import test_attention
+import test_logprobs
+import test_packing
+import test_reward_model
+import torch
+from test_packing import packed
+from torch import Tensor
 
-from minidpo.logprobs import sequence_logps, sum_by_response, token_logps
-from minidpo.model.attention import attention_per_text, masked_attention, shared_prompt_mask
-from minidpo.packing import pack, padded
-
-
-def flex(batch):
-    """FlexAttention's mask on a row of whole blocks, for the tokens that are there."""
-    row, n = padded(batch, 128), len(batch.tokens)
-    attend = masked_attention(shared_prompt_mask(row.prompt, row.response, row.position))
-
-    def of_tokens(q, k, v, layer):
-        return attend(*(F.pad(t, (0, 0, 0, 0, 0, len(row.tokens) - n)) for t in (q, k, v)), layer)[:n]
-
-    return of_tokens
+from minidpo.logprobs import sequence_logps, token_logps
 
 
-RIGHT = {
-    checks.check_rows: [sequence_logps],
-    checks.check_row_gradients: [sequence_logps],
-    checks.check_half_precision_rows: [sequence_logps],
-    checks.check_refused_rows: [sequence_logps],
-    checks.check_chunks: [token_logps],
-    checks.check_chunk_precision: [token_logps],
-    checks.check_autocast: [token_logps],
-    checks.check_sums: [sum_by_response],
-    checks.check_packed_logps: [pack],
-    checks.check_packed_rewards: [pack],
-    checks.check_attention: [attention_per_text, flex],
+def pick(logps: Tensor, tokens: Tensor) -> Tensor:
+    return logps.gather(-1, tokens[..., None])[..., 0]
+
+
+def total(logps: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.where(scored, logps, 0.0).sum(1), scored.sum(1)
+
+
+def right(x: Tensor, t: Tensor) -> Tensor:
+    """(R, T-1): the log-prob of every token but the first."""
+    return pick(x[:, :-1].log_softmax(-1), t[:, 1:])
+
+
+def changed(**fields: Callable) -> Callable:
+    """packed(pairs) with the fields that functions of the right batch give."""
+    return lambda pairs: replace(b := packed(pairs), **{name: field(b) for name, field in fields.items()})
+
+
+def masked(rule: Callable) -> Callable:
+    """Attention by the mask that rule(same_prompt, later, in_prompt, own) makes of four masks (N, N)."""
+
+    def attention(b):
+        same, own = b.prompt[:, None] == b.prompt, b.response[:, None] == b.response
+        later, in_prompt = b.position > b.position[:, None], (b.response == 0).expand_as(same)
+        may = rule(same, later, in_prompt, own)
+        return lambda q, k, v, layer: test_attention.plain_attention(q, k, v, may)
+
+    return attention
+
+
+WRONG = {
+    test_logprobs.test_five_tokens: {  # of sequence_logps(x, t, m)
+        "logits not shifted": lambda x, t, m: total(pick(x.log_softmax(-1), t), m),
+        "shifted the other way": lambda x, t, m: total(pick(x[:, 1:].log_softmax(-1), t[:, :-1]), m[:, :-1]),
+        "mask not shifted": lambda x, t, m: total(right(x, t), m[:, :-1]),
+        "first token of a response not scored": lambda x, t, m: total(right(x, t), m[:, 1:] & m[:, :-1]),
+        "softmax over positions": lambda x, t, m: total(pick(x[:, :-1].log_softmax(1), t[:, 1:]), m[:, 1:]),
+        "no softmax": lambda x, t, m: total(pick(x[:, :-1], t[:, 1:]), m[:, 1:]),
+        "prompt in the sum": lambda x, t, m: (right(x, t).sum(1), m.sum(1)),
+        "mean over the padded length": lambda x, t, m: ((right(x, t) * m[:, 1:]).mean(1), m.sum(1)),
+        "mean for sum": lambda x, t, m: ((right(x, t) * m[:, 1:]).sum(1) / m.sum(1), m.sum(1)),
+        "counts of the whole row": lambda x, t, m: (sequence_logps(x, t, m)[0], torch.full((2,), 4)),
+    },
+    test_logprobs.test_definition: {
+        "logits detached": lambda x, t, m: sequence_logps(x.detach(), t, m),
+        "mask by multiplication": lambda x, t, m: ((right(x, t) * m[:, 1:]).sum(1), m.sum(1)),
+    },
+    test_logprobs.test_chunks: {  # of token_logps(h, w, t, c)
+        "normaliser dropped": lambda h, w, t, c: pick(h @ w.T, t),
+        "targets shifted": lambda h, w, t, c: token_logps(h, w, t.roll(1), c),
+        "hidden states shifted": lambda h, w, t, c: token_logps(h.roll(1, 0), w, t, c),
+        "hidden states detached": lambda h, w, t, c: token_logps(h.detach(), w, t, c),
+        "output matrix detached": lambda h, w, t, c: token_logps(h, w.detach(), t, c),
+    },
+    test_packing.test_three_pairs: {
+        "positions not restarting": changed(position=lambda b: torch.arange(len(b.tokens))),
+        "second response after the first": changed(
+            position=lambda b: torch.cat([torch.arange(int(row[-1] - row[0])) for row in b.bounds])
+        ),
+        "positions one later": changed(position=lambda b: b.position + (b.response > 0)),
+        "predicted by itself": changed(predictor=lambda b: b.predictor + 1),
+        "predicted by the last token but one": changed(predictor=lambda b: (b.predictor - 1).clamp(0)),
+        "rejected predicted by the end of chosen": changed(
+            predictor=lambda b: (b.response > 0).nonzero()[:, 0] - 1
+        ),
+        "responses swapped": lambda pairs: packed([p._replace(chosen=p[2], rejected=p[1]) for p in pairs]),
+        "pairs reversed": lambda pairs: packed(pairs[::-1]),
+    },
+    test_reward_model.test_rewards: {
+        "read at the prompt's end": changed(last=lambda b: torch.tensor(b.bounds[:, 1:-1] - 1)),
+        "read one token early": changed(last=lambda b: b.last - 1),
+        "both read at the end of the row": changed(last=lambda b: b.last[:, 1:].expand_as(b.last)),
+        "responses swapped": changed(last=lambda b: b.last.flip(1)),
+    },
+    test_attention.test_who_sees_whom: {
+        "a response sees the other one": masked(lambda same, later, prompt, own: same & ~later),
+        "a prompt sees its responses": masked(lambda same, later, prompt, own: same & (~later | ~prompt)),
+        "a response does not see its prompt": masked(lambda same, later, prompt, own: same & ~later & own),
+        "not causal": masked(lambda same, later, prompt, own: same & (prompt | own)),
+        "another prompt is seen": masked(lambda same, later, prompt, own: ~later & (prompt | own)),
+    },
 }
 
 
-@pytest.mark.parametrize("check", RIGHT, ids=lambda check: check.__name__)
-def test_the_code_passes(check):
-    assert check in WRONG
-    for right in RIGHT[check]:
-        check(right)
-
-
 @pytest.mark.parametrize(
-    ("check", "wrong"),
+    ("test", "form"),
     [
-        pytest.param(check, form, id=f"{check.__name__}: {name}")
-        for check, forms in WRONG.items()
-        for name, form in forms.items()
+        pytest.param(test, form, id=f"{test.__name__}: {mistake}")
+        for test, forms in WRONG.items()
+        for mistake, form in forms.items()
     ],
 )
-def test_a_check_refutes(check, wrong):
+def test_refuted(test, form):
+    """The test that the code passes fails for a wrong form of it."""
     with pytest.raises(AssertionError):
-        check(wrong)
+        test(form)

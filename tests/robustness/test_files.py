@@ -1,56 +1,143 @@
 """Files are whole or not there, and metrics of a resumed run have no line twice."""
 
-import json
+import os
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from minidpo.files import fingerprint, replacing_directory, replacing_file
+from minidpo.errors import UserError
+from minidpo.files import (
+    fingerprint,
+    read_arrays,
+    replacing_directory,
+    replacing_file,
+    require_place,
+    require_regular,
+    write_arrays,
+    write_file,
+)
 from minidpo.log import MetricsFile, Progress, duration
+from minidpo.tools import exact
+
+REPLACING = pytest.mark.parametrize(
+    ("replacing", "inside"), [(replacing_file, "."), (replacing_directory, "f")]
+)
 
 
-@pytest.mark.parametrize(("replacing", "inside"), [(replacing_file, "."), (replacing_directory, "f")])
-def test_what_fails_half_way_leaves_the_old_one(tmp_path, replacing, inside):
-    path = tmp_path / "a"
+@REPLACING
+def test_failure(tmp_path, replacing, inside):
+    """What fails half-way leaves the old one as it was."""
     for content in ("one", "two"):
-        with replacing(path) as temporary:
+        with replacing(tmp_path / "a") as temporary:
             (temporary / inside).write_text(content)
-    with pytest.raises(RuntimeError), replacing(path) as temporary:
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a") as temporary:
         (temporary / inside).write_text("thr")
         raise RuntimeError
-    assert (path / inside).read_text() == "two"
-    assert list(tmp_path.iterdir()) == [path]
+    assert (tmp_path / "a" / inside).read_text() == "two"
+    assert list(tmp_path.iterdir()) == [tmp_path / "a"]
 
 
-def test_fingerprints_tell_content_and_its_division_apart(tmp_path):
-    (tmp_path / "f").write_bytes(b"ab")
-    assert fingerprint("a", "b") != fingerprint("ab") != fingerprint("b", "a")
-    before = fingerprint(tmp_path / "f")
-    assert fingerprint(tmp_path / "f") == before
-    (tmp_path / "f").write_bytes(b"ac")
-    assert fingerprint(tmp_path / "f") != before
+@REPLACING
+def test_mode(tmp_path, replacing, inside):
+    """Weights may be read by whoever the umask allows; safetensors alone would make them mode 600."""
+    before = os.umask(0o027)
+    try:
+        with replacing(tmp_path / "a") as temporary:
+            save_file({"a": np.ones(1)}, temporary / inside)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a" / inside).stat().st_mode & 0o777 == 0o640
 
 
-@pytest.mark.parametrize(("last_step", "steps"), [(2, [0, 1, 2, 3]), (0, [3])])
-def test_metrics_of_a_resumed_run(tmp_path, last_step, steps):
-    """Lines after the checkpoint and a torn last line are dropped; without a checkpoint, all lines."""
+@pytest.mark.parametrize("link", [False, True])
+def test_special_files(tmp_path, link):
+    """No file takes the place of a pipe or a device, nor of a link to one: as root it would be gone."""
+    path = pipe = tmp_path / "a.png"
+    os.mkfifo(pipe)
+    if link:
+        path = tmp_path / "link.png"
+        path.symlink_to(pipe)
+    for write in (
+        lambda: require_place("--out", path),
+        lambda: exact.main(["--plot", str(path)]),
+        lambda: write_file(path, ""),
+    ):
+        with pytest.raises(UserError, match=rf"{path}: a device or a pipe, where a regular file"):
+            write()
+    assert pipe.is_fifo() and path.is_symlink() == link
+
+
+def test_regular_files(tmp_path):
+    """A link to a file, or to nowhere, is replaced; but not /dev/stdout, even where it leads to a file."""
+    for target in ("file", "nowhere"):
+        (tmp_path / "file").write_text("theirs")
+        (tmp_path / "link").symlink_to(tmp_path / target)
+        require_place("--out", tmp_path / "link")
+        write_file(tmp_path / "link", "ours")
+        assert (tmp_path / "link").read_text() == "ours" and (tmp_path / "file").read_text() == "theirs"
+        (tmp_path / "link").unlink()
+    for path in ("/dev/stdout", "/dev/fd/1"):
+        with pytest.raises(UserError, match=path):
+            require_regular(Path(path))
+
+
+def test_spoilt_arrays(tmp_path):
+    """No byte of a file of arrays can change unnoticed."""
+    file, arrays = tmp_path / "a.safetensors", {"a": np.arange(3.0), "b": np.array([1, 2], np.int32)}
+    write_arrays(file, arrays, {"files": "x"})
+    found, about = read_arrays(file)
+    assert about == {"files": "x"} and all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    content = file.read_bytes()
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(ValueError):
+            read_arrays(file)
+
+
+def test_fingerprints(tmp_path):
+    """They tell contents, their order and their division apart, of texts and of files."""
+    for name, content in (("f", "ab"), ("same", "ab"), ("other", "ac")):
+        (tmp_path / name).write_text(content)
+    assert len({fingerprint("a", "b"), fingerprint("ab"), fingerprint("b", "a")}) == 3
+    assert fingerprint(tmp_path / "f") == fingerprint(tmp_path / "same") != fingerprint(tmp_path / "other")
+
+
+BEFORE = b'{"step": 0, "x": 1.0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "last_step", "kept", "strange"),
+    [
+        (BEFORE + b'{"step": 2}\n{"step": 3}\n{"ste', 1, BEFORE, False),  # after the checkpoint, and torn
+        (BEFORE, 0, b"", False),  # no checkpoint
+        *[
+            (BEFORE + line + b'\n{"step": 2}\n', 2, BEFORE + b'{"step": 2}\n', True)
+            for line in (b"[" * 100_000, b'{"step": "x"}', b'{"step": NaN}', b"\xff", b'["step"]')
+        ],
+    ],
+    ids=range(7),
+)
+def test_metrics_of_a_resumed_run(tmp_path, capsys, content, last_step, kept, strange):
+    """Lines after the checkpoint go silently; a line that is none, where nothing can have been torn, is told."""
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 0, "eval/loss": 1.0}\n{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    MetricsFile(path, last_step).write({"step": 3, "loss": 1.0})
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == steps
+    path.write_bytes(content)
+    MetricsFile(path, last_step).write({"step": 3})
+    assert path.read_bytes() == kept + b'{"step": 3}\n'
+    assert ("1 lines were no lines of metrics" in capsys.readouterr().out) == strange
 
 
-def test_durations_read_as_people_say_them():
-    assert [duration(s) for s in (8.41, 200, 7500)] == ["8.4s", "3m 20s", "2h 05m"]
-
-
-def test_progress_off_a_terminal(monkeypatch, capsys):
-    """Long work says how far it is once a minute."""
+def test_progress(monkeypatch, capsys):
+    """Off a terminal, long work says once a minute how far it is, in times as people say them."""
+    assert [duration(seconds) for seconds in (8.41, 200, 7500)] == ["8.4s", "3m 20s", "2h 05m"]
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     progress = Progress("sampling", 100, "responses")
     for _ in range(4):
         now[0] += 25
         progress.advance(10)
-    said = capsys.readouterr().err
-    assert said == "sampling: 30/100 responses in 1m 15s (0.4 per second, 2m 55s left)\n"
+    # 30 in 75 s are 0.4 per second; the other 70 take 175 s.
+    said = "sampling: 30/100 responses in 1m 15s (0.4 per second, 2m 55s left)\n"
+    assert capsys.readouterr().err == said

@@ -7,35 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-import runs
 import train_dpo
 import train_rm
+from runs import final, metrics
 
 KILLS = 12  # of each script
-STEPS = 8
 
-# Every run is forked from one server that has imported torch: a process of its own would take seconds to start.
+# Every run is forked from one server that has imported torch: a process of its own would take seconds to
+# start.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["pytest", "train_dpo", "train_rm"])
-
-SETTINGS = {
-    "optim__max_steps": STEPS,
-    "run__save_every": 1,
-    "run__eval_every": 3,
-    "run__threads": 1,
-}
-
-
-def started(script, arguments: list[str], out: Path):
-    process = processes.Process(target=script.main, args=([*arguments, f"--run.out={out}"],))
-    process.start()
-    return process
-
-
-def metrics(out: Path) -> list[dict]:
-    return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in runs.metrics(out)]
 
 
 def half_done(out: Path, process: int | str = "*") -> bool:
@@ -45,34 +27,36 @@ def half_done(out: Path, process: int | str = "*") -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])
-def test_a_run_killed_at_random_moments_ends_with_the_same_weights_and_metrics(script, config, tmp_path):
-    arguments = config(**SETTINGS)
+def test_random_kills(script, config, tmp_path):
+    """The same command, run again and again, ends with the same weights and metrics, bit for bit."""
+    settings = config(optim__max_steps=8, run__save_every=1, run__eval_every=3, run__threads=1)
+
+    def run(out: Path, most_seconds: float | None = None):
+        """A process that has run into `out`, and was killed after so many seconds."""
+        process = processes.Process(target=script.main, args=([*settings, f"--run.out={out}"],))
+        process.start()
+        process.join(most_seconds)
+        process.kill()
+        process.join()
+        return process
+
+    def logged(out: Path) -> list[dict]:
+        return [line | {"tokens_per_s": 0} for line in metrics(out)]
+
     whole = tmp_path / "whole"
-    first = started(script, arguments, whole)  # and the server
-    first.join()
+    run(whole)  # and the server
     began = time.monotonic()
-    started(script, arguments, tmp_path / "timed").join()
+    run(tmp_path / "timed")
     duration = time.monotonic() - began
-    expected = load_file(whole / "final" / "model.safetensors")
-    assert len(metrics(whole)) == STEPS + 4  # evaluated at steps 0, 3, 6 and 8
 
     draw, kills, in_a_write, rounds = random.Random(), 0, 0, 0
     while kills < KILLS or not in_a_write:
         rounds += 1
         out = tmp_path / f"killed-{rounds}"
-        while True:
-            process = started(script, arguments, out)
-            process.join(draw.uniform(0, 1.5 * duration))
-            process.kill()
-            process.join()
-            if process.exitcode == 0:
-                break
+        while (process := run(out, draw.uniform(0, 1.5 * duration))).exitcode != 0:
             assert process.exitcode < 0, "it ended by itself, and not well"
             kills += 1
             in_a_write += half_done(out, process.pid)
-        found = load_file(out / "final" / "model.safetensors")
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert metrics(out) == metrics(whole)
+        assert final(out).keys() == final(whole).keys() and logged(out) == logged(whole)
+        assert all(torch.equal(weight, final(whole)[name]) for name, weight in final(out).items())
         assert not half_done(out) and len(list((out / "checkpoints").iterdir())) == 1
-    print(f"{kills} kills in {rounds} runs, {in_a_write} of them in a write; a run takes {duration:.2f}s")

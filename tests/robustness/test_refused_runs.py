@@ -1,7 +1,7 @@
 """Runs on data or models that cannot be used end with exit status 2 and one line on stderr, nothing written."""
 
 import gzip
-import json
+import shutil
 
 import pytest
 
@@ -9,7 +9,7 @@ import train_dpo
 from minidpo.errors import exit_on_user_error
 from minidpo.model import save_model
 from record_files import GOOD, write
-from tiny import tiny_model, write_tokenizer
+from tiny import edit_config, tiny_model
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def refused(config, tmp_path, capsys):
         with pytest.raises(SystemExit) as exit:
             exit_on_user_error(lambda _: train_dpo.main([*arguments, *overrides]))
         *progress, said = capsys.readouterr().err.splitlines()
-        assert exit.value.code == 2 and all(line.startswith("tokenizing eval") for line in progress)
+        assert exit.value.code == 2 and all(line.startswith("tokenizing ") for line in progress)
         assert sorted(tmp_path.rglob("*")) == before, "something was written"
         return said.removeprefix("error: ")
 
@@ -29,52 +29,69 @@ def refused(config, tmp_path, capsys):
     return run
 
 
-def test_bad_data_stops_a_run_with_file_and_line_before_anything_is_written(refused, tmp_path):
-    path = write(tmp_path / "a.jsonl", GOOD, "{")
-    assert refused(f"--data.train={path}").startswith(f"{path}:2: not JSON")
-    assert refused(f"--data.eval={path}").startswith(f"{path}:2: not JSON")
-    good = f"--data.eval={write(tmp_path / 'b.jsonl', GOOD)}"
-    assert refused(good, f"--data.train={path}").startswith(f"{path}:2: not JSON")
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("--data.max_length=512", "texts of up to 512 tokens (max_length), but the model takes 256"),
+        ("--optim.micro_tokens=20", "--optim.micro_tokens = 20, but one pair has "),
+        ("--data.eval_pairs=40", "data.eval_pairs = 40, 40 pairs to hold out of 40"),
+    ],
+)
+def test_numbers(refused, override, says):
+    """They must fit the model and the data."""
+    assert refused(override).startswith(says)
+
+
+def test_data(refused, tmp_path):
+    """File and line are named, also where only the second file is bad."""
+    bad, good = write(tmp_path / "bad.jsonl", GOOD, "{"), write(tmp_path / "good.jsonl", GOOD)
+    for key in ("train", "eval"):
+        assert refused(f"--data.{key}={bad}").startswith(f"{bad}:2: not JSON")
+    assert refused(f"--data.eval={good}", f"--data.train={bad}").startswith(f"{bad}:2: not JSON")
     assert refused(f"--data.train={tmp_path}").startswith(f"{tmp_path}: Is a directory")
-    assert "No such file" in refused(f"--data.train={tmp_path / 'missing.jsonl'}")
-
-
-def test_a_run_in_which_no_pair_is_left_is_refused(refused, tmp_path):
-    path = write(tmp_path / "a.jsonl", {"prompt": "a", "chosen": " yes yes", "rejected": " yes no"})
-    said = refused(f"--data.train={path}", "--data.max_length=2", "--data.max_prompt_length=1")
+    same = write(tmp_path / "same.jsonl", {"prompt": "a", "chosen": " yes yes", "rejected": " yes no"})
+    said = refused(f"--data.train={same}", "--data.max_length=2", "--data.max_prompt_length=1")
     assert said.startswith("no pair is left to use with max_length = 2 (dropped 1: responses identical")
 
 
-def test_skip_bad_lets_the_run_go_on(config, tmp_path, capsys, world):
+def test_skip_bad(config, tmp_path, capsys, world):
+    """With data.skip_bad a bad line is counted, and the run goes on."""
     lines = gzip.open(world / "pairs.jsonl.gz").read().splitlines()
     path = write(tmp_path / "a.jsonl", lines[0], b"{", *lines[1:])
     train_dpo.main([*config(), f"--data.train={path}", "--data.skip_bad=true", "--optim.max_steps=1"])
     assert "dropped 1: not JSON in UTF-8 (line 2)" in capsys.readouterr().out
 
 
-def test_a_tokenizer_without_eos_is_refused(refused, tmp_path, world):
-    model = tmp_path / "model"
-    model.mkdir()
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        (model / name).write_bytes((world / "model" / name).read_bytes())
-    content = json.loads((model / "config.json").read_text()) | {"eos_token_id": None}
-    (model / "config.json").write_text(json.dumps(content))
-    assert refused(f"--model.path={model}").endswith("no eos_token; name the token that ends a text")
-
-
-def test_a_vocabulary_larger_than_the_embedding_is_refused(refused, tmp_path):
-    write_tokenizer(tmp_path / "small", ["a b c"])
+def test_models(refused, tmp_path, world):
+    """Models that cannot be used, or are none, are told before any data is read."""
+    for name in ("mute", "small", "short", "run/final"):
+        shutil.copytree(world / "model", tmp_path / name)
+    edit_config(tmp_path / "mute", lambda fields: fields.update(eos_token_id=None))
+    (tmp_path / "mute" / "tokenizer_config.json").unlink()
     save_model(tiny_model(vocab_size=61), tmp_path / "small")
-    assert "the model's embedding 61 rows" in refused(f"--model.path={tmp_path / 'small'}")
+    edit_config(tmp_path / "short", lambda fields: fields.update(max_position_embeddings=32))
+    for override, says in (
+        (f"model.path={tmp_path / 'mute'}", "no eos_token; name the token that ends a text"),
+        (f"model.path={tmp_path / 'small'}", "the model's embedding 61 rows"),
+        (f"model.path={tmp_path / 'run'}", f"; {tmp_path / 'run' / 'final'} is one; see --model.path"),
+        (f"reference.path={tmp_path / 'short'}", "up to 64 tokens (max_length), but the reference takes 32"),
+        (f"eval.reward_model={world / 'model'}", f"{world / 'model'}: no score.weight among its tensors"),
+    ):
+        assert says in refused(f"--{override}", "--eval.samples=2", "--data.train=missing.jsonl")
 
 
-def test_a_reward_model_that_is_none_is_refused_before_anything_is_read(refused, world, tmp_path):
-    said = refused("--eval.samples=2", f"--eval.reward_model={world / 'model'}", "--data.train=missing.jsonl")
-    assert said.startswith(f"{world / 'model'}: no score.weight among its tensors")
-    assert "no such" in refused("--eval.samples=2", f"--eval.reward_model={tmp_path / 'nowhere'}").lower()
-
-
-def test_the_directory_of_a_run_is_refused_with_the_model_in_it(refused, world, tmp_path):
-    (tmp_path / "run" / "final").mkdir(parents=True)
-    save_model(tiny_model(), tmp_path / "run" / "final")
-    assert refused(f"--model.path={tmp_path / 'run'}").endswith(f"; {tmp_path / 'run' / 'final'} is one")
+@pytest.mark.parametrize(
+    "key", ["model.path", "reference.path", "data.train", "data.eval", "eval.reward_model"]
+)
+def test_missing_path(refused, config, tmp_path, key):
+    """It is named with its key, as it was typed, or with the file in which it was set."""
+    samples = f"--eval.samples={int(key == 'eval.reward_model')}"  # Without samples it is not read.
+    said = refused(samples, f"--{key}={tmp_path / 'nowhere'}")
+    assert (
+        said.startswith(f"{tmp_path / 'nowhere'}")
+        and "no such" in said.lower()
+        and said.endswith(f"; see --{key}")
+    )
+    (file,) = config(**{key.replace(".", "__"): '["nowhere"]' if key.startswith("data") else '"nowhere"'})
+    said = refused(samples)
+    assert said.startswith("nowhere") and said.endswith(f"; see {key} in {file}")

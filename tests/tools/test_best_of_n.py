@@ -1,6 +1,5 @@
-"""Best of n: the reward model's own scores choose, and best and worst make a preference file that trains."""
+"""`python -m minidpo sample`, and best of n: a reward model's scores choose, and make a preference file."""
 
-import json
 import re
 import shutil
 
@@ -11,237 +10,205 @@ from minidpo.errors import UserError
 from minidpo.model import save_reward_model
 from minidpo.tools import sample as command
 from minidpo.tools.best_of_n import Sample, best_and_worst, write_pairs
-from minidpo.tools.sample import main as sample
 from minidpo.tools.score import main as score
-from tiny import tiny_reward_model, write_tokenizer
+from record_files import read, write
+from tiny import edit_config, tiny_reward_model, write_tokenizer
+
+# The question "a cat?" as each template puts it; the first two texts get a BOS.
+HH = "<s>\n\nHuman: a cat?\n\nAssistant:"
+CHATML = "<s><|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n"
+OWN = "<user> a cat?<assistant> "
+PROMPTS = ["\n\nHuman: a cat?\n\nAssistant:", "the dog", "\n\nHuman: yes\n\nAssistant:"]
+ASKED = [{"role": "user", "content": "a cat?"}]
+TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }}{% endfor %}"
+TEMPLATE += "{% if add_generation_prompt %}<assistant> {% endif %}"
 
 
 @pytest.fixture(scope="session")
-def reward_model(world) -> str:
+def reward_model(world):
     """With a tokenizer of its own: rewards are of texts, not of the sampler's ids."""
     texts = [pair.prompt + pair.rejected for pair in read_preferences(world / "pairs.jsonl.gz")]
     write_tokenizer(world / "scorer", texts, vocabulary=280)
     save_reward_model(tiny_reward_model(5, vocab_size=280), world / "scorer")
-    return str(world / "scorer")
+    return world / "scorer"
 
 
 @pytest.fixture
-def best_of_n(world, reward_model, tmp_path, capsys):
-    """Samples and writes both files; returns the samples, the pairs file and what was printed."""
+def prompts(tmp_path):
+    """PROMPTS in the forms that --data reads, with a blank line."""
+    records = {"prompt": PROMPTS[0]}, "", {"prompt": "the dog", "chosen": 3}, {"chosen": PROMPTS[2] + " no"}
+    return write(tmp_path / "prompts.jsonl", *records)
 
-    def run(*arguments: str, n: int = 5) -> tuple[list[dict], list[dict], str]:
-        out, pairs = tmp_path / "samples.jsonl", tmp_path / "best.jsonl"
-        capsys.readouterr()
-        sample(
-            [
-                "--model",
-                str(world / "model"),
-                "--reward-model",
-                reward_model,
-                "--n",
-                str(n),
-                "--device",
-                "cpu",
-            ]
-            + ["--max-new-tokens", "6", "--out", str(out), "--pairs-out", str(pairs), *arguments]
-        )
-        rows = [[json.loads(line) for line in file.read_text().splitlines()] for file in (out, pairs)]
-        return rows[0], rows[1], capsys.readouterr().out
+
+@pytest.fixture
+def sampled(world, capsys):
+    """What `sample` prints."""
+
+    def run(*arguments: object, model=world / "model") -> str:
+        capsys.readouterr()  # What came before is not of this command.
+        typed = ("--model", model, "--device", "cpu", "--max-new-tokens", 6, *arguments)
+        command.main(list(map(str, typed)))
+        return capsys.readouterr().out
 
     return run
 
 
 @pytest.fixture
-def prompts(tmp_path):
-    """Three prompts in the forms that --data reads."""
-    path = tmp_path / "prompts.jsonl"
-    path.write_text(
-        '{"prompt": "\\n\\nHuman: a cat?\\n\\nAssistant:"}\n\n'
-        '{"prompt": "the dog", "chosen": 3}\n'
-        '{"chosen": "\\n\\nHuman: yes\\n\\nAssistant: no", "rejected": "else"}\n'
-    )
-    return ["--data", str(path)]
+def best_of_n(sampled, reward_model, tmp_path):
+    """The best of five: all samples, the pairs of best and worst, and what is printed."""
+
+    def run(*arguments: object, **named) -> tuple[list[dict], list[dict], str]:
+        files = tmp_path / "samples.jsonl", tmp_path / "best.jsonl"
+        options = ("--reward-model", reward_model, "--n", 5, "--out", files[0], "--pairs-out", files[1])
+        text = sampled(*options, *arguments, **named)
+        return read(files[0]), read(files[1]), text
+
+    return run
+
+
+def test_best(best_of_n, prompts, tmp_path):
+    """All samples are written in order; of each prompt the best is printed, best and worst make a pair."""
+    samples, pairs, text = best_of_n("--data", prompts)
+    places = [(row["prompt"], row["prompt_index"], row["sample"]) for row in samples]
+    assert places == [(prompt, p, k) for p, prompt in enumerate(PROMPTS) for k in range(5)]
+    read_pairs, total = read_preferences(tmp_path / "best.jsonl"), 0.0
+    for i, pair in enumerate(read_pairs):
+        of_prompt = sorted(samples[5 * i : 5 * i + 5], key=lambda row: row["reward"])
+        best = of_prompt[-1]
+        assert [row["best"] for row in of_prompt] == [False, False, False, False, True]
+        assert f"--- prompt {i}, best of 5: reward {best['reward']:.4f}" in text and best["text"] in text
+        worst, *_, best_spoken = (row for row in of_prompt if row["text"].strip())
+        assert (pair.prompt, pair.chosen, pair.rejected) == (PROMPTS[i], best_spoken["text"], worst["text"])
+        assert pair.margin == pytest.approx(best_spoken["reward"] - worst["reward"])
+        total += best["reward"]
+    assert len(pairs) == 3 and "3 pairs of best and worst" in text
+    assert f"of the best of 5 {total / 3:.4f} ±" in text
+    assert "log n - (n-1)/n = 0.8094" in text  # 1.6094 - 0.8
+    cut = sum(not row["ended"] for row in samples)
+    assert cut > 0 and re.search(rf"^{cut} of 15 samples were cut off", text, re.M)
 
 
 def test_rewards_of_score(best_of_n, prompts, reward_model, tmp_path):
     """The rewards are those of `score` for the same texts."""
-    samples, _, _ = best_of_n(*prompts)
-    assert len(samples) == 15
+    samples, _, _ = best_of_n("--data", prompts)
     spoken = [row for row in samples if row["text"].strip()]
-    data, out = tmp_path / "all.jsonl", tmp_path / "scores.jsonl"
-    data.write_text(
-        "".join(
-            json.dumps({"prompt": r["prompt"], "chosen": r["text"], "rejected": " x"}) + "\n" for r in spoken
-        )
-    )
-    score(["--reward-model", reward_model, "--data", str(data), "--out", str(out), "--device", "cpu"])
-    theirs = [json.loads(line)["chosen_reward"] for line in out.read_text().splitlines()]
-    assert [row["reward"] for row in spoken] == pytest.approx(theirs, abs=1e-5)
-    assert len({round(reward, 4) for reward in theirs}) > 10
+    records = ({"prompt": row["prompt"], "chosen": row["text"], "rejected": " x"} for row in spoken)
+    data, out = write(tmp_path / "all.jsonl", *records), tmp_path / "scores.jsonl"
+    score(["--reward-model", str(reward_model), "--data", str(data), "--out", str(out), "--device", "cpu"])
+    rewards = [row["chosen_reward"] for row in read(out)]
+    assert [row["reward"] for row in spoken] == pytest.approx(rewards, abs=1e-5)
+    assert len(set(rewards)) > 10
 
 
-def test_best(best_of_n, prompts):
-    """The best is printed and all are written in order."""
-    samples, _, text = best_of_n(*prompts)
-    assert [(row["prompt_index"], row["sample"]) for row in samples] == [
-        (p, k) for p in range(3) for k in range(5)
-    ]
-    assert [row["prompt"] for row in samples[::5]] == [
-        "\n\nHuman: a cat?\n\nAssistant:",
-        "the dog",
-        "\n\nHuman: yes\n\nAssistant:",
-    ]
-    best_rewards = []
-    for p in range(3):
-        mine = samples[5 * p : 5 * p + 5]
-        best = max(mine, key=lambda row: row["reward"])
-        assert [row for row in mine if row["best"]] == [best]
-        assert f"--- prompt {p}, best of 5: reward {best['reward']:.4f}" in text
-        assert best["text"] in text
-        best_rewards.append(best["reward"])
-    assert f"of the best of 5 {sum(best_rewards) / 3:.4f} ±" in text
-    assert "log n - (n-1)/n = 0.8094" in text
-
-
-def test_out_without_a_reward_model(best_of_n, world, prompts, tmp_path, capsys):
-    """Without a reward model every sample is kept too."""
-    scored, _, _ = best_of_n(*prompts)
+def test_without_a_reward_model(sampled, best_of_n, prompts, tmp_path):
+    """Every sample is printed as it is, blanks included, and written without a reward."""
+    scored, _, _ = best_of_n("--data", prompts, "--seed", 4)
     out = tmp_path / "plain.jsonl"
-    plain = ["--model", str(world / "model"), *prompts, "--n", "5", "--max-new-tokens", "6"]
-    sample([*plain, "--device", "cpu", "--out", str(out)])
-    assert f"15 samples written to {out}" in capsys.readouterr().out
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert rows == [{k: v for k, v in row.items() if k not in ("reward", "best")} for row in scored]
+    text = sampled("--data", prompts, "--n", 5, "--out", out, "--seed", 4)
+    assert f"15 samples written to {out}" in text
+    assert read(out) == [{k: v for k, v in row.items() if k not in ("reward", "best")} for row in scored]
+    assert any(row["text"] != row["text"].strip() for row in scored)
+    for row in scored:
+        assert f"--- prompt {row['prompt_index']}, sample {row['sample']}\n{row['text']}\n" in text
 
 
-def test_text(best_of_n, world, prompts, capsys):
-    """A sample is the text that follows its prompt, blanks included."""
-    samples, _, _ = best_of_n(*prompts, "--seed", "4")
-    plain = ["--model", str(world / "model"), *prompts, "--n", "5", "--max-new-tokens", "6", "--seed", "4"]
-    sample([*plain, "--device", "cpu"])
-    printed = capsys.readouterr().out
-    assert any(row["text"] != row["text"].strip() for row in samples)
-    for row in samples:
-        assert f"--- prompt {row['prompt_index']}, sample {row['sample']}\n{row['text']}\n" in printed
+def drawn(text: str, reward: float) -> Sample:
+    return Sample(Prompt("p"), text, True, reward)
 
 
-def test_pairs(best_of_n, prompts, tmp_path):
-    """Best and worst are a preference file."""
-    samples, pairs, text = best_of_n(*prompts)
-    read = list(read_preferences(tmp_path / "best.jsonl"))
-    assert len(read) == len(pairs) == 3
-    assert "3 pairs of best and worst" in text
-    for p, pair in enumerate(read):
-        mine = [row for row in samples[5 * p : 5 * p + 5] if row["text"].strip()]
-        ranked = sorted(mine, key=lambda row: row["reward"])
-        assert (pair.prompt, pair.chosen, pair.rejected) == (
-            mine[0]["prompt"],
-            ranked[-1]["text"],
-            ranked[0]["text"],
-        )
-        assert pair.margin == pytest.approx(ranked[-1]["reward"] - ranked[0]["reward"])
-
-
-def test_nothing_to_prefer(best_of_n, prompts, world, reward_model, tmp_path):
-    """Prompts with nothing to prefer, such as greedy samples, are skipped and counted."""
-    with pytest.raises(UserError, match="no prompt has two samples of different reward"):
-        best_of_n(*prompts, "--temperature", "0")
-    a, b, blank = (
-        Sample(Prompt("p"), text, True, reward) for text, reward in ((" a", 1.0), (" b", 2.0), (" \n", 9.0))
-    )
+def test_nothing_to_prefer(best_of_n, prompts, tmp_path):
+    """Prompts whose samples are blank, tied or equal are skipped."""
+    a, b, blank = drawn(" a", 1.0), drawn(" b", 2.0), drawn(" \n", 9.0)
+    tied, rounded = drawn(" c", 1.0), drawn(" a", 1.0 + 1e-7)
     assert best_and_worst([a, blank, b, a]) == (b, a)
-    tied = Sample(Prompt("p"), " c", True, 1.0)
-    assert best_and_worst([a, tied]) is None
-    assert best_and_worst([a, a, blank]) is None
-    assert best_and_worst([blank, blank]) is None
-    rounded = Sample(Prompt("p"), " a", True, 1.0 + 1e-7)
-    assert best_and_worst([a, rounded]) is None
+    for samples in ([a, tied], [a, a, blank], [blank, blank], [a, rounded]):
+        assert best_and_worst(samples) is None
     write_pairs(tmp_path / "some.jsonl", [[a, b], [a, tied], [a, a]])
-    assert len((tmp_path / "some.jsonl").read_text().splitlines()) == 1
+    assert len(read(tmp_path / "some.jsonl")) == 1
+    with pytest.raises(UserError, match="no prompt has two samples of different reward"):
+        best_of_n("--data", prompts, "--temperature", 0)
 
 
-def test_cut_off(best_of_n, prompts):
-    """Samples that were cut off are told."""
-    samples, _, text = best_of_n(*prompts)
-    cut = sum(not row["ended"] for row in samples)
-    assert cut > 0
-    assert re.search(rf"^{cut} of 15 samples were cut off", text, re.M)
+def test_tools_of_pairs(tmp_path):
+    """A pair of samples has what its prompt gave the template, so that training renders the same prompt."""
+    given = {"tools": [{"name": "weather"}], "effort": "low"}
+    prompt = Prompt("p", ASKED, add_special_tokens=False, given=given)
+    write_pairs(tmp_path / "a.jsonl", [[Sample(prompt, "a", True, 1.0), Sample(prompt, "b", True, 2.0)]])
+    (row,) = read(tmp_path / "a.jsonl")
+    assert (row["tools"], row["chat_template_kwargs"]) == ([{"name": "weather"}], {"effort": "low"})
 
 
 def test_no_room(best_of_n, tmp_path):
-    """Prompts that leave no room are left out and told."""
-    data = tmp_path / "long.jsonl"
-    data.write_text(json.dumps({"prompt": "a cat " * 200}) + '\n{"prompt": "a cat"}\n')
-    samples, _, text = best_of_n("--data", str(data))
-    assert {row["prompt"] for row in samples} == {"a cat"}
+    """Prompts that leave no room are left out and told; indices are those of the file."""
+    long = {"prompt": "a cat " * 200}
+    samples, _, text = best_of_n("--data", write(tmp_path / "a.jsonl", long, {"prompt": "a cat"}))
+    assert {(row["prompt"], row["prompt_index"]) for row in samples} == {("a cat", 1)}
     assert "1 of 2 prompts left out" in text
-    data.write_text(json.dumps({"prompt": "a cat " * 200}) + "\n")
     with pytest.raises(UserError, match="no prompt leaves room for --max-new-tokens 6"):
-        best_of_n("--data", str(data))
+        best_of_n("--data", write(tmp_path / "b.jsonl", long))
 
 
-def test_other_template(best_of_n, prompts, reward_model, tmp_path):
-    """A reward model of another template is told where a template was used."""
-    scorer = tmp_path / "chatty scorer"
-    shutil.copytree(reward_model, scorer)
-    template = Tokenizer.from_pretrained(scorer).chat_template("chatml").to_keep
-    (scorer / "chat_template.jinja").write_text(template)
-    asked, warning = ("--reward-model", str(scorer), "--human", "a cat?"), "has another chat template"
-    assert warning in best_of_n(*asked, "--template", "hh")[2]
-    assert warning not in best_of_n(*asked, "--template", "chatml")[2]
-    assert warning not in best_of_n("--reward-model", str(scorer), *prompts)[2]  # of text
-    assert warning not in best_of_n("--human", "a cat?", "--template", "hh")[2]  # one without a template
+@pytest.fixture
+def chatty(world, tmp_path):
+    """A copy of the model with a chat template of its own and three ids that end a response."""
+    path = shutil.copytree(world / "model", tmp_path / "chatty")
+    edit_config(path, lambda fields: fields.update(eos_token_id=[2, 5, 70]))
+    (path / "chat_template.jinja").write_text(TEMPLATE)
+    return path
 
 
-@pytest.mark.parametrize("kind", ["model", "hh", "chatml"])
-def test_messages(best_of_n, world, tmp_path, monkeypatch, kind):
-    """Pairs train on the ids that were sampled from and scored: in messages if the model has a template of
-    its own, else in text, which needs no setting of a run."""
-    marks = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}{% endfor %}"
-    marks += "{% if add_generation_prompt %}<assistant> {% endif %}"
-    directory = tmp_path / "chatty"
-    shutil.copytree(world / "model", directory)
-    (directory / "chat_template.jinja").write_text(marks)
-    asked = [{"role": "user", "content": "a cat?"}]
-    data = tmp_path / "chat.jsonl"
-    conversation = {"prompt": "a cat?", "chosen": [*asked, {"role": "assistant", "content": "yes"}]}
-    data.write_text("".join(json.dumps(record) + "\n" for record in ({"prompt": asked}, conversation)))
-    sampled, real = [], command.generate
+@pytest.mark.parametrize(
+    ("own", "option", "asked"),
+    [(False, [], HH), (False, ["hh"], HH), (False, ["chatml"], CHATML), (True, [], OWN), (True, ["hh"], HH)],
+)
+def test_human(sampled, world, chatty, monkeypatch, own, option, asked):
+    """A question is put by the model's own template, and as in HH if it has none; any EOS ends a response."""
+    directory, calls = chatty if own else world / "model", []
+    monkeypatch.setattr(command, "generate", lambda *arguments, **_: calls.append(arguments) or arguments[1])
+    sampled("--human", "a cat?", *(["--template", *option] if option else []), model=directory)
+    ((_, (ids,), _, stops, _),) = calls
+    assert Tokenizer.from_pretrained(directory).decode(ids, special_tokens=True) == asked
+    assert stops == ({2, 5, 70} if own else {2})
 
-    def generate(model, prompts, *rest, **named):
-        completions = real(model, prompts, *rest, **named)
-        sampled.extend(zip(prompts, completions, strict=True))
-        return completions
 
-    monkeypatch.setattr(command, "generate", generate)
-    samples, pairs, _ = best_of_n("--model", str(directory), "--data", str(data), "--template", kind)
-    assert all((row["prompt"] == asked) == (kind == "model") for row in (*samples, *pairs))
-    tokenizer = Tokenizer.from_pretrained(directory)
-    texts = {row["text"] for row in samples}
+@pytest.mark.parametrize(("kind", "asked"), [("model", OWN), ("hh", HH), ("chatml", CHATML)])
+def test_messages(best_of_n, chatty, tmp_path, kind, asked):
+    """Pairs train on the prompts that were sampled from: in messages if the model has a template of its own,
+    else in text, which needs no setting of a run."""
+    conversation = {"prompt": "a cat?", "chosen": [*ASKED, {"role": "assistant", "content": "yes"}]}
+    data = write(tmp_path / "chat.jsonl", {"prompt": ASKED}, conversation)
+    samples, pairs, _ = best_of_n("--data", data, "--template", kind, model=chatty)
+    assert all((row["prompt"] == ASKED) == (kind == "model") for row in (*samples, *pairs))
+    tokenizer, texts = Tokenizer.from_pretrained(chatty), {row["text"] for row in samples}
     for pair in read_preferences(tmp_path / "best.jsonl", template=tokenizer.chat_template()):
-        ids = tokenizer.encode_pair(pair)
         assert {pair.chosen, pair.rejected} <= texts
-        assert ids.prompt in [prompt for prompt, _ in sampled]
+        assert tokenizer.decode(tokenizer.encode_pair(pair).prompt, special_tokens=True) == asked
 
 
-def test_human(world, monkeypatch, capsys):
-    """A question is put by the template that is asked for."""
-    asked = []
-    monkeypatch.setattr(command, "generate", lambda model, ids, *rest, **named: asked.extend(ids) or ids)
-    tokenizer = Tokenizer.from_pretrained(world / "model")
-    for template in ([], ["--template", "hh"], ["--template", "chatml"]):
-        sample(["--model", str(world / "model"), "--human", "a cat?", "--device", "cpu", *template])
-    hh = tokenizer.encode("\n\nHuman: a cat?\n\nAssistant:")
-    chatml = tokenizer.encode("<|im_start|>user\na cat?<|im_end|>\n<|im_start|>assistant\n")
-    assert asked == [hh, hh, chatml]
+def test_cold(sampled):
+    """A temperature or top_p that float32 cannot divide by, or tell from 0, is the greedy limit."""
+    laws = (["--temperature", "0"], ["--temperature", "1e-40"], ["--top-p", "1e-50"])
+    assert len({sampled("--prompt", "a cat", *law) for law in laws}) == 1
 
 
-def test_without_a_reward_model(world, prompts, capsys):
-    """Without a reward model every sample of every record is printed."""
-    sample(
-        ["--model", str(world / "model"), *prompts, "--n", "2", "--max-new-tokens", "3", "--device", "cpu"]
-    )
-    assert capsys.readouterr().out.count("--- prompt") == 6
+def test_prompts_file(sampled, tmp_path):
+    """One prompt per line of \\n or \\r\\n, without a byte order mark; other separators stay."""
+    file, out = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
+    file.write_bytes("\ufeffa\x0cb\x85c\r\n\r\nd\u2028e\rf\\ng\n".encode())
+    sampled("--prompts-file", file, "--out", out)
+    assert [row["prompt"] for row in read(out)] == ["a\x0cb\x85c", "d\u2028e\rf\ng"]
+
+
+def test_nobody_reads(best_of_n, prompts, tmp_path, monkeypatch):
+    """The files are written before anything is printed: whoever reads that may have gone."""
+
+    def gone(*_):
+        assert {"samples.jsonl", "best.jsonl"} <= {path.name for path in tmp_path.iterdir()}
+        raise BrokenPipeError
+
+    monkeypatch.setattr(command, "show_best", gone)
+    with pytest.raises(BrokenPipeError):
+        best_of_n("--data", prompts)
 
 
 @pytest.mark.parametrize(
@@ -250,9 +217,7 @@ def test_without_a_reward_model(world, prompts, capsys):
         ('{"chosen": "no turn in it"}', ":1: no prompt; "),
         ('{"prompt": [{"role": "user", "content": "a"}]}', "no chat_template in .*--template hh"),
         ('{"prompt": [{"role": "user"}]}', ":1: a message in 'prompt' has no text under 'content'"),
-        ('{"chosen": [{"role": "assistant", "content": "a"}]}', ":1: no prompt; "),
         ('{"prompt": "a", "chosen": [{"role": "user", "content": "a"}]}', ":1: no prompt; "),
-        ('{"prompt": ""}', ":1: no prompt; "),
         ('{"prompt": "\\ud800"}', "give whole characters"),
         ("{", ":1: not JSON in UTF-8"),
         ("", "no prompt in the file"),
@@ -260,26 +225,31 @@ def test_without_a_reward_model(world, prompts, capsys):
 )
 def test_no_prompt(best_of_n, tmp_path, record, says):
     """A record without a prompt is refused with its line."""
-    (tmp_path / "p.jsonl").write_text(record)
+    data = write(tmp_path / "p.jsonl", record)
     with pytest.raises(UserError, match=says):
-        best_of_n("--data", str(tmp_path / "p.jsonl"))
-    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
+        best_of_n("--data", data)
+    assert list(tmp_path.iterdir()) == [data]
 
 
-def test_options(world, best_of_n, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--prompt caf\udce9", "^--prompt: .* has half a surrogate pair"),
+        ("--human caf\udce9", "^--human: .* has half a surrogate pair"),
+        ("--prompt a --reward-model SCORER --n 1", "--n is 1; give at least 2"),
+        ("--prompt a --reward-model nowhere --n 2", "nowhere"),
+        ("--prompt a --reward-model MODEL --n 2", "score.weight"),
+        ("--prompt a --pairs-out TMP/p", "--pairs-out goes with --reward-model"),
+        ("--prompt a --out TMP/no/s", "--out .*: a file in a directory that exists"),
+        ("--prompt a --reward-model SCORER --n 2 --pairs-out TMP", "--pairs-out .*: a file in a directory"),
+        ("--prompt a --reward-model SCORER --n 2 --out TMP/p --pairs-out TMP/p", "give two files"),
+    ],
+)
+def test_refused(sampled, world, reward_model, tmp_path, arguments, says):
     """Options that do not go together are refused."""
-    prompt = ["--prompt", "a"]
-    for arguments, says in (
-        (["--out", str(tmp_path / "no" / "s.jsonl")], "--out .*: a file in a directory that exists"),
-        (["--pairs-out", str(tmp_path)], "--pairs-out .*: a file in a directory that exists"),
-        (["--pairs-out", str(tmp_path / "samples.jsonl")], "give two files"),
-        (["--reward-model", "nowhere"], "nowhere"),
-        (["--reward-model", str(world / "model")], "score.weight"),
-    ):
-        with pytest.raises(UserError, match=says):
-            best_of_n(*prompt, *arguments)
-    with pytest.raises(UserError, match="--n is 1; give at least 2"):
-        best_of_n(*prompt, n=1)
-    with pytest.raises(UserError, match="--pairs-out goes with --reward-model"):
-        sample(["--model", str(world / "model"), *prompt, "--pairs-out", str(tmp_path / "p.jsonl")])
+    places = {"SCORER": reward_model, "MODEL": world / "model", "TMP": tmp_path}
+    for name, path in places.items():
+        arguments = arguments.replace(name, str(path))
+    with pytest.raises(UserError, match=says):
+        sampled(*arguments.split())
     assert not list(tmp_path.iterdir())

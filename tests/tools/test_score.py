@@ -1,223 +1,194 @@
-"""`python -m minidpo score`: every pair that fits, in file order, equal to transformers."""
+"""`python -m minidpo score`: every whole pair in file order, and what the set shows."""
 
-import gzip
-import json
+import math
 import re
-from pathlib import Path
+import shutil
 
 import numpy as np
 import pytest
-import torch
+from safetensors.torch import save_file
 
-from minidpo.data import Tokenizer, read_preferences
 from minidpo.errors import UserError
+from minidpo.tools.explain import main as explain
+from minidpo.tools.sample import main as sample
 from minidpo.tools.score import calibration
 from minidpo.tools.score import main as score
-
-SHARED = Path(__file__).parents[3] / "shared"
-needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared")
-
-
-def scores(tmp_path: Path, *arguments: str) -> list[dict]:
-    out = tmp_path / "scores.jsonl"
-    score([*arguments, "--out", str(out), "--device", "cpu"])
-    return [json.loads(line) for line in out.read_text().splitlines()]
+from padded import model_of, padded_values, pair_ids, saved_weights, write_pairs
+from record_files import GOOD, read, write
+from runs import run_dpo
 
 
-@needs_shared
-def test_equals_transformers(tmp_path):
-    """On real pairs the log-probs are those of transformers."""
-    transformers = pytest.importorskip("transformers")
-    stories, data = SHARED / "models/stories260k", tmp_path / "hh.jsonl"
-    with gzip.open(SHARED / "data/hh/helpful-base.test.jsonl.gz", "rt") as file:
-        data.write_text("".join(line for line, _ in zip(file, range(80), strict=False)))
-    rows = scores(tmp_path, "--model", str(stories), "--data", str(data))
-    assert len(rows) >= 50  # pairs that fit 512 tokens
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(stories).eval()
-    tokenizer = Tokenizer.from_pretrained(stories)
-    pairs = {pair.index: tokenizer.encode_pair(pair) for pair in read_preferences(data)}
-    for row in rows:
-        pair = pairs[row["index"]]
-        for name, response in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-            tokens = torch.tensor([pair.prompt + response])
-            with torch.no_grad():
-                logps = theirs(tokens).logits[0, :-1].log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
-            summed = logps[len(pair.prompt) - 1 :].double().sum().item()
-            assert row[f"{name}_logps"] == pytest.approx(summed, rel=1e-7, abs=1e-4)
-            assert row[f"{name}_length"] == len(response)
+@pytest.fixture
+def scored(world, tmp_path, capsys):
+    """Runs `score`; returns the rows that it writes and what it prints."""
+
+    def run(*arguments: object, model=world / "model", data=world / "pairs.jsonl.gz") -> tuple[list, str]:
+        out = tmp_path / "scores.jsonl"
+        capsys.readouterr()  # What came before is not of this command.
+        typed = ("--model", model, "--data", data, "--out", out, "--device", "cpu", *arguments)
+        score(list(map(str, typed)))
+        return read(out), capsys.readouterr().out
+
+    return run
 
 
-def test_every_pair(world, tmp_path):
-    """Every pair is scored, identical ones too, in file order."""
-    data = tmp_path / "pairs.jsonl"
-    same = {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": " yes", "rejected": " yes"}
-    longer = same | {"chosen": " yes and no and yes and no"}
-    data.write_text("\n".join(map(json.dumps, [longer, same, longer, same])))
-    rows = scores(tmp_path, "--model", str(world / "model"), "--data", str(data))
+def test_naive(scored, world, tmp_path):
+    """Log-probs are those of padded rows, all logits and float64, in passes smaller than some pairs too."""
+    write_pairs(tmp_path / "pairs.jsonl")
+    arguments = ("--reference", world / "other", "--micro-tokens", 40)
+    rows, _ = scored(*arguments, data=tmp_path / "pairs.jsonl")
+    ids = pair_ids(world / "model")
+    for model, columns in (("model", "{}_logps"), ("other", "reference_{}_logps")):
+        naive = padded_values(model_of(saved_weights(world / model)), ids)
+        for k, name in enumerate(("chosen", "rejected")):
+            logps = [row[columns.format(name)] for row in rows]
+            assert logps == pytest.approx(naive.logps[:, k].tolist(), rel=1e-5)
+            assert [row[f"{name}_length"] for row in rows] == naive.lengths[:, k].tolist()
+
+
+def test_whole_pairs(scored, tmp_path):
+    """Every pair is scored in file order, identical ones too; what is too long is left out, never cut."""
+    same, longer = {**GOOD, "rejected": "c"}, {**GOOD, "chosen": "c and c and c"}
+    data = write(tmp_path / "pairs.jsonl", longer, same, longer, same)
+    rows, _ = scored(data=data)
     assert [row["index"] for row in rows] == [0, 1, 2, 3]
     assert rows[1]["chosen_logps"] == pytest.approx(rows[1]["rejected_logps"], abs=1e-5)
+    short, text = scored("--max-length", 5, data=data)
+    assert [row["index"] for row in short] == [1, 3] and "longer than max_length" in text
 
 
-def test_too_long(world, tmp_path, capsys):
-    """A pair too long for max_length is left out and counted, never cut."""
-    data = world / "pairs.jsonl.gz"
-    every = scores(tmp_path, "--model", str(world / "model"), "--data", str(data))
-    some = scores(tmp_path, "--model", str(world / "model"), "--data", str(data), "--max-length", "45")
-    assert 0 < len(some) < len(every) == 40
-    assert "longer than max_length" in capsys.readouterr().out
-    by_index = {row["index"]: row for row in every}
-    for row in some:
-        assert row["chosen_logps"] == pytest.approx(by_index[row["index"]]["chosen_logps"], rel=1e-5)
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--out {tmp}/no/s.jsonl", "a file in a directory that exists"),
+        ("--max-length 0", "at least 2"),
+        ("--max-length 999", "the model takes 256"),
+        ("--reference nowhere", "nowhere"),
+        ("--data {tmp}/bad.jsonl", "bad.jsonl:1: no key 'rejected'"),
+        ("--beta 0.1", "--beta goes with --reference"),
+        ("--reference {world}/other --beta nan", "--beta nan; it must be > 0"),
+        ("--data {tmp}/many.jsonl --by topic", "--by topic: no scored record of .* has such a field"),
+        ("--data {tmp}/many.jsonl --by id", "--by id: 51 different values"),
+    ],
+)
+def test_refused(scored, world, tmp_path, arguments, says):
+    """What cannot work is refused, and nothing is written."""
+    write(tmp_path / "bad.jsonl", {"prompt": "a", "chosen": "b"})
+    write(tmp_path / "many.jsonl", *({**GOOD, "id": k} for k in range(51)))
+    with pytest.raises(UserError, match=says):
+        scored(*arguments.format(world=world, tmp=tmp_path).split())
+    assert {path.name for path in tmp_path.iterdir()} == {"bad.jsonl", "many.jsonl"}
 
 
-def test_micro_tokens(world, tmp_path):
-    """micro_tokens changes nothing but rounding, even where a pair is longer than it."""
-    common = ["--model", str(world / "model"), "--reference", str(world / "other")]
-    common += ["--data", str(world / "pairs.jsonl.gz")]
-    for a, b in zip(
-        scores(tmp_path, *common), scores(tmp_path, *common, "--micro-tokens", "80"), strict=True
-    ):
-        assert a == pytest.approx(b, rel=1e-5)
-        assert a["reference_chosen_logps"] != a["chosen_logps"]
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (score, "--model {bad} --data {data} --out {out}"),
+        (score, "--model {good} --reference {bad} --data {data} --out {out}"),
+        (sample, "--model {bad} --prompt a --out {out}"),
+        (sample, "--model {bad} --prompt a --temperature 0"),
+        (explain, "--model {bad} --prompt a --chosen b --rejected c --json"),
+        (explain, "--model {good} --reference {bad} --prompt a --chosen b --rejected c"),
+    ],
+)
+@pytest.mark.parametrize("value", [math.nan, 3e38])
+def test_not_finite(world, tmp_path, capsys, command, arguments, value):
+    """A model whose numbers are not finite is refused in one line, and nothing is written."""
+    bad, out = tmp_path / "bad", tmp_path / "out.jsonl"
+    shutil.copytree(world / "model", bad)
+    weights = saved_weights(bad)
+    weights["lm_head.weight"][7] = value
+    save_file(weights, bad / "model.safetensors")
+    arguments = arguments.format(good=world / "model", bad=bad, data=world / "pairs.jsonl.gz", out=out)
+    with pytest.raises(UserError, match="not finite: some of its weights are nan") as error:
+        command([*arguments.split(), "--device", "cpu"])
+    assert "\n" not in str(error.value) and not out.exists()
+    assert "nan" not in capsys.readouterr().out
 
 
-def test_refusals(world, tmp_path):
-    """What cannot work is refused before any scoring."""
-    common = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz")]
-    for arguments, says in (
-        (["--out", str(tmp_path / "no" / "s.jsonl")], "a file in a directory that exists"),
-        (["--out", str(tmp_path / "s.jsonl"), "--max-length", "0"], "at least 2"),
-        (["--out", str(tmp_path / "s.jsonl"), "--max-length", "999"], "the model takes 256"),
-        (["--out", str(tmp_path / "s.jsonl"), "--reference", "nowhere"], "nowhere"),
-    ):
-        with pytest.raises(UserError, match=says):
-            score([*common, *arguments])
-    assert not list(tmp_path.iterdir())
-
-
-def test_bad_data(world, tmp_path):
-    """Nothing is written when the data cannot be read."""
-    data = tmp_path / "bad.jsonl"
-    data.write_text('{"prompt": "a", "chosen": "b"}\n')
-    with pytest.raises(UserError, match=r"bad.jsonl:1: no key 'rejected'"):
-        scores(tmp_path, "--model", str(world / "model"), "--data", str(data))
-    assert not (tmp_path / "scores.jsonl").exists()
-
-
-# --- the summary --------------------------------------------------------------------------------------------
-
-
-def printed(capsys, tmp_path: Path, *arguments: str) -> tuple[list[dict], str]:
-    capsys.readouterr()
-    rows = scores(tmp_path, *arguments)
-    return rows, capsys.readouterr().out
-
-
-def test_accuracy_and_margin(world, tmp_path, capsys):
+def test_accuracy_and_margin(scored, world):
     """Accuracy and mean margin come with their standard errors."""
-    common = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz")]
-    rows, text = printed(capsys, tmp_path, *common, "--reference", str(world / "other"), "--beta", "0.7")
-    margins = [
-        0.7 * (r["chosen_logps"] - r["reference_chosen_logps"])
-        - 0.7 * (r["rejected_logps"] - r["reference_rejected_logps"])
-        for r in rows
-    ]
-    n = len(margins)
-    p, mean = sum(m > 0 for m in margins) / n, sum(margins) / n
-    spread = sum((m - mean) ** 2 for m in margins) / n
+    reference = ("--reference", world / "other")
+    rows, text = scored(*reference, "--beta", "0.7")
+    ratios = {
+        name: np.array([row[f"{name}_logps"] - row[f"reference_{name}_logps"] for row in rows])
+        for name in ("chosen", "rejected")
+    }
+    margins, n = 0.7 * (ratios["chosen"] - ratios["rejected"]), len(rows)
+    p, mean = (margins > 0).mean(), margins.mean()
+    error = math.sqrt(((margins - mean) ** 2).sum() / (n - 1) / n)
     assert 0 < p < 1
-    assert f"{p:.3f} ± {(p * (1 - p) / n) ** 0.5:.3f}" in text
-    found = re.search(r"^  all .* (-?\d+\.\d{4}) ± (\d+\.\d{4})$", text, re.M)
-    assert [float(number) for number in found.groups()] == pytest.approx(
-        [mean, (spread / n) ** 0.5], abs=2e-4
-    )
-    assert "beta 0.7" in text
-    assert "expected calibration error" in text
-    assert "beta 0.1" in printed(capsys, tmp_path, *common, "--reference", str(world / "other"))[1]
-    assert "calibration error" not in printed(capsys, tmp_path, *common)[1]  # log-probs alone are no reward
+    assert f"{p:.3f} ± {math.sqrt(p * (1 - p) / (n - 1)):.3f}" in text
+    printed = re.search(r"^  all .* (-?\d+\.\d{4}) ± (\d+\.\d{4})$", text, re.M).groups()
+    assert list(map(float, printed)) == pytest.approx([mean, error], abs=2e-4)
+    assert "beta 0.7" in text and "expected calibration error" in text
+    assert "beta 0.1" in scored(*reference)[1]
+    assert "calibration error" not in scored()[1]  # log-probs alone are no reward
 
 
-def test_ties(world, tmp_path, capsys):
-    """A model equal to its reference has accuracy 0, and the ties are told."""
-    model = str(world / "model")
-    common = ["--model", model, "--reference", model, "--data", str(world / "pairs.jsonl.gz")]
-    text = printed(capsys, tmp_path, *common)[1]
-    assert re.search(r"^  all +40   0.000 ± 0.000", text, re.M)
-    assert "(40 margins are 0 and count as wrong)" in text
+@pytest.mark.parametrize(
+    ("settings", "calibrated"),
+    [
+        (["--loss.name=dpo", "--loss.length_normalize=true"], True),
+        (["--loss.name=ipo"], False),
+        (["--loss.name=simpo"], False),  # of two orders of a pair, sigma(margin - gamma) does not add up to 1
+        (["--loss.name=simpo", "--loss.gamma=0.0"], True),
+    ],
+)
+def test_loss_of_the_run(scored, world, config, tmp_path, settings, calibrated):
+    """The margin is the run's own, of final/ and of a checkpoint; SimPO needs no reference."""
+    arguments = config(data__eval=f'["{world / "pairs.jsonl.gz"}"]', run__save_every=1, optim__lr=0.01)
+    of_run = run_dpo(arguments, "--loss.beta=0.3", *settings)[-1]["eval/rewards/margins"]
+    assert abs(of_run) > 1e-3
+    reference = [] if "simpo" in settings[0] else ["--reference", world / "model"]
+    out = tmp_path / "out"
+    for model, beta in (("final", 0.3), ("checkpoints/step-4", 0.3), ("final", 0.6)):
+        changed = ["--beta", beta] if beta != 0.3 else []
+        _, text = scored(*reference, *changed, model=out / model)
+        printed = re.search(r"^  all .* (-?\d+\.\d{4}) ±", text, re.M)[1]
+        assert float(printed) == pytest.approx(of_run * beta / 0.3, abs=1e-4)
+        assert f"as {out / 'config.toml'} says" in text and ("calibration error" in text) == calibrated
 
 
-def test_by(world, tmp_path, capsys):
-    """--by splits the pairs by a field of their records."""
-    data = tmp_path / "pairs.jsonl"
-    prompt = {"prompt": "\n\nHuman: a\n\nAssistant:"}
-    records = [
-        prompt | {"chosen": " a" * k, "rejected": " b", "chat": chat, "id": k}
-        for k, chat in enumerate(["help", "harm", "help", None, 3], start=1)
-    ]
-    records.insert(1, prompt | {"chosen": " ", "rejected": "b", "chat": "dropped"})
-    del records[4]["chat"]
-    data.write_text("\n".join(map(json.dumps, records)))
-    common = ["--model", str(world / "model"), "--data", str(data)]
-    rows, text = printed(capsys, tmp_path, *common, "--by", "chat")
-    better = {row["index"]: row["chosen_logps"] > row["rejected_logps"] for row in rows}
-    groups = dict(re.findall(r"^  (\S+) +(\d+   \d\.\d{3}) ±", text, re.M))
-    assert groups["help"] == f"2   {(better[0] + better[3]) / 2:.3f}"
-    assert groups["harm"] == f"1   {better[2]:.3f}"
-    assert groups["(none)"] == f"1   {better[4]:.3f}"
-    assert groups["3"] == f"1   {better[5]:.3f}"
+def test_model_of_sft(scored, world, config, tmp_path):
+    """The loss of an SFT run compares nothing: its margin is DPO's."""
+    run_dpo(config(optim__max_steps=1), "--loss.name=sft")
+    _, text = scored("--reference", world / "other", model=tmp_path / "out" / "final")
+    assert "under dpo, beta 0.1 (the defaults)" in text
+
+
+def test_by(scored, tmp_path):
+    """--by splits the pairs by a field of their records; a record that is dropped is in no group."""
+    kinds = ["help", "dropped", "harm", "help", "none", 3]
+    records = [{**GOOD, "chosen": " a" * k, "kind": kind} for k, kind in enumerate(kinds, start=1)]
+    records[1]["chosen"] = " "
+    del records[4]["kind"]
+    rows, text = scored("--by", "kind", data=write(tmp_path / "pairs.jsonl", *records))
+    right = {row["index"]: row["chosen_logps"] > row["rejected_logps"] for row in rows}
+    groups = dict(re.findall(r"^  (\S+) +(\d+   \d\.\d{3})", text, re.M))
+    assert groups["help"] == f"2   {(right[0] + right[3]) / 2:.3f}"
+    assert groups["harm"] == f"1   {right[2]:.3f}"
+    assert groups["(none)"] == f"1   {right[4]:.3f}"
+    assert groups["3"] == f"1   {right[5]:.3f}"
     assert "dropped" not in groups
-    with pytest.raises(UserError, match="--by topic: no scored record of .* has such a field"):
-        scores(tmp_path, *common, "--by", "topic")
-    data.write_text(
-        "".join(json.dumps(prompt | {"chosen": " a", "rejected": " b", "id": k}) + "\n" for k in range(51))
-    )
-    with pytest.raises(UserError, match="--by id: 51 different values"):
-        scores(tmp_path, *common, "--by", "id")
 
 
-def test_longer_response(world, tmp_path, capsys):
-    """The longer response is a baseline that tells its ties."""
-    data = tmp_path / "pairs.jsonl"
+def test_ties(scored, world, tmp_path):
+    """A model equal to its reference has accuracy 0: every pair ties. In the baseline a tie counts half."""
     texts = [(" yes and yes", " no"), (" yes", " yes and yes"), (" yes", " yes"), (" no", " no")]
-    data.write_text("".join(json.dumps({"prompt": "a", "chosen": c, "rejected": r}) + "\n" for c, r in texts))
-    text = printed(capsys, tmp_path, "--model", str(world / "model"), "--data", str(data))[1]
-    assert re.search(r"longer response +4   0.500 ± 0.177    2 ties, each counted as half", text)
-    assert re.search(r"a coin +0.500", text)
-
-
-def test_calibration():
-    """A calibrated model is found calibrated and a boastful one is not.
-
-    Labels drawn with the model's own probabilities: observed follows predicted. Margins tripled: it does not.
-    """
-    draw = np.random.default_rng(0)
-    logits = draw.normal(0, 1.5, 40_000)
-    margins = np.where(draw.random(40_000) < 1 / (1 + np.exp(-logits)), logits, -logits)
-    table, error = calibration(margins)
-    assert sum(n for _, n, _, _ in table) == 40_000
-    for low, n, predicted, observed in table:
-        assert low <= predicted <= low + 0.05
-        assert abs(observed - predicted) < 4 * (0.25 / n) ** 0.5
-    assert error < 0.01
-    assert calibration(3 * margins)[1] > 0.1
+    records = ({"prompt": "a", "chosen": chosen, "rejected": rejected} for chosen, rejected in texts)
+    data = write(tmp_path / "pairs.jsonl", *records)
+    _, text = scored("--reference", world / "model", data=data)
+    assert re.search(r"^  all +4   0.000 ± 0.000", text, re.M)
+    assert "(4 margins are 0 and count as wrong)" in text
+    # Squared distances from 0.5: 0.25, 0.25, 0, 0. Variance 0.5 / 3; sqrt(0.1667 / 4) = 0.204.
+    assert re.search(r"longer response +4   0.500 ± 0.204    2 ties, each counted as half", text)
 
 
 def test_calibration_by_hand():
     """Two pairs in a bin, one right: predicted 0.62, observed 0.5; a tie is half right."""
-    logit = np.log(0.62 / 0.38)
+    logit = math.log(0.62 / 0.38)
     table, error = calibration(np.array([logit, -logit, 0.0, 800.0]))
-    assert table == [
-        (0.5, 1, pytest.approx(0.5), 0.5),
-        (0.6, 2, pytest.approx(0.62), 0.5),
-        (0.95, 1, pytest.approx(1.0), 1.0),
-    ]
-    assert error == pytest.approx(0.5 * 0.12)
-
-
-def test_bad_beta(world, tmp_path):
-    """--beta is refused without a reference, and where it is no positive number."""
-    common = ["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz")]
-    with pytest.raises(UserError, match="--beta goes with --reference"):
-        scores(tmp_path, *common, "--beta", "0.1")
-    with pytest.raises(UserError, match="--beta nan; it must be > 0"):
-        scores(tmp_path, *common, "--reference", str(world / "other"), "--beta", "nan")
+    tie, both, sure = (0.5, 1, 0.5, 0.5), (0.6, 2, pytest.approx(0.62), 0.5), (0.95, 1, 1.0, 1.0)
+    assert table == [tie, both, sure]
+    assert error == pytest.approx(0.06)  # 2 / 4 * (0.62 - 0.5)

@@ -1,8 +1,16 @@
-"""The run that the tests of the two scripts' steps share."""
+"""What the tests of the two scripts share."""
 
 import pytest
 
+import train_dpo
+import train_rm
 from padded import write_pairs
+
+
+@pytest.fixture(params=[train_dpo, train_rm], ids=["dpo", "rm"])
+def script(request):
+    """One script after the other: a test that asks for it runs twice."""
+    return request.param
 
 
 @pytest.fixture

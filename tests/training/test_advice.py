@@ -1,30 +1,33 @@
 """Warnings: each when its reason is there, once, with what to try; none on a run that goes well."""
 
+import re
+
 import pytest
 
-from minidpo.losses import DPO, LOSSES
+from minidpo.losses import DPO, LOSSES, BradleyTerry
+from minidpo.settings import keys_of
 from minidpo.training.advice import Advice
+from runs import run_dpo
 
 LARGE = 500_000_000
 STEP = {"loss": 0.5, "rewards/accuracies": 0.7, "rewards/margins": 0.5, "saturated": 0.0}
 EVALUATION = {"logps/chosen": -100.0, "rewards/margins": 0.0, "kl": 0.0, "sample_length": 50.0}
+PERFECT = {"loss": 0.004, "rewards/accuracies": 1.0}
 
 
 @pytest.fixture
-def given(capsys):
-    def lines() -> list[str]:
-        return [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
+def warnings(capsys):
+    """The warnings on a run whose steps and evaluations differ from STEP and EVALUATION by these values."""
 
-    return lines
+    def after(steps: list[dict], evaluations: list[dict], loss=None, lr=1e-6, size=LARGE) -> list[str]:
+        advice = Advice(loss or DPO(), size, lr)
+        for values in steps:
+            advice.on_step(STEP | values)
+        for values in evaluations:
+            advice.on_evaluation(EVALUATION | values)
+        return re.findall("^warning: .*", capsys.readouterr().out, re.M)
 
-
-def after(steps: list[dict], evaluations: list[dict], given) -> list[str]:
-    advice = Advice("dpo", DPO.usual_lr, LARGE, 1e-6)
-    for change in steps:
-        advice.on_step(STEP | change)
-    for change in evaluations:
-        advice.on_evaluation(EVALUATION | change)
-    return given()
+    return after
 
 
 @pytest.mark.parametrize(
@@ -33,25 +36,16 @@ def after(steps: list[dict], evaluations: list[dict], given) -> list[str]:
         ([], [{}, {"kl": 10.4}, {"kl": 12.0}], "KL 10.4 nats", "beta"),
         ([], [{}, {"kl": 3.0, "kl_of_worst": 31.0}], "a KL of 31 nats", "read OUT/samples"),
         ([], [{}, {"logps/chosen": -111, "rewards/margins": 0.4}], "11.0 nats less likely", "beta"),
-        ([{"loss": 0.004, "rewards/accuracies": 1.0}] * 4, [], "learnt by heart", "epochs"),
+        ([PERFECT] * 4, [], "learnt by heart", "epochs"),
         ([], [{"sample_length": n} for n in (50, 55, 60, 65, 70)], "longer at every evaluation", "SimPO"),
         ([{"rewards/margins": 10.5}, {"rewards/margins": 12.5}], [], "mean margin of 10.5", "smoothing"),
         ([{"saturated": 0.6}, {"saturated": 0.8}], [], "60% of the pairs", "harder pairs"),
         ([], [{"ended": 0.0}, {"ended": 0.0}], "no sampled response ended", "eval.max_new_tokens"),
     ],
-    ids=[
-        "kl",
-        "one apart",
-        "chosen falls",
-        "overfitted",
-        "longer",
-        "large margin",
-        "saturated",
-        "never ends",
-    ],
 )
-def test_a_warning_is_given_once_with_what_to_try(steps, evaluations, says, tries, given):
-    (line,) = after(steps, evaluations, given)
+def test_warning(steps, evaluations, says, tries, warnings):
+    """It is given once, with what to try."""
+    (line,) = warnings(steps, evaluations)
     assert says in line and tries in line
 
 
@@ -59,18 +53,34 @@ def test_a_warning_is_given_once_with_what_to_try(steps, evaluations, says, trie
     ("steps", "evaluations"),
     [
         ([{}] * 5, [{}, {"kl": 9.0, "rewards/margins": 0.5}]),
-        ([{"loss": 0.004, "rewards/accuracies": 1.0}, {}] * 3, []),  # now and then is chance
+        ([PERFECT, {}] * 3, []),  # now and then is chance
         ([], [{}, {"logps/chosen": -120.0}]),  # fallen, but margins did not rise: another trouble
         ([], [{"sample_length": n} for n in (50, 70, 60, 65, 80)]),
         ([], [{"sample_length": n} for n in (50, 51, 52, 53)]),
     ],
 )
-def test_a_run_that_goes_well_is_left_alone(steps, evaluations, given):
-    assert after(steps, evaluations, given) == []
+def test_no_warning(steps, evaluations, warnings):
+    """A run that goes well is left alone."""
+    assert warnings(steps, evaluations) == []
+
+
+@pytest.mark.parametrize("loss", [*(kind() for kind in LOSSES.values()), BradleyTerry()], ids=repr)
+def test_keys(loss, warnings):
+    """A warning names no setting that the run's loss does not have."""
+    steps = [PERFECT | {"rewards/margins": 10.5, "margin": 10.5, "accuracy": 1.0}] * 3
+    evaluations = [
+        {"kl": 20 * k, "logps/chosen": -20 * k, "rewards/margins": k, "sample_length": 50 + 9 * k}
+        for k in range(6)
+    ]
+    lines = warnings(steps, evaluations, loss, lr=1e-3)
+    # Only a logistic loss has no gradient at a large margin.
+    assert len(lines) == 5 + getattr(loss, "saturates", True)
+    named = set(re.findall(r"loss\.(\w+)", " ".join(lines)))
+    assert named <= keys_of(loss).keys() and ("beta" in named) == loss.needs_reference
 
 
 @pytest.mark.parametrize(
-    ("loss", "lr", "parameters", "warned"),
+    ("loss", "lr", "size", "warned"),
     [
         ("dpo", 1e-6, LARGE, False),
         ("dpo", 2e-4, LARGE, True),
@@ -80,6 +90,24 @@ def test_a_run_that_goes_well_is_left_alone(steps, evaluations, given):
         ("dpo", 2e-4, 700_000, False),  # small models take more, as in the demo
     ],
 )
-def test_a_rate_far_from_the_published_ones_is_told_at_the_start(loss, lr, parameters, warned, given):
-    Advice(loss, LOSSES[loss].usual_lr, parameters, lr)
-    assert [f"optim.lr = {lr:g}" in line for line in given()] == [True] * warned
+def test_rate(loss, lr, size, warned, warnings):
+    """A rate far from the published ones is told at the start."""
+    lines = warnings([], [], LOSSES[loss](), lr, size)
+    assert [f"optim.lr = {lr:g}" in line for line in lines] == [True] * warned
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "says"),
+    [("linear", 8, "lr is 0.0005 at the next step, where 0 was"), ("linear", 4, ""), ("constant", 8, "")],
+)
+def test_other_length(config, capsys, schedule, steps, says):
+    """A run that resumes with another length says at once what that makes of its learning rate.
+
+    After 4 of 8 steps a linear schedule is at half of 1e-3; after 4 of 4 it is at 0.
+    """
+    arguments = config(optim__schedule=f'"{schedule}"', optim__epochs=2)
+    run_dpo(arguments, "--optim.max_steps=4", "--run.save_every=4")
+    capsys.readouterr()
+    run_dpo(arguments, f"--optim.max_steps={steps}")
+    told = re.findall(".*were planned.*", capsys.readouterr().out)
+    assert len(told) == bool(says) and all(says in line for line in told)

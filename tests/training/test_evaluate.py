@@ -1,167 +1,212 @@
-"""Sampled evaluation: its estimates are what they claim, and a run that samples says what its policy says."""
+"""Sampled evaluation: each estimate against what it estimates, each figure of a run against its samples."""
 
-import json
 import math
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-import train_rm
-from minidpo.data import PairOrder
 from minidpo.errors import UserError
 from minidpo.log import console_line
-from minidpo.model import Sampling, generate
+from minidpo.model import Sampling, generate, load_model
 from minidpo.training import evaluate
 from minidpo.training.evaluate import distinct, divergences
-from minidpo.training.reward_scorer import mean_and_error
-from runs import final
-from runs import run_dpo as run
+from minidpo.training.reward_scorer import RewardScorer, mean_and_error, text_after, with_error
+from padded import saved_weights
+from record_files import read
+from runs import final, run_dpo, run_rm
 from tiny import EOS, tiny_model
 
 HERE = (torch.device("cpu"), "fp32")
+VOCABULARY = 11
+SETTINGS = dict(eval__samples=6, eval__max_new_tokens=12, run__eval_every=2)
 
 
-@pytest.fixture(scope="module")
-def two_models():
-    """A policy and a reference of 11 tokens that may say two, and the exact KL between them."""
-    return tiny_model(0, vocab_size=11), tiny_model(1, vocab_size=11)
-
-
+@torch.no_grad()
 def exact_kl(policy, reference, prompt: list[int]) -> float:
-    """KL over all answers of at most two tokens: EOS, or a token and whatever comes next."""
-    answers = [[EOS]] + [[first, second] for first in range(11) if first != EOS for second in range(11)]
+    """KL over all responses of at most two tokens: EOS, or a token and whatever comes next."""
+    second = [[a, b] for a in range(VOCABULARY) if a != EOS for b in range(VOCABULARY)]
     total = 0.0
-    with torch.no_grad():
-        for answer in answers:
-            logps = []
-            for model in (policy, reference):
-                steps = model(torch.tensor([prompt + answer]))[0].double().log_softmax(-1)
-                logps.append(sum(steps[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer)))
-            total += math.exp(logps[0]) * (logps[0] - logps[1])
+    for response in [[EOS], *second]:
+        tokens = torch.tensor([prompt + response])
+        p, q = (
+            model(tokens)[0, len(prompt) - 1 : -1]  # the logits that predict the response
+            .double()
+            .log_softmax(-1)
+            .gather(-1, torch.tensor(response)[:, None])
+            .sum()
+            for model in (policy, reference)
+        )
+        total += float(p.exp() * (p - q))
     return total
 
 
-def test_both_estimates_of_the_kl_meet_the_exact_one_and_the_chain_rule_varies_less(two_models):
-    policy, reference = two_models
-    prompts = [[4, 5, 6], [7]] * 1500  # of two lengths, so that there is padding
+def test_kl():
+    """Both estimates meet the exact KL; that of next tokens is never negative and varies less."""
+    policy, reference = (tiny_model(seed, vocab_size=VOCABULARY) for seed in (0, 1))
+    prompts = [[4, 5, 6], [7]] * 1500
     samples = generate(policy, prompts, Sampling(max_new_tokens=2), EOS, seed=0, batch_size=3000)
-    apart = divergences(policy, reference, prompts, samples, *HERE)  # (samples, 2): log-ratios, next tokens
-    exact = (exact_kl(policy, reference, [4, 5, 6]) + exact_kl(policy, reference, [7])) / 2
+    log_ratios, next_tokens = divergences(policy, reference, prompts, samples, *HERE).T
+    exact = np.mean([exact_kl(policy, reference, prompt) for prompt in prompts[:2]])
     assert exact > 0.3
-    for mean, error in map(mean_and_error, apart.T):
+    for estimate in (log_ratios, next_tokens):
+        mean, error = mean_and_error(estimate)
         assert abs(mean - exact) < 4 * error
-    assert apart[:, 1].std() < 0.7 * apart[:, 0].std()
-    assert apart[:, 1].min() >= 0 > apart[:, 0].min()
+    assert next_tokens.std() < 0.7 * log_ratios.std()
+    assert next_tokens.min() >= 0 > log_ratios.min()
 
 
-def test_the_kls_of_next_tokens_are_added_up_from_the_prompts_last_token_to_the_one_before_the_answers_last(
-    two_models,
-):
-    prompts, answers = [[4, 5, 6], [7]], [[8, EOS], [9, 10, 3, EOS]]
-    both = divergences(*two_models, prompts, answers, *HERE)
-    with torch.no_grad():
-        for prompt, answer, found in zip(prompts, answers, both[:, 1], strict=True):
-            by_hand = 0.0
-            for t in range(len(answer)):
-                p, q = (
-                    m(torch.tensor([prompt + answer[:t]]))[0, -1].double().log_softmax(-1) for m in two_models
-                )
-                by_hand += (p.exp() * (p - q)).sum().item()
-            assert found == pytest.approx(by_hand, rel=1e-4)
+def test_standard_error():
+    """Of 1, 2, 3, 4: the variance is (2.25 + 0.25 + 0.25 + 2.25) / 3 = 1.6667; sqrt(1.6667 / 4) = 0.6455."""
+    assert mean_and_error(np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx((2.5, 0.6455), abs=1e-4)
+    assert with_error(np.array([1.0, 2.0, 3.0, 4.0]), "8.3f") == "   2.500 ± 0.645"
+    assert math.isnan(mean_and_error(np.array([1.0]))[1])
+    assert with_error(np.array([1.0]), ".3f") == "1.000"
 
 
-def test_a_policy_that_is_the_reference_is_at_zero(two_models):
-    policy, _ = two_models
-    assert np.abs(divergences(policy, policy, [[4, 5], [6]], [[7, EOS], [8]], *HERE)).max() < 1e-6
-
-
-def test_distinct_n_is_the_share_of_different_n_grams():
+def test_distinct():
+    """Different n-grams over the number of tokens (Li et al. 2016)."""
     assert distinct([[1, 2, 1, 2], [1, 2]], 1) == 2 / 6
-    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 4  # 12 21 12, 12
+    assert distinct([[1, 2, 1, 2], [1, 2]], 2) == 2 / 6  # 12 21 12 and 12: two kinds, of six tokens
     assert distinct([[7]], 2) == 0.0
 
 
+def test_console_line():
+    """A mean over samples stands there with its standard error."""
+    values = {"step": 250, "eval/kl": 6.09, "eval/kl_standard_error": 4.18, "eval/sample_length": 11.7}
+    assert console_line(values, 250, 0, "eval/") == "eval 250/250  KL   6.09 ± 4.18  length  11.7"
+
+
+# --- runs ---------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture
-def sampling(config):
-    return config(eval__samples=6, eval__max_new_tokens=12, run__eval_every=2)
+def sampling(config) -> list[str]:
+    return config(**SETTINGS)
 
 
-def evaluations(metrics: list[dict]) -> list[dict]:
-    return [line for line in metrics if "eval/kl" in line]
+@pytest.fixture
+def rounds(monkeypatch) -> list[tuple]:
+    """(Sampling, prompts, samples) of every round of sampling of a run, the reference's first."""
+    rounds, real = [], evaluate.generate
+
+    def recording(model, prompts, sampling, *more, **named):
+        rounds.append((sampling, prompts, real(model, prompts, sampling, *more, **named)))
+        return rounds[-1][-1]
+
+    monkeypatch.setattr(evaluate, "generate", recording)
+    return rounds
 
 
-def test_at_step_0_the_policy_says_what_the_reference_says(sampling, tmp_path):
-    first, middle, last = evaluations(run(sampling))
-    assert first["eval/kl"] == first["eval/kl_of_log_ratios"] == first["eval/sample_length_change"] == 0.0
-    assert middle["eval/kl"] > 0 and last["eval/kl"] > middle["eval/kl"]
-    assert last["eval/kl_standard_error"] > 0
-    lines = [json.loads(line) for line in (tmp_path / "out/samples/step-4.jsonl").read_text().splitlines()]
-    assert len(lines) == 6 and len({line["prompt"] for line in lines}) == 6
-    assert last["eval/sample_length"] == pytest.approx(np.mean([line["tokens"] for line in lines]))
-    assert last["eval/kl_of_log_ratios"] == pytest.approx(np.mean([line["log_ratio"] for line in lines]))
-    assert last["eval/kl_per_token"] == pytest.approx(
-        6 * last["eval/kl"] / sum(line["tokens"] for line in lines)
+def require(line: dict, figures: dict) -> None:
+    assert {name: line[f"eval/{name}"] for name in figures} == pytest.approx(figures, rel=1e-4, abs=1e-6)
+
+
+@torch.no_grad()
+def divergence(policy, reference, prompt: list[int], response: list[int]) -> tuple[float, float]:
+    """log pi/pi_ref of the response, and the KL of both next-token distributions summed over it."""
+    p, q = (  # (T, V): the logits at t - 1 predict token t, from the prompt's last on
+        model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].double().log_softmax(-1)
+        for model in (policy, reference)
     )
-    assert last["eval/ended"] == np.mean([line["ended"] for line in lines])
+    log_ratio = sum((p - q)[t, token].item() for t, token in enumerate(response))
+    return log_ratio, (p.exp() * (p - q)).sum().item()
 
 
-@pytest.mark.parametrize(("reference", "sampled"), [("model", 1 + 2), ("other", 1 + 3)])
-def test_at_step_0_what_the_reference_has_said_is_not_sampled_again(
-    sampling, world, monkeypatch, reference, sampled
-):
-    calls, real = [], evaluate.generate
-    monkeypatch.setattr(evaluate, "generate", lambda *a, **k: calls.append(a) or real(*a, **k))
-    first = evaluations(run(sampling, f"--reference.path={world / reference}"))[0]
-    assert len(calls) == sampled and (first["eval/kl"] == 0) == (reference == "model")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_figures(sampling, rounds, world, tmp_path, dtype):
+    """Every figure follows from the samples, in float32 also where the run trains in bf16."""
+    for name in ("model", "other"):  # Copies to which EOS comes easily: their responses differ in length.
+        shutil.copytree(world / name, tmp_path / name)
+        weights = saved_weights(world / name)
+        weights["lm_head.weight"][EOS] *= 16
+        save_file(weights, tmp_path / name / "model.safetensors")
+    models = [f"--model.path={tmp_path / 'model'}", f"--reference.path={tmp_path / 'other'}"]
+    lines = run_dpo(sampling, *models, f"--run.dtype={dtype}")
+    reference, of_reference = load_model(tmp_path / "other"), rounds[0][-1]
+    for line, directory, (law, prompts, samples) in (
+        (lines[0], tmp_path / "model", rounds[1]),
+        (lines[-1], tmp_path / "out" / "final", rounds[-1]),
+    ):
+        policy = load_model(directory)
+        each = [divergence(policy, reference, *both) for both in zip(prompts, samples, strict=True)]
+        log_ratios, kls = np.array(each).T
+        lengths = np.array([len(response) for response in samples])
+        ended = [response[-1] == EOS for response in samples]
+        mean, error = mean_and_error(kls)
+        figures = {"kl": mean, "kl_standard_error": error, "kl_of_worst": kls.max()}
+        # The mean of each response's own ratio is another number: long responses would count too little.
+        figures |= {"kl_per_token": kls.sum() / lengths.sum(), "kl_of_log_ratios": log_ratios.mean()}
+        figures |= {"sample_length": lengths.mean(), "ended": np.mean(ended)}
+        figures["sample_length_change"] = lengths.mean() - np.mean([len(ids) for ids in of_reference])
+        require(line, figures)
+        assert law == Sampling(max_new_tokens=12, temperature=1.0, top_p=1.0)
+        rows = read(tmp_path / "out" / "samples" / f"step-{line['step']}.jsonl")
+        assert len(rows) == len({row["prompt"] for row in rows}) == 6
+        assert [(row["tokens"], row["ended"]) for row in rows] == list(zip(lengths, ended, strict=True))
+        assert [row["log_ratio"] for row in rows] == pytest.approx(log_ratios, rel=1e-4, abs=1e-6)
 
 
-def test_sampling_changes_nothing_of_the_training(sampling, config, tmp_path):
-    run(sampling)
+def test_rewards_and_wins(config, rounds, tokenizer, tmp_path):
+    """They follow from the policy's samples and the reference's, judged by a model of the other script."""
+    directory = tmp_path / "rm" / "final"
+    run_rm(config(), f"--run.out={tmp_path / 'rm'}")
+    *_, line = run_dpo(config(**SETTINGS), f"--eval.reward_model={directory}")
+    scorer = RewardScorer(str(directory), torch.device("cpu"))
+
+    def rewards(_, prompts: list[list[int]], samples: list[list[int]]) -> np.ndarray:
+        texts = [text_after(tokenizer, *both) for both in zip(prompts, samples, strict=True)]
+        return scorer.rewards(list(map(tokenizer.prompt, prompts)), texts)
+
+    policy, reference = rewards(*rounds[-1]), rewards(*rounds[0])
+    assert 0 < np.mean(policy > reference) < 1
+    mean, error = mean_and_error(policy)
+    figures = {"reward": mean, "reward_standard_error": error, "reward_of_reference": reference.mean()}
+    figures |= {"win_rate": np.mean(policy > reference), "tie_rate": np.mean(policy == reference)}
+    require(line, figures)
+    rows = read(tmp_path / "out" / "samples" / "step-4.jsonl")
+    assert [row["reward"] for row in rows] == pytest.approx(policy, abs=1e-5)
+
+
+def test_independent_draws(sampling, rounds):
+    """A policy equal to its reference has KL 0 and draws other responses: one seed would make ties."""
+    start, *_ = run_dpo(sampling, "--optim.max_steps=2", "--optim.lr=1e-12")
+    assert start["eval/kl"] == start["eval/kl_of_log_ratios"] == 0.0
+    reference, first, last = (samples for _, _, samples in rounds)
+    assert first == last and not any(a == b for a, b in zip(reference, first, strict=True))
+
+
+def test_one_sample(sampling):
+    """A mean of one response has no standard error: its key is left out, for NaN is no JSON."""
+    first, *_ = run_dpo(sampling, "--eval.samples=1", "--optim.max_steps=1")
+    assert "eval/kl" in first and "eval/kl_standard_error" not in first
+
+
+def test_same_training(sampling, config, tmp_path):
+    """Sampling changes nothing of the training."""
+    run_dpo(sampling)
     sampled = final(tmp_path / "out")
-    run(config(run__eval_every=2), f"--run.out={tmp_path / 'silent'}")
+    run_dpo(config(run__eval_every=2), f"--run.out={tmp_path / 'silent'}")
     assert all(torch.equal(tensor, sampled[name]) for name, tensor in final(tmp_path / "silent").items())
 
 
-def test_a_run_that_samples_resumes_bit_for_bit(sampling, tmp_path, monkeypatch):
-    whole = run(sampling, f"--run.out={tmp_path / 'whole'}")
-    real = PairOrder.__getitem__
-    with monkeypatch.context() as patch:
-        patch.setattr(PairOrder, "__getitem__", lambda order, step: real(order, step) if step < 3 else 1 / 0)
-        with pytest.raises(ZeroDivisionError):
-            run(sampling, "--run.save_every=1")
-    resumed = run(sampling, "--run.save_every=1")
-
-    def without_speed(metrics: list[dict]) -> list[dict]:
-        return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in metrics]
-
-    assert without_speed(resumed) == without_speed(whole)
-    one, other = ((tmp_path / out / "samples" / "step-4.jsonl").read_text() for out in ("whole", "out"))
-    assert one == other
+def test_resume(sampling, tmp_path):
+    """A run that samples goes on after its second step as if nothing had been."""
+    same = ["--optim.schedule=constant", "--run.save_every=2"]
+    whole = run_dpo(sampling, *same, f"--run.out={tmp_path / 'whole'}")
+    run_dpo(sampling, *same, "--optim.max_steps=2")
+    resumed = run_dpo(sampling, *same)
+    for line in whole + resumed:
+        line.pop("tokens_per_s", None)
+    assert resumed == whole
+    one, other = (tmp_path / out / "samples" / "step-4.jsonl" for out in ("whole", "out"))
+    assert one.read_text() == other.read_text()
 
 
-def test_a_reward_model_of_the_other_script_judges_the_samples(sampling, config, tmp_path):
-    train_rm.main([*config(), f"--run.out={tmp_path / 'rm'}"])
-    config(
-        eval__samples=6, eval__max_new_tokens=12, run__eval_every=2
-    )  # the file again, which was overwritten
-    judge = f"--eval.reward_model={tmp_path / 'rm' / 'final'}"
-    first, *_, last = evaluations(run(sampling, judge, f"--run.out={tmp_path / 'judged'}"))
-    assert (
-        first["eval/win_rate"] == 0.0 and first["eval/tie_rate"] == 1.0
-    )  # its own samples, against themselves
-    assert first["eval/reward"] == first["eval/reward_of_reference"] == last["eval/reward_of_reference"]
-    lines = [json.loads(line) for line in (tmp_path / "judged/samples/step-4.jsonl").read_text().splitlines()]
-    assert last["eval/reward"] == pytest.approx(np.mean([line["reward"] for line in lines]))
-    assert last["eval/win_rate"] + last["eval/tie_rate"] <= 1
-
-
-def test_what_leaves_no_room_for_samples_is_refused_before_training(sampling, tmp_path):
+def test_no_room(sampling, tmp_path):
+    """What leaves no room for samples is refused before training."""
     with pytest.raises(UserError, match="eval.max_new_tokens = 250 after a prompt of .* the model takes 256"):
-        run(sampling, "--eval.max_new_tokens=250")
+        run_dpo(sampling, "--eval.max_new_tokens=250")
     assert not (tmp_path / "out" / "checkpoints").exists()
-
-
-def test_a_mean_over_samples_stands_on_the_line_with_its_standard_error():
-    values = {"step": 250, "eval/kl": 6.09, "eval/kl_standard_error": 4.18, "eval/sample_length": 11.7}
-    assert console_line(values, 250, 0, "eval/") == "eval 250/250  KL   6.09 ± 4.18  length  11.7"

@@ -4,32 +4,17 @@ The five pairs of padded.py are trained on and held out at once, so a line of tr
 before it are of the same pairs under the same weights.
 """
 
-import shutil
 import time
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 import train_dpo
 import train_rm
 from applied import applied_gradients
-from padded import (
-    PAIRS,
-    Values,
-    chosen_minus_rejected,
-    model_of,
-    padded_values,
-    pair_ids,
-    saved_weights,
-    write_pairs,
-)
-from runs import metrics, run_dpo, run_rm, steps
-
-SATURATED = "saturated"
-SCRIPTS = pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])
+from padded import PAIRS, Values, model_of, padded_values, pair_ids, saved_weights, write_pairs
+from runs import metrics, run_dpo, steps
 
 
 @pytest.fixture
@@ -40,190 +25,118 @@ def both_sets(five_pairs, tmp_path) -> list[str]:
 
 
 @torch.no_grad()
-def values_of(weights: dict[str, Tensor], world) -> Values:
+def values_of(weights: dict, world) -> Values:
     return padded_values(model_of(weights), pair_ids(world / "model"))
 
 
-def require_logged(script, arguments: list[str], expected, tmp_path) -> None:
-    """expected(weights) holds metrics of these weights, (5,) each, whose means are to be logged."""
-    first, second = (step.weights for step in applied_gradients(script.main, arguments))
-    before, step_1, between, step_2, _ = metrics(tmp_path / "out")
-    for line, prefix, weights in [
-        (before, "eval/", first),
-        (step_1, "", first),
-        (between, "eval/", second),
-        (step_2, "", second),
-    ]:
-        for name, values in expected(weights).items():
-            mean = values.double().mean().item()
-            assert line[prefix + name] == pytest.approx(mean, rel=1e-4, abs=1e-5), (line, name)
+def require_means(main, arguments: list[str], expected, world, out) -> None:
+    """expected(pi) holds what is to be logged per pair, (5,) each: means, under the weights before the step."""
+    first, second = (step.weights for step in applied_gradients(main, arguments))
+    before, step_1, between, step_2, _ = metrics(out)
+    for weights, evaluation, step in ((first, before, step_1), (second, between, step_2)):
+        for name, values in expected(values_of(weights, world)).items():
+            mean = pytest.approx(values.double().mean().item(), rel=1e-4, abs=1e-5)
+            assert step[name] == mean and evaluation[f"eval/{name}"] == mean, name
 
 
-# --- train_dpo.py -------------------------------------------------------------------------------------------
-
-PREFERENCE_LOSSES = [  # rewards (5, 2) of both responses, the loss from the margin between them
-    (
-        "--loss.name=dpo --loss.beta=0.3",
+PREFERENCE_LOSSES = {  # the rewards (5, 2) of both responses, and the loss of the margin between them
+    "name=dpo beta=0.3": (
         lambda pi, ref: 0.3 * (pi.logps - ref.logps),
         lambda margin: -logsigmoid(margin),
     ),
-    (
-        "--loss.name=dpo --loss.beta=9 --loss.length_normalize=true",
+    "name=dpo beta=9 length_normalize=true": (
         lambda pi, ref: 9 * (pi.logps - ref.logps) / pi.lengths,
         lambda margin: -logsigmoid(margin),
     ),
-    (
-        "--loss.name=ipo --loss.beta=0.3",
+    "name=ipo beta=0.3": (
         lambda pi, ref: 0.3 * (pi.logps - ref.logps),
         lambda margin: (margin / 0.3 - 1 / (2 * 0.3)) ** 2,
     ),
-    (
-        "--loss.name=simpo --loss.beta=2.5 --loss.gamma=0.7",
+    "name=simpo beta=2.5 gamma=0.7": (
         lambda pi, ref: 2.5 * pi.logps / pi.lengths,
         lambda margin: -logsigmoid(margin - 0.7),
     ),
-]
+}
 
 
-@pytest.mark.parametrize(("arguments", "rewards_of", "loss_of"), PREFERENCE_LOSSES)
-def test_losses_and_rewards_are_means_over_the_pairs(
-    both_sets, world, arguments, rewards_of, loss_of, tmp_path
-):
+@pytest.mark.parametrize("loss", PREFERENCE_LOSSES)
+def test_preference_losses(both_sets, world, tmp_path, loss):
+    """Losses, rewards, summed log-probs, and lengths in tokens with the EOS."""
+    rewards_of, loss_of = PREFERENCE_LOSSES[loss]
     ref = values_of(saved_weights(world / "other"), world)
 
-    def expected(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        rewards = rewards_of(values_of(weights, world), ref)
-        margins = chosen_minus_rejected(rewards)
-        return {
-            "loss": loss_of(margins),
-            "rewards/chosen": rewards[:, 0],
-            "rewards/rejected": rewards[:, 1],
-            "rewards/margins": margins,
-            "rewards/accuracies": margins > 0,
-        }
+    def expected(pi: Values) -> dict:
+        rewards = rewards_of(pi, ref)
+        margins = rewards[:, 0] - rewards[:, 1]
+        values = {"loss": loss_of(margins), "rewards/margins": margins, "rewards/accuracies": margins > 0}
+        for name, both in (("rewards", rewards), ("logps", pi.logps), ("response_length", pi.lengths)):
+            values |= {f"{name}/chosen": both[:, 0], f"{name}/rejected": both[:, 1]}
+        return values
 
-    arguments += f" --reference.path={world / 'other'}"
-    require_logged(train_dpo, [*both_sets, *arguments.split()], expected, tmp_path)
+    keys = [f"--loss.{key}" for key in loss.split()] + [f"--reference.path={world / 'other'}"]
+    require_means(train_dpo.main, [*both_sets, *keys], expected, world, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo"])
-def test_log_probs_are_sums_and_lengths_are_tokens_with_the_eos(both_sets, world, name, tmp_path):
-    def expected(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        values = values_of(weights, world)
-        return {
-            "logps/chosen": values.logps[:, 0],
-            "logps/rejected": values.logps[:, 1],
-            "response_length/chosen": values.lengths[:, 0],
-            "response_length/rejected": values.lengths[:, 1],
-        }
+def test_sft(both_sets, world, tmp_path):
+    """The loss is the mean nats per token of the chosen response."""
 
-    require_logged(train_dpo, [*both_sets, f"--loss.name={name}"], expected, tmp_path)
+    def expected(pi: Values) -> dict:
+        chosen, length = pi.logps[:, 0], pi.lengths[:, 0]
+        return {"loss": -chosen / length, "logps/chosen": chosen, "response_length/chosen": length}
+
+    require_means(train_dpo.main, [*both_sets, "--loss.name=sft"], expected, world, tmp_path / "out")
 
 
-def test_sft_logs_the_mean_nats_per_token_of_the_chosen_response(both_sets, world, tmp_path):
-    def expected(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        logps, lengths, _ = values_of(weights, world)
-        chosen = {"logps/chosen": logps[:, 0], "response_length/chosen": lengths[:, 0]}
-        return chosen | {"loss": -logps[:, 0] / lengths[:, 0]}
+def test_reward_model(both_sets, world, tmp_path):
+    """The logged margin is that of the rewards, without the 0.5 that the loss demands."""
 
-    require_logged(train_dpo, [*both_sets, "--loss.name=sft"], expected, tmp_path)
+    def expected(pi: Values) -> dict:
+        margins = pi.rewards[:, 0] - pi.rewards[:, 1]
+        preference, lm = -logsigmoid(margins - 0.5), -pi.logps[:, 0] / pi.lengths[:, 0]
+        loss = preference + 0.7 * lm + 0.3 * pi.rewards.sum(dim=1) ** 2
+        values = {"loss": loss, "preference_loss": preference, "lm_loss": lm, "accuracy": margins > 0}
+        return values | {"margin": margins, "mean_reward": pi.rewards.mean(dim=1)}
+
+    keys = ["--loss.margin=0.5", "--loss.lm_weight=0.7", "--loss.center_weight=0.3"]
+    require_means(train_rm.main, [*both_sets, *keys], expected, world, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["dpo", "simpo"])
 @pytest.mark.parametrize(("z", "share"), [(7.55, 0.0), (7.65, 0.2)])
-def test_a_pair_is_saturated_from_a_loss_below_0_0005_on(both_sets, world, name, z, share, tmp_path):
-    """-log sigma(7.55) = 0.000526 and -log sigma(7.65) = 0.000476; beta moves the largest margin there."""
+def test_saturated(both_sets, world, z, share):
+    """A pair counts below a loss of 0.0005: -log sigma(7.55) = 0.000526 and -log sigma(7.65) = 0.000476."""
     pi, ref = (values_of(saved_weights(world / model), world) for model in ("model", "other"))
-    scores = pi.logps - ref.logps if name == "dpo" else pi.logps / pi.lengths  # the rewards at beta = 1
-    largest = chosen_minus_rejected(scores).max().item()
-    assert largest > 0
-    arguments = f"--loss.name={name} --loss.beta={z / largest} --reference.path={world / 'other'}"
-    arguments += " --loss.gamma=0" if name == "simpo" else ""
-    before, step, *_ = run_dpo(both_sets, *arguments.split())
-    assert before[f"eval/{SATURATED}"] == step[SATURATED] == pytest.approx(share)
+    ratios = pi.logps - ref.logps
+    beta = z / (ratios[:, 0] - ratios[:, 1]).max().item()  # One of the five pairs gets this z.
+    before, step, *_ = run_dpo(both_sets, f"--loss.beta={beta}", f"--reference.path={world / 'other'}")
+    assert before["eval/saturated"] == step["saturated"] == pytest.approx(share)
 
 
-# --- train_rm.py --------------------------------------------------------------------------------------------
-
-
-def test_the_reward_models_parts_are_means_over_the_pairs(both_sets, world, tmp_path):
-    """The logged margin is the difference of the rewards, without the margin that the loss demands."""
-
-    def expected(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        logps, lengths, rewards = values_of(weights, world)
-        margins = chosen_minus_rejected(rewards)
-        preference, lm = -logsigmoid(margins - 0.5), -logps[:, 0] / lengths[:, 0]
-        return {
-            "loss": preference + 0.7 * lm + 0.3 * rewards.sum(dim=1) ** 2,
-            "preference_loss": preference,
-            "lm_loss": lm,
-            "accuracy": margins > 0,
-            "margin": margins,
-            "mean_reward": rewards.mean(dim=1),
-        }
-
-    arguments = "--loss.margin=0.5 --loss.lm_weight=0.7 --loss.center_weight=0.3"
-    require_logged(train_rm, [*both_sets, *arguments.split()], expected, tmp_path)
-
-
-# --- both scripts -------------------------------------------------------------------------------------------
+ONE_EPOCH_IN_THREE_STEPS = ["--optim.batch_size=2", "--optim.epochs=1", "--optim.max_steps=0"]
 
 
 @pytest.mark.parametrize(
-    ("run", "margin", "accuracy"),
-    [(run_dpo, "rewards/margins", "rewards/accuracies"), (run_rm, "margin", "accuracy")],
-    ids=["dpo", "rm"],
+    ("script", "loss", "responses"),
+    [(train_dpo, "beta=0.1", 2), (train_dpo, "name=sft", 1), (train_rm, "margin=0", 2)],
 )
-def test_equal_rewards_are_no_success(both_sets, world, run, margin, accuracy, tmp_path):
-    """A final norm of zeros gives every response the reward 0: none is preferred, and the accuracy is 0."""
-    model = tmp_path / "silent"
-    shutil.copytree(world / "model", model)
-    weights = saved_weights(model)
-    save_file(weights | {"model.norm.weight": torch.zeros(32)}, model / "model.safetensors")
-    before, step, *_ = run(both_sets, f"--model.path={model}")
-    assert before[f"eval/{margin}"] == step[margin] == 0.0
-    assert before[f"eval/{accuracy}"] == step[accuracy] == 0.0
-
-
-ONE_EPOCH_IN_THREE_STEPS = "--optim.batch_size=2 --optim.epochs=1 --optim.max_steps=0".split()
-
-
-@SCRIPTS
-def test_the_epoch_counts_the_pairs_drawn(five_pairs, script, tmp_path):
-    script.main([*five_pairs, *ONE_EPOCH_IN_THREE_STEPS])
-    assert [step["epoch"] for step in steps(metrics(tmp_path / "out"))] == pytest.approx([2 / 5, 4 / 5, 1])
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "responses"),
-    [(train_dpo, [], 2), (train_dpo, ["--loss.name=sft"], 1), (train_rm, [], 2)],
-    ids=["dpo", "sft", "rm"],
-)
-def test_the_rate_counts_every_token_laid_out_once(
-    five_pairs, script, arguments, responses, world, tmp_path, monkeypatch
-):
-    """The clock of this run stands still but for one second per step; the last line is of two steps."""
-    now = 0.0
-
-    def a_second_passes():
-        nonlocal now
-        now += 1.0
-
-    for clock in ("monotonic", "perf_counter", "time"):
-        monkeypatch.setattr(time, clock, lambda: now)
-    arguments = [*five_pairs, *ONE_EPOCH_IN_THREE_STEPS, *arguments, "--run.log_every=3"]
-    applied_gradients(script.main, arguments, after_step=a_second_passes)
-    first, last = (step["tokens_per_s"] for step in steps(metrics(tmp_path / "out")))
+def test_tokens_per_s(five_pairs, world, tmp_path, monkeypatch, script, loss, responses):
+    """Every token laid out counts once. The clock stands still but for one second per step."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    keys = [*ONE_EPOCH_IN_THREE_STEPS, f"--loss.{loss}", "--run.log_every=3"]
+    applied_gradients(script.main, [*five_pairs, *keys], after_step=lambda: now.append(now.pop() + 1))
+    first, of_two_steps = (step["tokens_per_s"] for step in steps(metrics(tmp_path / "out")))
     laid_out = sum(len(part) for pair in pair_ids(world / "model") for part in pair[: 1 + responses])
-    assert first + 2 * last == pytest.approx(laid_out)
+    assert first + 2 * of_two_steps == pytest.approx(laid_out)
 
 
-@SCRIPTS
-def test_a_line_holds_the_values_of_its_own_step_however_rare_lines_are(five_pairs, script, tmp_path):
+def test_rare_lines(five_pairs, script, tmp_path):
+    """However rare lines are, each holds the values of its own step, such as the share of pairs drawn."""
+
     def logged(every: int) -> list[dict]:
         out = tmp_path / f"every-{every}"
         script.main([*five_pairs, *ONE_EPOCH_IN_THREE_STEPS, f"--run.log_every={every}", f"--run.out={out}"])
         return [{k: v for k, v in line.items() if k != "tokens_per_s"} for line in steps(metrics(out))]
 
-    first, _, third = logged(1)
+    first, second, third = logged(1)
+    assert [line["epoch"] for line in (first, second, third)] == pytest.approx([2 / 5, 4 / 5, 1])
     assert logged(3) == [first, third]

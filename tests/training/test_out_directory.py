@@ -1,6 +1,7 @@
 """One run, one directory: a second process is refused, and a dead one leaves nothing in the way."""
 
 import os
+import shutil
 import signal
 
 import pytest
@@ -11,8 +12,8 @@ from minidpo.training.out_directory import lock_directory
 from tiny import forked, small_files
 
 
-def test_second_process_is_refused(config, tmp_path):
-    """Until the first one is dead, however it died."""
+def test_second_process(config, tmp_path):
+    """It is refused until the first one is dead, however it died."""
     reader, writer = os.pipe()
     first = os.fork()
     if first == 0:
@@ -27,42 +28,102 @@ def test_second_process_is_refused(config, tmp_path):
     finally:
         os.kill(first, signal.SIGKILL)
         os.waitpid(first, 0)
+    lock_directory(tmp_path / "out")
+    lock_directory(tmp_path / "out")  # The same process may run again; but no other, even its child.
+    assert forked(lambda: lock_directory(tmp_path / "out")) != 0
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "tokens", "samples"])
+def test_leftovers(tmp_path, part):
+    """What killed runs left half done goes, or comes back; nothing else is touched, and no link followed."""
+    place, theirs = tmp_path / "out" / part, tmp_path / "theirs"
+    for path in (
+        *(place / name for name in (".a.7.tmp", ".b.7.old", ".c.7.old", "c", "x.tmp", ".x.tmp")),
+        theirs,
+    ):
+        path.mkdir(parents=True)
+        (path / "f").write_text(path.name)
+    (place / ".f.7.tmp").write_text("torn")
+    (place / ".g.7.tmp").symlink_to(theirs)
+    lock_directory(tmp_path / "out")
+    assert {path.name for path in place.iterdir()} - {".lock"} == {"b", "c", "x.tmp", ".x.tmp"}
+    assert (place / "b" / "f").read_text() == ".b.7.old"  # It had stepped aside for a new one.
+    assert (place / "c" / "f").read_text() == "c" and (theirs / "f").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["to files", "to nowhere"])
+def test_links(config, tmp_path, there):
+    """What a run writes takes the place of a link; what the link points to stays as it is."""
+    pytest.importorskip("tensorboard")
+    files = [".lock", "config.toml", "metrics.jsonl", "reference.safetensors"]
+    directories, others, out = ["final", "samples", "tensorboard"], tmp_path / "others", tmp_path / "out"
+    out.mkdir()
+    for name in directories:
+        (others / name).mkdir(parents=True)
+    for name in [*files, *(f"{directory}/step-0.jsonl" for directory in directories)] if there else []:
+        (others / name).write_text("theirs")
+    for name in files + directories:
+        (out / name).symlink_to(others / name)
+    before = sorted(others.rglob("*"))
+    for _ in range(2):
+        train_dpo.main(
+            config(eval__samples=2, eval__max_new_tokens=4, run__tensorboard="true", optim__max_steps=1)
+        )
+    assert sorted(others.rglob("*")) == before
+    assert all(path.read_text() == "theirs" for path in before if path.is_file())
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        *[(name, kind) for name in ("checkpoints", "tokens") for kind in ("file", "nowhere", "link")],
+        *[(name, "pipe") for name in ("checkpoints", "tokens", "samples", "tensorboard", ".lock")],
+        *[(name, "pipe") for name in ("config.toml", "metrics.jsonl", "reference.safetensors")],
+    ],
+)
+def test_parts_in_the_way(config, tmp_path, name, kind):
+    """What a run can neither use nor replace is told before it reads any data, and stays as it is."""
+    out, theirs = tmp_path / "out", tmp_path / "theirs"
+    out.mkdir()
+    theirs.write_text("theirs")
+    if kind in ("link", "nowhere"):
+        (out / name).symlink_to(theirs if kind == "link" else tmp_path / "nowhere")
+    else:
+        os.mkfifo(out / name) if kind == "pipe" else (out / name).write_text("theirs")
+    before = (out / name).lstat()
+    with pytest.raises(UserError, match=rf"^{out / name}: (no directory; |a device or a pipe, )"):
+        train_dpo.main([*config(), "--data.train=missing.jsonl"])
+    assert [*out.iterdir()] == [out / name] and (out / name).lstat() == before
+
+
+def test_another_disk(config, tmp_path):
+    """checkpoints/ and final/ that were moved away and linked back are read, and stop no later start."""
+    out, disk = tmp_path / "out", tmp_path / "disk"
+    train_dpo.main(config(optim__max_steps=2))
+    disk.mkdir()
+    for name in ("final", "checkpoints/step-2", "checkpoints"):
+        shutil.move(out / name, disk / name.replace("/", "-"))
+        (out / name).symlink_to(disk / name.replace("/", "-"))
+    for steps in (2, 3, 4):
+        train_dpo.main(config(optim__max_steps=steps))
+        assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{steps}"]
+    assert (disk / "final" / "model.safetensors").is_file() and not (out / "final").is_symlink()
+    assert (disk / "checkpoints-step-2" / "state.json").is_file()
+    assert not any(path.name.endswith((".tmp", ".old")) for path in tmp_path.rglob("*"))
+
+
+@pytest.mark.parametrize("limit", [1000, 50_000])
+def test_full_disk(config, limit, tmp_path):
+    """The run ends in one line, and the same command goes on once there is room."""
+    with small_files(limit), pytest.raises(UserError, match=r"^.*written.*$"):
+        train_dpo.main(config())
     train_dpo.main(config())
     assert (tmp_path / "out" / "final").is_dir()
 
 
-def test_the_same_process_may_run_again(tmp_path):
-    lock_directory(tmp_path)
-    lock_directory(tmp_path)
-    assert forked(lambda: lock_directory(tmp_path)) != 0  # but no other, even its child
-
-
-@pytest.mark.parametrize("part", ["", "checkpoints", "tokens", "samples"])
-def test_leftovers_are_cleared(tmp_path, part):
-    """What killed runs left half done goes, or comes back; nothing else is touched."""
-    for name in (".a.7.tmp", ".b.7.old", ".c.7.old", "c", "mine.tmp", ".mine.tmp"):
-        (tmp_path / part / name).mkdir(parents=True)
-        (tmp_path / part / name / "f").write_text(name)
-    (tmp_path / part / ".f.7.tmp").write_text("torn")
-    lock_directory(tmp_path)
-    names = {path.name for path in (tmp_path / part).iterdir()} - {".lock"}
-    assert names == {"b", "c", "mine.tmp", ".mine.tmp"}
-    assert (tmp_path / part / "b" / "f").read_text() == ".b.7.old"  # it had stepped aside for a new one
-    assert (tmp_path / part / "c" / "f").read_text() == "c"
-
-
-@pytest.mark.parametrize("limit", [1000, 50_000])
-def test_run_on_a_full_disk(config, limit, tmp_path):
-    """It ends in one line, and the same command goes on once there is room."""
-    arguments = config()
-    with small_files(limit), pytest.raises(UserError, match="written") as error:
-        train_dpo.main(arguments)
-    assert "\n" not in str(error.value)
-    train_dpo.main(arguments)
-    assert (tmp_path / "out" / "final").is_dir()
-
-
-def test_a_place_that_cannot_be_a_directory_is_one_line(tmp_path):
+def test_no_directory(tmp_path):
+    """A place that cannot be one is told in one line."""
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/out: cannot be written \(Not a directory\)"):
         lock_directory(tmp_path / "file" / "out")

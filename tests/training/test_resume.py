@@ -1,160 +1,103 @@
 """A run that ended early goes on as if it had not, and no other run goes on in its place."""
 
 import os
+import shutil
 import signal
-import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from minidpo.data import PairOrder
-from minidpo.errors import UserError
+from minidpo.errors import STOPPED, UserError
 from minidpo.training import reference
-from minidpo.training.checkpoint import Checkpoints
 from minidpo.training.run import Run
-from runs import final, steps
-from runs import run_dpo as run
+from runs import final, run_dpo, run_rm
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo", "simpo", "sft"])
-def test_ctrl_c_and_resume(name, config, tmp_path, monkeypatch, capfd):
-    """A run stopped by SIGINT saves, and the same command goes on to the same weights, bit for bit."""
-    real, settings = PairOrder.__getitem__, config()
-    at_once = run(settings, f"--loss.name={name}", f"--run.out={tmp_path / 'once'}")
+def require_same_weights(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    assert final(one).keys() == final(other).keys()
+    assert all(torch.equal(weight, final(other)[name]) for name, weight in final(one).items())
 
-    def interrupted(order, step):
-        if step == 1:
+
+@pytest.mark.parametrize(
+    ("run", "keys", "after"),
+    [
+        (run_dpo, "--loss.name=dpo", 0),
+        (run_dpo, "--loss.name=dpo", 2),
+        (run_dpo, "--loss.name=dpo", 4),
+        (run_dpo, "--loss.name=ipo", 2),
+        (run_dpo, "--loss.name=simpo", 2),
+        (run_dpo, "--loss.name=sft", 2),
+        (run_rm, "--loss.margin=0.5", 2),
+    ],
+)
+def test_ctrl_c(config, tmp_path, monkeypatch, capfd, run, keys, after):
+    """A run of four steps saves where it is stopped, and the same command goes on from there."""
+    at_once = run(config(), keys, f"--run.out={tmp_path / 'at_once'}")
+    asked, real = iter(range(99)), Run.stop_requested
+
+    def interrupted(self) -> bool:
+        if next(asked) == after:  # It is asked before every step, and at the end.
             os.kill(os.getpid(), signal.SIGINT)
-        return real(order, step)
-
-    in_two = f"--run.out={tmp_path / 'twice'}"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(PairOrder, "__getitem__", interrupted)
-        run(settings, f"--loss.name={name}", in_two)
-    assert stop.value.code == 130  # the status that shells give Ctrl-C: `train && publish` stops too
-    said = capfd.readouterr()
-    assert "stopped after step 2" in said.out and "Ctrl-C again stops at once" in said.err
-    assert not (tmp_path / "twice" / "final").exists()
-    resumed = run(settings, f"--loss.name={name}", in_two)
-    for key, value in final(tmp_path / "once").items():
-        assert torch.equal(value, final(tmp_path / "twice")[key]), key
-    assert [m["loss"] for m in steps(at_once)] == [m["loss"] for m in steps(resumed)]
-
-
-def test_ctrl_c_before_the_first_step(config, tmp_path, monkeypatch, capfd):
-    """It saves what there is, and the same command goes on to the same weights."""
-    run(config(), f"--run.out={tmp_path / 'once'}")
-    real = Run.stop_requested
-
-    def interrupted(self):
-        os.kill(os.getpid(), signal.SIGINT)
         return real(self)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(Run, "stop_requested", interrupted)
-        run(config())
-    assert stop.value.code == 130 and "stopped after step 0" in capfd.readouterr().out
-    run(config())
-    once, twice = final(tmp_path / "once"), final(tmp_path / "out")
-    assert all(torch.equal(once[key], twice[key]) for key in once)
+        run(config(), keys)
+    assert stop.value.code == STOPPED == 130  # what shells give Ctrl-C: `train && publish` stops too
+    said = capfd.readouterr()
+    assert "Ctrl-C again stops at once" in said.err
+    assert (f"stopped after step {after}, saved" in said.out) == (after < 4)
+    assert (tmp_path / "out" / "final").exists() == (after == 4)
+    resumed = run(config(), keys)
+    require_same_weights(tmp_path / "out", tmp_path / "at_once")
+    assert [line | {"tokens_per_s": 0} for line in resumed] == [
+        line | {"tokens_per_s": 0} for line in at_once
+    ]
 
 
-def test_ctrl_c_in_the_last_step(config, monkeypatch, tmp_path):
-    real = PairOrder.__getitem__
-
-    def interrupted(order, step):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-        return real(order, step)
-
-    monkeypatch.setattr(PairOrder, "__getitem__", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run(config())
-    assert stop.value.code == 130 and (tmp_path / "out" / "final" / "model.safetensors").is_file()
-
-
-def test_more_steps_need_more_of_the_reference(config, tmp_path, monkeypatch):
-    """The reference is computed for the pairs that a run draws; with more steps they are more, and computed anew."""
-    computed = []
-    real = reference.all_logps
+def test_longer_run(config, tmp_path, monkeypatch, capsys):
+    """A run may get more steps, which need the reference for more pairs; after its end nothing is left to do."""
+    computed, real = [], reference.all_logps
 
     def all_logps(model, pairs, *rest):
         computed.append(len(pairs))
         return real(model, pairs, *rest)
 
     monkeypatch.setattr(reference, "all_logps", all_logps)
-    arguments = config(optim__batch_size=2, optim__epochs=1, optim__max_steps=3, data__eval_pairs=4)
-    run(arguments)
-    assert computed == [6, 4]
-    for _ in range(2):
-        run(arguments, "--optim.max_steps=5")
-        assert computed == [6, 4, 10]
-    run(arguments, "--optim.max_steps=5", f"--run.out={tmp_path / 'at_once'}")
-    grown, at_once = (load_file(tmp_path / out / "reference.safetensors") for out in ("out", "at_once"))
+    settings = config(optim__batch_size=2, data__eval_pairs=4, optim__schedule='"constant"')
+    run_dpo(settings, "--optim.max_steps=3")
+    assert computed == [3 * 2, 4]  # the pairs drawn, and those held out
+    lines = run_dpo(settings, "--optim.max_steps=5")
+    assert computed == [6, 4, 5 * 2]
+    shutil.rmtree(tmp_path / "out" / "final")  # as if the run had been killed before it was there
+    assert run_dpo(settings, "--optim.max_steps=5") == lines
+    assert computed == [6, 4, 10] and "nothing left to do" in capsys.readouterr().out
+    run_dpo(settings, "--optim.max_steps=5", f"--run.out={tmp_path / 'at_once'}")
+    longer, at_once = (load_file(tmp_path / out / "reference.safetensors") for out in ("out", "at_once"))
     for name in ("train", "held_out"):
-        torch.testing.assert_close(grown[name], at_once[name], equal_nan=True)
-        assert grown[name].isnan().any() == (name == "train")
+        torch.testing.assert_close(longer[name], at_once[name], equal_nan=True)
+        assert longer[name].isnan().any() == (name == "train")
+    require_same_weights(tmp_path / "out", tmp_path / "at_once")
 
 
-def test_the_same_command_after_the_end(config, tmp_path, capsys):
-    run(config())
-    before = (tmp_path / "out" / "metrics.jsonl").read_text()
-    run(config())
-    assert "nothing left to do" in capsys.readouterr().out
-    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
-
-
-def test_killed_before_final(config, tmp_path):
-    run(config(), f"--run.out={tmp_path / 'whole'}")
-    run(config(), "--optim.max_steps=2")  # leaves a final/ of step 2
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Checkpoints, "save_final", lambda *_: sys.exit("killed"))
-        with pytest.raises(SystemExit):
-            run(config())
-    run(config())
-    left, right = final(tmp_path / "out"), load_file(tmp_path / "out/checkpoints/step-4/model.safetensors")
-    assert all(torch.equal(left[key], right[key]) for key in left)
-
-
-def test_killed_while_final_is_saved(config, monkeypatch, tmp_path):
-    def die(*arguments):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Checkpoints, "save_final", die)
-        run(config(), "--run.save_every=1")
-    run(config(), "--run.save_every=1")
-    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
-
-
-def test_killed_before_any_checkpoint(config, tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(PairOrder, "__getitem__", lambda *_: sys.exit("killed"))
-        with pytest.raises(SystemExit):
-            run(config())
-    assert [m["step"] for m in run(config())] == [0, 1, 2, 3, 4, 4]
-
-
-@pytest.mark.parametrize(
-    "override", ["--loss.beta=0.2", "--optim.lr=2e-3", "--data.max_length=48", "--loss.name=simpo"]
-)
-def test_another_run_is_refused(config, override):
-    run(config())
-    name, value = override[2:].split("=")
-    said = (
-        "data = '" if name.startswith("data") else f"{name} = .*now it is '?{value.replace('2e-3', '0.002')}"
-    )
-    with pytest.raises(UserError, match=f"was made with {said}"):
-        run(config(), override)
-
-
-def test_a_reference_swapped_under_a_run_is_refused(config, world):
-    run(config())
-    with pytest.raises(UserError, match="was made with reference = "):
-        run(config(), f"--reference.path={world / 'other'}")
-
-
-def test_only_keep_checkpoints_newest_remain(config, tmp_path):
-    run(config(), "--run.save_every=1", "--run.keep_checkpoints=2")
-    assert {p.name for p in (tmp_path / "out" / "checkpoints").iterdir()} == {"step-3", "step-4"}
+def test_another_run(config, world, tmp_path):
+    """The first setting that makes it another run is named; what follows from it, the data, comes last."""
+    run_dpo(config())
+    hint = "give the run another run.out, or the old settings, files and version"
+    for run, override, said in (
+        (run_dpo, "loss.beta=0.2", "loss.beta = 0.1, now it is 0.2"),
+        (run_dpo, "loss.name=sft", "loss.name = 'dpo', now it is 'sft'"),
+        (run_rm, "loss.margin=1", "loss.name = 'dpo', now it is None"),
+        (run_dpo, "optim.lr=2e-3", "optim.lr = 0.001, now it is 0.002"),
+        (run_dpo, "run.seed=1", "run.seed = 0, now it is 1"),
+        (run_dpo, "run.dtype=bf16", "run.dtype = 'fp32', now it is 'bf16'"),
+        (run_dpo, "data.max_length=48", "data = '"),
+        (run_dpo, f"reference.path={world / 'other'}", "reference = '"),
+    ):
+        with pytest.raises(UserError) as error:
+            run(config(), f"--{override}")
+        where = f"{tmp_path / 'out'}/checkpoints/step-4 was made with "
+        assert str(error.value).startswith(where + said) and str(error.value).endswith(f"; {hint}")

@@ -1,90 +1,96 @@
-"""What stops a run: numbers that are not finite, memory that runs out, signals. Each in one line that says what to do."""
+"""What stops a run: numbers that are not finite, memory that runs out, signals. One line says what to do."""
 
 import os
 import signal
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 import train_dpo
-import train_rm
-from minidpo.errors import RunStopped, exit_on_user_error
+from minidpo.errors import STOPPED, RunStopped, exit_on_user_error
 from minidpo.losses import DPO, BradleyTerry
 from minidpo.training import run as run_module
 from minidpo.training import step
+from minidpo.training.device import slowdown_of_threads
 from minidpo.training.run import Run
 
-SCRIPTS = pytest.mark.parametrize(
-    ("script", "loss"), [(train_dpo, DPO), (train_rm, BradleyTerry)], ids=["dpo", "rm"]
+INF = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "says"),
+    [
+        (lambda losses: losses.detach() * float("nan") + losses, "loss is nan"),
+        (lambda losses: losses + INF, "loss is inf"),  # It adds no gradient.
+        # The loss may be finite: sqrt(0) has a value, and no slope.
+        (lambda losses: losses + (losses - losses.detach()).abs().sqrt(), "gradient norm is nan"),
+    ],
 )
+def test_not_finite(config, monkeypatch, script, tmp_path, spoilt, says):
+    """The run stops before the step and names the records of the batch; what was saved before stays."""
+    script.main([*config(), "--optim.max_steps=1"])
+    kept = (tmp_path / "out/checkpoints/step-1/model.safetensors").read_bytes()
+    for loss in (DPO, BradleyTerry):
+        real = loss.__call__
+        monkeypatch.setattr(loss, "__call__", lambda self, inputs, real=real: spoilt(real(self, inputs)))
+    with pytest.raises(RunStopped, match=rf"step 2: {says}, records \[.*\] of .*pairs.jsonl.gz"):
+        script.main([*config(), "--run.save_every=1"])
+    (checkpoint,) = (tmp_path / "out" / "checkpoints").iterdir()
+    assert checkpoint.name == "step-1" and (checkpoint / "model.safetensors").read_bytes() == kept
 
 
-@SCRIPTS
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite(config, monkeypatch, script, loss, value, tmp_path):
-    """The run stops, though the gradient is finite, and names the records of the batch and their file."""
-    real, calls = loss.__call__, iter(range(1, 1000))
-
-    def spoilt(self, inputs):
-        losses = real(self, inputs)
-        spoils = torch.zeros_like(losses)
-        # From the third call on, which comes after the evaluation and one step. It adds no gradient.
-        spoils[0] = value if next(calls) >= 3 else 0.0
-        return losses + spoils
-
-    monkeypatch.setattr(loss, "__call__", spoilt)
-    with pytest.raises(RunStopped, match=rf"step 2: loss is {value}, records \[.*\] of .*pairs.jsonl.gz"):
-        script.main([*config(), "--run.save_every=1", "--optim.micro_tokens=4096"])
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-1"]
-
-
-@SCRIPTS
-def test_a_gradient_that_is_not_finite(config, monkeypatch, script, loss):
-    """The loss may be finite: log(0) has a value nowhere, but sqrt(0) has one, and no slope."""
-    real = loss.__call__
-
-    def spoilt(self, inputs):
-        losses = real(self, inputs)
-        return losses + (losses - losses.detach()).abs().sqrt()
-
-    monkeypatch.setattr(loss, "__call__", spoilt)
-    with pytest.raises(RunStopped, match=r"step 1: gradient norm is nan, records \["):
-        script.main(config())
-
-
-@SCRIPTS
-def test_out_of_memory(config, monkeypatch, capsys, script, loss, tmp_path):
-    """One line names the keys to change, and the same command with another micro_tokens goes on."""
-    real, passes = step.pack, iter(range(1, 1000))
-
-    def small_memory(*arguments, **more):
-        if torch.is_grad_enabled() and next(passes) == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-        return real(*arguments, **more)
-
-    arguments = [*config(), "--run.save_every=1"]
-    monkeypatch.setattr(sys, "argv", ["script", *arguments])
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(step, "pack", small_memory)
+def test_out_of_memory(config, monkeypatch, capsys, script):
+    """One line names the keys to change; a bug keeps its traceback."""
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore."), RuntimeError("a bug")]
+    monkeypatch.setattr(sys, "argv", ["script", *config()])
+    monkeypatch.setattr(step, "pack", Mock(side_effect=errors))
+    with pytest.raises(SystemExit) as left:
         exit_on_user_error(script.main)
     said = capsys.readouterr().err.splitlines()[-1]
     assert left.value.code == 1 and said.startswith("error: CUDA out of memory")
     assert "optim.micro_tokens" in said and "run.activation_checkpointing" in said
-    script.main([*arguments, "--optim.micro_tokens=100"])
-    assert "resuming from" in capsys.readouterr().out
-
-
-def test_a_bug_keeps_its_traceback(monkeypatch):
-    def main(arguments: list[str]) -> None:
-        raise RuntimeError("a bug")
-
-    monkeypatch.setattr(sys, "argv", ["script"])
     with pytest.raises(RuntimeError, match="a bug"):
-        exit_on_user_error(main)
+        exit_on_user_error(script.main)
 
 
-@pytest.mark.parametrize("ranks, restored", [(1, True), (2, False)])
+def test_closed_pipe(config, monkeypatch, tmp_path):
+    """`train_dpo.py ... | head` stops as after Ctrl-C: what was trained is saved."""
+    real = run_module.print0
+
+    def closed(line: str) -> None:
+        if line.startswith("step 2"):
+            raise BrokenPipeError
+        real(line)
+
+    monkeypatch.setattr(run_module, "print0", closed)
+    monkeypatch.setattr(run_module, "silence_closed_pipes", lambda: None)
+    with pytest.raises(SystemExit) as left:
+        train_dpo.main(config())
+    assert left.value.code == STOPPED and (tmp_path / "out/checkpoints/step-2/state.json").is_file()
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 7.0])
+def test_threads_that_wait(config, monkeypatch, capsys, slowdown):
+    """Where one CPU thread is faster than all, the run says so once, and what to do."""
+    monkeypatch.setattr(run_module, "slowdown_of_threads", lambda: slowdown)
+    train_dpo.main(config(optim__max_steps=1))
+    assert capsys.readouterr().out.count("7 times slower than on one thread") == (slowdown > 2)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_stay(threads):
+    """The slowdown is measured with one thread and with all, which then stay set."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert slowdown_of_threads() > 0 and torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("ranks", "restored"), [(1, True), (2, False)])
 def test_signals_after_an_error(monkeypatch, capfd, ranks, restored):
     """SIGTERM from torchrun does not cut off the line that tells the error of one of several processes."""
     monkeypatch.setattr(run_module, "ranks", lambda: ranks)

@@ -1,127 +1,58 @@
-"""train_rm.py as a whole: the loss is what its docstring says, and the model it leaves opens elsewhere."""
+"""train_rm.py as a whole: it learns a preference, and the model that it leaves opens elsewhere."""
 
 import json
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from minidpo.data import Tokenizer, read_preferences
 from minidpo.model import load_model, load_reward_model
 from minidpo.tools.score import main as score
-from runs import run_rm as run
+from runs import run_rm
 
 
-def test_training_learns_a_preference(config):
-    metrics = run(config(), "--optim.max_steps=0", "--optim.epochs=6", "--optim.lr=3e-3")
-    assert metrics[-1]["eval/accuracy"] >= 7 / 8  # of 8 pairs: short beats long in this world
-    assert metrics[-1]["eval/preference_loss"] < metrics[0]["eval/preference_loss"]
+def test_it_learns(config):
+    """In this world short responses beat long ones; most held-out pairs are told right."""
+    settings = "--data.eval_pairs=16 --optim.max_steps=0 --optim.epochs=12 --optim.lr=3e-3".split()
+    before, *_, after = run_rm(config(), *settings)
+    assert after["eval/accuracy"] >= 0.75
+    assert after["eval/preference_loss"] < before["eval/preference_loss"]
 
 
-def test_metrics_have_the_agreed_names(config):
-    step = run(config())[1]
-    assert step.keys() >= {"loss", "accuracy", "margin", "mean_reward", "lm_loss", "preference_loss"}
-
-
-def test_the_loss_is_the_sum_of_its_stated_parts(config):
-    values = run(config(), "--loss.lm_weight=0.5")[1]
-    assert values["loss"] == pytest.approx(values["preference_loss"] + 0.5 * values["lm_loss"], rel=1e-6)
-
-
-def test_lm_weight_zero(config):
-    values = run(config(), "--loss.lm_weight=0")[1]
-    assert "lm_loss" not in values
-    assert values["loss"] == pytest.approx(values["preference_loss"], rel=1e-9)
-
-
-def test_lm_loss_at_the_start(config, world):
-    before = run(config())[0]
-    import train_dpo
-
-    out = Path(config()[0]).parent / "sft"
-    train_dpo.main([*config(), "--loss.name=sft", f"--run.out={out}"])
-    sft = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    assert before["eval/lm_loss"] == pytest.approx(sft["eval/loss"], rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    "override", ["--loss.margin=1.0", "--loss.label_smoothing=0.2", "--loss.center_weight=0.5"]
-)
-def test_every_loss_key_changes_the_loss(config, tmp_path, override):
-    plain = run(config(), f"--run.out={tmp_path / 'plain'}")[0]["eval/loss"]
-    changed = run(config(), override, f"--run.out={tmp_path / 'changed'}")[0]["eval/loss"]
-    assert changed != pytest.approx(plain, rel=1e-3)
-
-
-def test_resume_is_exact(config, tmp_path):
-    settings = config(optim__max_steps=6, optim__schedule='"constant"')
-    run(settings, f"--run.out={tmp_path / 'once'}")
-    run(settings, f"--run.out={tmp_path / 'twice'}", "--optim.max_steps=3")
-    run(settings, f"--run.out={tmp_path / 'twice'}")
-    once, twice = (load_file(tmp_path / name / "final/model.safetensors") for name in ("once", "twice"))
-    assert all(torch.equal(once[key], twice[key]) for key in once)
-    assert once.keys() == twice.keys()
-
-
-def test_scores_equal_transformers(config, world, tmp_path):
-    transformers = pytest.importorskip("transformers")
-    run(config())
-    final = tmp_path / "out" / "final"
-    score(
-        [
-            "--reward-model",
-            str(final),
-            "--data",
-            str(world / "pairs.jsonl.gz"),
-            "--out",
-            str(tmp_path / "s.jsonl"),
-        ]
+@pytest.mark.parametrize("lm_weight", [0, 0.5])
+def test_metric_names(config, lm_weight):
+    """Without language modelling its loss is not logged, and the loss is the preference's alone."""
+    evaluation, step, *_ = run_rm(config(), f"--loss.lm_weight={lm_weight}")
+    both = {"loss", "preference_loss", "accuracy", "margin", "mean_reward"} | (
+        {"lm_loss"} if lm_weight else set()
     )
-    ours = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
-    pair = Tokenizer.from_pretrained(final).encode_pair(next(read_preferences(world / "pairs.jsonl.gz")))
-    with torch.no_grad():
-        for response, name in ((pair.chosen, "chosen_reward"), (pair.rejected, "rejected_reward")):
-            assert theirs(torch.tensor([pair.prompt + response])).logits.item() == pytest.approx(
-                ours[name], abs=1e-5
-            )
+    assert step.keys() == both | {"step", "epoch", "lr", "grad_norm", "tokens_per_s"}
+    assert evaluation.keys() == {"step", *(f"eval/{name}" for name in both)}
+    assert (step["loss"] == pytest.approx(step["preference_loss"], rel=1e-9)) == (lm_weight == 0)
 
 
-def test_padding_of_a_saved_reward_model(config, world, tmp_path):
-    """A batch padded by the saved tokenizer scores the same, although the base model pads with EOS."""
+def test_final(config, world, tmp_path):
+    """`score` and transformers give the same rewards by final/."""
     transformers = pytest.importorskip("transformers")
-    model = tmp_path / "pads_with_eos"
-    shutil.copytree(world / "model", model)
-    for name, change in (
-        ("config.json", {"pad_token_id": 2}),
-        ("tokenizer_config.json", {"pad_token": "</s>"}),
-    ):
-        (model / name).write_text(json.dumps(json.loads((model / name).read_text()) | change))
-    run(config(), f"--model.path={model}")
-    final = tmp_path / "out" / "final"
-    texts = ["\n\nHuman: a cat?\n\nAssistant: yes</s>", "\n\nHuman: no?\n\nAssistant: a dog sleeps well</s>"]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+    run_rm(config())
+    final, pairs, scores = tmp_path / "out" / "final", world / "pairs.jsonl.gz", tmp_path / "scores.jsonl"
+    score(["--reward-model", str(final), "--data", str(pairs), "--out", str(scores)])
+    ours = json.loads(scores.read_text().splitlines()[0])
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
-    with torch.no_grad():
-        alone = torch.cat([theirs(**tokenizer(text, return_tensors="pt")).logits for text in texts])
-        batch = theirs(**tokenizer(texts, padding=True, return_tensors="pt")).logits
-    torch.testing.assert_close(batch, alone, rtol=1e-5, atol=1e-5)
+    pair = Tokenizer.from_pretrained(final).encode_pair(next(read_preferences(pairs)))
+    for name, response in (("chosen_reward", pair.chosen), ("rejected_reward", pair.rejected)):
+        reward = theirs(torch.tensor([pair.prompt + response])).logits.item()
+        assert ours[name] == pytest.approx(reward, abs=1e-5)
 
 
 def test_reward_head(config, tmp_path):
-    run(config(), "--optim.lr=1e-12", f"--run.out={tmp_path / 'a'}")
-    run(config(), "--optim.lr=1e-12", "--run.seed=1", f"--run.out={tmp_path / 'b'}")
-    a, b = (load_reward_model(tmp_path / name / "final") for name in "ab")
+    """The head is drawn from run.seed and has no bias; such a model gives no logits."""
+    for seed in (0, 1):
+        run_rm(config(), "--optim.lr=1e-12", f"--run.seed={seed}", f"--run.out={tmp_path / str(seed)}")
+    a, b = (load_reward_model(tmp_path / seed / "final") for seed in "01")
     assert not torch.allclose(a.score.weight, b.score.weight)
     assert a.score.bias is None
-
-
-def test_a_reward_model_gives_no_logits(config, tmp_path):
-    run(config())
-    model = load_reward_model(tmp_path / "out" / "final")
     with pytest.raises(ValueError, match="no lm_head"):
-        model.output_weight  # noqa: B018 (the property is the point)
+        _ = a.output_weight
     with pytest.raises(ValueError, match=r"lm_head|score"):
-        load_model(tmp_path / "out" / "final")
+        load_model(tmp_path / "0" / "final")

@@ -1,7 +1,7 @@
 """`python -m minidpo demo`: from nothing to an aligned model in a world whose true reward is known.
 
 1. Write the world (world.py, files.py): dialogues, a tokenizer and a random model.
-2. SFT on responses of mixed quality gives the reference, which answers as its teachers did.
+2. SFT on responses of mixed quality gives the reference, which has learnt their faults as well.
 3. A reward model is trained on noisy preferences, and compared with the best accuracy that the noise allows.
 4. DPO is trained on the same preferences.
 5. Both models respond to unseen prompts (samples.py), and the table says what changed.
@@ -13,8 +13,10 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+import torch
 
 from minidpo.data import read_preferences
 from minidpo.errors import STOPPED, UserError
@@ -30,6 +32,7 @@ from minidpo.training.advice import APART
 REPOSITORY = Path(__file__).resolve().parents[3]  # The scripts and configs lie there.
 OUT = Path("runs/demo")  # the directory that the configs name
 EXAMPLES = 3
+_said: set[str] = set()  # the lines that the scripts have printed: nobody reads the report of a file twice
 
 
 def main(arguments: list[str]) -> None:
@@ -41,6 +44,7 @@ def main(arguments: list[str]) -> None:
     judge_help = "train nothing: the table for these runs from the demo's SFT"
     option("--judge", metavar="RUN", nargs="+", type=Path, help=judge_help)
     options = parser.parse_args(arguments)
+    torch.set_num_threads(1)  # As in the configs: the figures do not depend on how many processors there are.
     out: Path = options.out
     if options.judge:
         compare(UnseenPrompts(out), options.judge)
@@ -100,17 +104,29 @@ def run_script(script: str, config: str, settings: dict[str, str]) -> None:
     overrides = [f"--{key}={value}" for key, value in settings.items()]
     command = shlex.join(["python", script, config, *overrides])
     print(f"\n$ {command}", flush=True)
-    with subprocess.Popen([sys.executable, REPOSITORY / script, REPOSITORY / config, *overrides]) as process:
+    typed = [sys.executable, str(REPOSITORY / script), str(REPOSITORY / config), *overrides]
+    with subprocess.Popen(typed, stdout=subprocess.PIPE, text=True, errors="replace") as process:
         try:
-            status = process.wait()
+            print_new_lines(process.stdout or ())
         except KeyboardInterrupt:
             # The script received Ctrl-C as well, and needs a moment to save.
-            process.wait()
-            status = STOPPED
+            print_new_lines(process.stdout or ())
+    status = process.returncode
     if status == STOPPED:
         sys.exit(STOPPED)
     if status:
         raise UserError(f"{command} ended with exit status {status}, see above")
+
+
+def print_new_lines(lines: Iterable[str]) -> None:
+    """Print `lines` but for those that were printed before, and the indented lines below such a one."""
+    known = False
+    for line in lines:
+        if not line.startswith("  "):
+            known = line in _said and not line.startswith(("step", "eval"))
+        if not known:
+            print(line, end="", flush=True)
+        _said.add(line)
 
 
 # --- what came of it ----------------------------------------------------------------------------------------
@@ -124,7 +140,9 @@ def report(out: Path) -> None:
     before, after = compare(unseen, [out / "dpo"])
     print("\nOn held-out preferences:\n")
     print(f"  reward model accuracy   {reward_model['eval/accuracy']:.3f}")
-    print(f"  r* itself, the ceiling  {realised:.3f}  ({expected:.3f} expected of such labels)")
+    print(
+        f"  accuracy of r* itself   {realised:.3f}  (expected before the labels were drawn: {expected:.3f})"
+    )
     print(f"  DPO accuracy            {aligned_model['eval/rewards/accuracies']:.3f}")
     print(f"  DPO margin, nats        {aligned_model['eval/rewards/margins']:.2f}")
     # The prompts come in random order, so the first ones are as good a choice as any.
@@ -149,17 +167,17 @@ def compare(unseen: UnseenPrompts, runs: Sequence[Path]) -> list[Samples]:
         "  length, words": mean(lambda j: j.length),
         "  true reward r*, nats": mean(lambda j: j.reward),
         "  KL from the SFT model, nats": [kl.mean() for kl in kls],
-        "    of the answer that has the most": [kl.max() for kl in kls],
+        "    of the response with the largest": [kl.max() for kl in kls],
     }
     header = ["", "SFT", *(run.name.upper() for run in runs)]
     cells = [[label, *(f"{value:.1f}" for value in values)] for label, values in rows.items()]
-    print(f"\nOn {len(unseen.prompts)} unseen prompts, one answer sampled to each:\n")
+    print(f"\nOn {len(unseen.prompts)} unseen prompts, one response sampled for each:\n")
     print(aligned([header, *cells]))
     for run, kl in zip(runs, kls[1:], strict=True):
         if apart := int((kl > APART).sum()):
             print(
-                f"  {run}: {apart} of the answers fallen apart (more than {APART:g} nats);"
-                " a lower optim.lr or a higher loss.beta keeps them"
+                f"  {run}: {apart} of the responses are broken text (a KL of more than {APART:g} nats);"
+                " a lower optim.lr or a higher loss.beta prevents that"
             )
     return samples
 

@@ -1,0 +1,121 @@
+"""The messages of a record, and what it may have beside them for a chat template.
+
+    {"role": "user", "content": "Is it?"}
+    {"role": "user", "content": [{"type": "text", "text": "Is it?"}]}
+    {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {...}}]}
+
+All other keys are kept, because a chat template may read them: `name`, `reasoning_content`, `tool_call_id`.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from minidpo.data.records import BadRecord, check_characters
+from minidpo.errors import one_line
+
+Message = dict[str, Any]
+Given = Mapping[str, Any]  # what a record has its chat template given beside messages
+
+_SET_BY_US = {"messages", "add_generation_prompt"}
+
+# Where a message may have its reasoning, the first of them the standard name.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+
+
+def messages_of(record: dict, key: str) -> list[Message]:
+    """The messages under a key of a record, without their null keys. Raises `BadRecord` for anything else.
+
+    A null key means no key: Arrow and OpenAI write `"tool_calls": null` into messages that call no tool.
+    """
+    if not isinstance(record[key], list):
+        raise BadRecord(f"{key!r} is no list of messages", "; give one, as under the other keys")
+    return [_checked(message, key) for message in record[key]]
+
+
+def text_of(message: Message) -> str | None:
+    """The content of a message as one text; None if it has none."""
+    content = message.get("content")
+    return "".join(part["text"] for part in content) if isinstance(content, list) else content
+
+
+def with_reasoning(message: Message) -> Message:
+    """The message with its reasoning, if it has any, under both names that chat templates read, as in
+    transformers 5."""
+    reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+
+
+def words_of(message: Message) -> Iterator[str]:
+    """Every text in a message, however deep, but its role and the types of its parts and tool calls."""
+    left: list[Any] = [message]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += [inner for key, inner in value.items() if key not in ("role", "type")]
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, str) and value.strip():
+            yield value.strip()
+
+
+def shared_turns(chosen: list[Message], rejected: list[Message], reads: Callable[[str], bool]) -> int:
+    """How many turns both begin with, the last of each excepted. Keys that no template reads may differ:
+    `reads` says of which."""
+
+    def read(message: Message) -> Message:
+        keys = {key: value for key, value in message.items() if reads(key)}
+        return keys | {"content": text_of(message)}
+
+    both = zip(chosen[:-1], rejected[:-1], strict=False)
+    return [*(a == b or read(a) == read(b) for a, b in both), False].index(False)
+
+
+def with_system(record: dict, prompt: list[Message]) -> list[Message]:
+    """The prompt, begun with the record's `system` unless it has a system turn of its own."""
+    system = record.get("system")
+    if not isinstance(system, str) or not system.strip() or prompt[0]["role"] == "system":
+        return prompt
+    check_characters(system, "'system'")
+    return [{"role": "system", "content": system}, *prompt]
+
+
+def given_of(record: dict) -> Given:
+    """What the record has its chat template given: `chat_template_kwargs`, and `tools`, which may be JSON."""
+    tools, others = record.get("tools"), record.get("chat_template_kwargs") or {}
+    try:
+        if isinstance(tools, str):
+            tools = json.loads(tools or "null")
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("'tools' is not JSON", f" ({one_line(error)}); give a list of tools") from None
+    if not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise BadRecord("'tools' is no list of objects", "; give one object per tool")
+    if not isinstance(others, dict) or _SET_BY_US & others.keys():
+        right = f"; give an object without {' and '.join(sorted(_SET_BY_US))}"
+        raise BadRecord("'chat_template_kwargs' cannot be given to a template", right)
+    return {"tools": tools} | {name: value for name, value in others.items() if value is not None}
+
+
+def _checked(message: Any, key: str) -> Message:
+    message = message if isinstance(message, dict) else {}
+    message = {name: value for name, value in message.items() if value is not None}
+    if isinstance(message.get("content"), list):
+        message["content"] = [_text_part(part, key) for part in message["content"]]
+    for name, text in (("role", message.get("role")), ("content", text_of(message))):
+        if text is None and name == "content" and message.get("tool_calls"):
+            continue
+        if not isinstance(text, str):
+            right = "; a message is {'role': 'user', 'content': '...'}"
+            raise BadRecord(f"a message in {key!r} has no text under {name!r}", right)
+        check_characters(text, f"{name!r} of a message in {key!r}")
+    return message
+
+
+def _text_part(part: Any, key: str) -> dict[str, str]:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind == "text" and isinstance(part.get("text"), str):
+        return {"type": "text", "text": part["text"]}
+    right = "; a part is {'type': 'text', 'text': '...'}, and no other is read"
+    raise BadRecord(f"a message in {key!r} has a part of type {kind!r}"[:200], right)

@@ -1,0 +1,92 @@
+"""Pairs as token ids within the limits of a run, and every token of a pair in words."""
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+from minidpo.data.pair_tokens import TokenPair
+from minidpo.data.preferences import PreferencePair
+from minidpo.data.report import PARTS, DataReport, dropped_lines
+from minidpo.data.tokenizer import Tokenizer
+from minidpo.errors import UserError
+
+_CHUNK = 256  # pairs tokenized at once: enough for all threads, and little text in memory
+
+
+def tokenize_pairs(
+    pairs: Iterable[PreferencePair],
+    tokenizer: Tokenizer,
+    max_length: int,
+    max_prompt_length: int | None = None,
+    report: DataReport | None = None,
+    truncate: bool = True,
+    drop_identical: bool = True,
+) -> Iterator[TokenPair]:
+    """Yield the pairs as ids, in order, cut to `max_length` tokens for prompt + response with its EOS.
+
+    A prompt longer than `max_prompt_length` (None: `max_length`) loses its beginning, BOS excepted. Each
+    response then has the rest of `max_length` to itself and loses its end, EOS included: a model must not
+    learn to stop where a text was cut. Pairs that this leaves without a response, or with two equal ones
+    (unless `drop_identical=False`), are dropped and counted in `report`, as are prompts without a token.
+    `truncate=False` cuts nothing and drops what would have to be cut, so that every score is of a whole text.
+    Raises `UserError` for limits that contradict each other, and if no pair is left.
+    """
+    limit = max_length if max_prompt_length is None else max_prompt_length
+    if not 1 <= limit <= max_length:
+        raise UserError(f"max_prompt_length = {limit} must lie between 1 and max_length = {max_length}")
+    report = DataReport() if report is None else report
+    report.limits, report.rewards = (max_length, limit), tokenizer.rewards
+    source, bos, apart = iter(pairs), tokenizer.bos, tokenizer.apart
+    while chunk := list(islice(source, _CHUNK)):
+        # A chat template writes BOS itself, but a text should not.
+        texts = [pair.prompt for pair in chunk if pair.add_special_tokens]
+        report.own_bos += sum(text.startswith(bos) for text in texts if bos)
+        encoded = tokenizer.encode_pairs(chunk)
+        report.apart = tokenizer.apart - apart
+        for whole in encoded:
+            pair, reason = _cut(whole, limit, max_length, tokenizer.bos_id), ""
+            if not pair.prompt:
+                reason = "the prompt has no token, so nothing predicts the first token of a response"
+            elif pair != whole and not truncate:
+                reason = "longer than max_length"
+            elif not (pair.chosen and pair.rejected):
+                reason = "truncation left a response empty"
+            elif pair.chosen == pair.rejected and drop_identical:
+                reason = "responses identical as tokens or after truncation"
+            report.add(whole, pair, reason)
+            if not reason:
+                yield pair
+    if not report.kept:
+        reasons = ", ".join(dropped_lines(report.dropped, "record"))
+        what = f"no pair is left to use with max_length = {max_length} ({reasons})"
+        raise UserError(f"{what}; raise it or change the data")
+
+
+def describe_pair(pair: TokenPair, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
+    """Every token of a pair in the order in which it is laid out, prompt | chosen | rejected.
+
+    Positions of rejected restart where the prompt ended, because it follows the prompt too. The EOS that ends
+    a response has a role of its own, and is scored like the rest of the response.
+    """
+    for part in PARTS:
+        ids, scored = getattr(pair, part), part != "prompt"
+        for place, token in enumerate(ids):
+            is_end = scored and place == len(ids) - 1 and token == tokenizer.eos_id
+            yield {
+                "role": "eos" if is_end else part,
+                "position": place + scored * len(pair.prompt),
+                "id": token,
+                "piece": tokenizer.piece(token),  # A leading space may read "Ġ" or "▁".
+                "scored": scored,
+                "response": part if scored else None,
+            }
+
+
+def _cut(pair: TokenPair, prompt_limit: int, max_length: int, bos_id: int | None) -> TokenPair:
+    """The pair with its prompt cut from the left, each response from the right."""
+    prompt = pair.prompt
+    if len(prompt) > prompt_limit:
+        head = prompt[:1] if prompt[0] == bos_id else []
+        prompt = head + prompt[len(prompt) - (prompt_limit - len(head)) :]
+    rest = max_length - len(prompt)
+    return pair._replace(prompt=prompt, chosen=pair.chosen[:rest], rejected=pair.rejected[:rest])

@@ -1,0 +1,152 @@
+"""Whatever a record says beside role and content reaches the template, or is named in the report."""
+
+import json
+
+import pytest
+from chat_model import ASKED, NO, RECORD, YES, chat_model, read, turn
+
+from minidpo.data import BadRecord, Prompt, pair_of, prompt_of, shape_of
+from minidpo.errors import UserError
+
+pytest.importorskip("jinja2")
+
+# It prints what it is not guarded against: a null name as "None", and it cannot loop over null tool calls.
+PLAIN = """{% if effort %}({{ effort }}){% endif %}{% if tools %}({{ tools | tojson }}){% endif %}
+{%- for m in messages %}<{{ m.role }}>{% if 'name' in m %}({{ m.name }}){% endif %}
+{%- if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}
+{{- (m.content or '').split('</think>')[-1] }}
+{%- if 'tool_calls' in m %}{% for c in m.tool_calls %}({{ c.function | tojson }}){% endfor %}{% endif %}</s>
+{%- endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"""
+# It reads a content that is a list of parts.
+PARTS = """{% for m in messages %}<{{ m.role }}>{% if m.content is string %}{{ m.content }}{% else %}
+{%- for p in m.content %}{{ p.text }}+{% endfor %}{% endif %}</s>{% endfor %}
+{%- if add_generation_prompt %}<assistant>{% endif %}"""
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+
+
+def call(city: object, **more: object) -> dict:
+    """An assistant's turn that calls a tool."""
+    function = {"name": "weather", "arguments": {"city": city}}
+    return {"role": "assistant", "tool_calls": [{"type": "function", "function": function}]} | more
+
+
+def parts(role: str, *texts: str) -> dict:
+    return turn(role, [{"type": "text", "text": text} for text in texts])
+
+
+@pytest.mark.parametrize("template", [PLAIN, PARTS], ids=["plain", "parts"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"tools": TOOLS},
+        {"tools": json.dumps(TOOLS)},
+        {"tools": None, "chat_template_kwargs": {"effort": "low"}},
+        {"prompt": [ASKED | {"name": None, "tool_calls": None}]},
+        {"chosen": [YES | {"reasoning": "clouds"}]},
+        {"chosen": [YES | {"thinking": "clouds", "reasoning": None}]},
+        {"prompt": [ASKED, call("Rome"), turn("tool", "wet")]},
+        {"prompt": [ASKED, call("Rome", content=None), turn("tool", "wet")]},
+        {"prompt": [ASKED, call(None, content="")]},  # a null inside is an argument's value
+        {"prompt": [parts("user", "Is 2 + ", "2 four?")]},
+        {"system": "Be brief."},
+    ],
+)
+def test_as_transformers(tmp_path, template, changed):
+    """Prompt and responses, and the prompt of a sample, are what transformers writes of the same record."""
+    ours, record = chat_model(tmp_path, template).chat_template(), RECORD | changed
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    tools = json.loads(record["tools"]) if isinstance(record.get("tools"), str) else record.get("tools")
+    given = {"tools": tools, "tokenize": False} | record.get("chat_template_kwargs", {})
+    messages = record["prompt"]
+    if "system" in record:
+        messages = [turn("system", record["system"]), *messages]
+    if template == PLAIN and isinstance(messages[0]["content"], list):  # transformers would print the list.
+        messages = [ASKED]
+    ((pair,), _) = read(ours, tmp_path, record)
+    assert pair.prompt == theirs.apply_chat_template(messages, add_generation_prompt=True, **given)
+    assert pair.prompt + pair.chosen == theirs.apply_chat_template(messages + record["chosen"], **given)
+    assert pair.prompt + pair.rejected == theirs.apply_chat_template(messages + record["rejected"], **given)
+    prompt = prompt_of(record, ours)
+    assert prompt == Prompt(pair.prompt, prompt.messages, False, prompt.tail, prompt.given)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "dropped"),
+    [
+        (call("Rome"), NO, None),
+        (call("Rome"), call("Oslo"), None),
+        (YES | {"reasoning_content": "clouds"}, YES | {"reasoning_content": "sun"}, None),
+        (YES | {"name": "Ann"}, YES | {"name": "Bob"}, None),
+        (YES | {"id": 1}, YES | {"id": 2}, "chosen and rejected are identical"),  # not in the text
+        (turn("assistant", " \n"), NO, "nothing but blanks in a response"),
+        (turn("assistant", "", id="x"), NO, "nothing but blanks in a response"),
+        (parts("assistant", " "), NO, "nothing but blanks in a response"),
+        (turn("assistant", "<think>no answer</think>"), NO, "nothing but blanks in a response"),
+        (turn("assistant", "assistant"), NO, None),
+    ],
+)
+def test_as_rendered(tmp_path, chosen, rejected, dropped):
+    """Responses are blank, or alike, if their texts are; not if only their contents are."""
+    chat = chat_model(tmp_path, PLAIN).chat_template()
+    pairs, lines = read(chat, tmp_path, RECORD, RECORD | {"chosen": [chosen], "rejected": [rejected]})
+    assert len(pairs) == (1 if dropped else 2)
+    assert not dropped or f"  dropped 1: {dropped} (line 2)" in lines
+
+
+def test_shared_tool_calls(tmp_path):
+    """Turns are shared if all that the template reads is equal, tool calls included."""
+    rome, again, oslo = call("Rome"), call("Rome", id=7), call("Oslo")
+    records = [
+        {"chosen": [ASKED, rome, ASKED, YES], "rejected": [ASKED, other, ASKED, NO]}
+        for other in (again, oslo)
+    ]
+    pairs, lines = read(chat_model(tmp_path, PLAIN).chat_template(), tmp_path, *records)
+    assert [pair.index for pair in pairs] == [0] and "Rome" in pairs[0].prompt
+    assert "  dropped 1: a response is not one assistant turn (line 2)" in lines
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "unread"),
+    [
+        ({"id": 7, "note": None, "system": ""}, "model", "id"),
+        ({"prompt": [turn("system", "a"), ASKED], "system": "b"}, "model", "system"),
+        ({"chat_template_kwargs": {"effort": "low", "x": 1}}, "model", "chat_template_kwargs.x"),
+        ({"tools": TOOLS}, "chatml", "tools"),
+        ({"chosen": [YES | call("Rome")]}, "hh", "tool_calls of messages"),
+        ({"prompt": "p", "chosen": "y", "rejected": "n", "system": "a", "b\n": 1}, "model", "'b\\n', system"),
+    ],
+)
+def test_unread_keys(tmp_path, changed, kind, unread):
+    """A key that holds something and does not reach the text is named in the report."""
+    _, lines = read(chat_model(tmp_path, PLAIN).chat_template(kind), tmp_path, RECORD | changed)
+    assert lines[1:] == [f"  keys that are not read: {unread}"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "kind", "said"),
+    [
+        ({"tools": "[{"}, "model", "'tools' is not JSON (Expecting"),
+        ({"tools": ["weather"]}, "model", "'tools' is no list of objects; give one object per tool"),
+        ({"chat_template_kwargs": {"messages": []}}, "model", "'chat_template_kwargs' cannot be given to"),
+        ({"chosen": [turn("assistant", [{"type": "image"}])]}, "model", "has a part of type 'image'; a part"),
+        ({"chosen": [turn("assistant", ["Yes"])]}, "model", "has a part of type 'str'; a part is"),
+        ({"chosen": [turn("assistant", None, tool_calls=[])]}, "model", "has no text under 'content'"),
+        ({"chosen": [call("Rome")]}, "hh", "a message has no text under 'content', and hh and chatml"),
+        ({"chosen": [call("Rome")]}, "chatml", "a message has no text under 'content', and hh and chatml"),
+    ],
+)
+def test_refused(tmp_path, changed, kind, said):
+    """What a template cannot be given is refused in one line."""
+    with pytest.raises(UserError) as caught:
+        read(chat_model(tmp_path, PLAIN).chat_template(kind), tmp_path, RECORD | changed)
+    assert str(caught.value).startswith(f"{tmp_path}/pairs.jsonl:1: ") and said in str(caught.value)
+
+
+def test_deep_nesting(tmp_path):
+    """Messages that are nested deeper than Python goes are refused."""
+    deep = []
+    for _ in range(5000):
+        deep = [deep]
+    record = RECORD | {"prompt": [ASKED | {"x": deep}]}
+    with pytest.raises(BadRecord, match="messages are nested too deeply; give fewer levels"):
+        pair_of(record, shape_of(record), chat_model(tmp_path, PLAIN).chat_template(), True)

@@ -1,0 +1,28 @@
+"""SFT: the mean log-prob of the chosen response's tokens."""
+
+import pytest
+from loss_checks import CHECKS, Claims
+
+from minidpo.losses import SFT
+from minidpo.verify.exact_world import beats_sampler
+
+
+def optimum(world):
+    """y wins mu(y) p*(y beats mu) of the pairs. With w(y) that number over |y|, the loss is the sum of
+    -w(y) log pi(y), which is least at pi = w / sum of w."""
+    return (world.sampler * beats_sampler(world) / world.lengths).log().log_softmax(-1)
+
+
+CLAIMS = Claims(
+    points=[(dict(), dict(chosen=-10, chosen_length=4), 2.5)],  # 10 / 4
+    optimum=(dict(), optimum),
+    twin=lambda p, s: -p.chosen / p.chosen_length,
+    gradient=lambda p, s: dict(chosen=-1 / p.chosen_length),
+    metrics=lambda p, s: {"logps/chosen": p.chosen, "response_length/chosen": p.chosen_length},
+)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_claims(check):
+    """The check of loss_checks.py finds them true."""
+    check(SFT(), CLAIMS)

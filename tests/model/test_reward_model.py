@@ -1,0 +1,58 @@
+"""The reward model: a score read at the last token of each response."""
+
+import numpy as np
+import pytest
+import torch
+from test_packing import THREE_PAIRS, packed
+from torch.testing import assert_close
+
+from minidpo.model import RewardModel
+from minidpo.model.reward_model import fresh_score
+from tiny import (
+    gradients,
+    naive_logps,
+    naive_rewards,
+    random_pairs,
+    relative_difference,
+    tiny_model,
+    tiny_reward_model,
+)
+
+
+def test_rewards(form=packed):
+    """Read at each response's last token, chosen first: what one row per text gives, beside other pairs."""
+    model = tiny_reward_model(dtype=torch.float64)
+    assert_close(model.forward_packed(form(THREE_PAIRS))[0], naive_rewards(model, THREE_PAIRS))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+def test_one_pass(dtype, tolerance):
+    """Rewards, the chosen response's log-prob and the gradients are those of one row per text."""
+    model, pairs = tiny_reward_model(dtype=dtype), random_pairs(np.random.default_rng(0), 6)
+    rewards, logps = model.forward_packed(packed(pairs, scored=1))
+    naive = naive_rewards(model, pairs), naive_logps(model, pairs)[:, :1]
+    assert_close((rewards, logps), naive, rtol=tolerance, atol=tolerance)
+    ours, theirs = (gradients(model, r[:, 0].sum() - r[:, 1].sum() / 2) for r in (rewards, naive[0]))
+    assert relative_difference(ours, theirs) < tolerance
+    assert not ours["lm_head.weight"].any()  # rewards come from the head alone
+    assert model.forward_packed(packed(pairs, scored=0))[1] is None
+
+
+def test_new_head():
+    """The language model's own weights under a head drawn from N(0, 1 / (hidden + 1))."""
+    language_model = tiny_model(tie_word_embeddings=True)
+    model = RewardModel.from_language_model(language_model)
+    assert model.model.norm.weight is language_model.model.norm.weight
+    assert model.score.weight.shape == (1, 32)
+    assert fresh_score(9999).std().item() == pytest.approx(0.01, rel=0.05)
+
+
+def test_head_in_float32():
+    """Under autocast too: a reward near 1 would step by 1/128 in bf16, and many pairs would tie."""
+    model, pairs = tiny_reward_model(), random_pairs(np.random.default_rng(0), 8)
+    hidden = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        of_hidden = model.rewards_of(hidden)
+        of_pairs, _ = model.forward_packed(packed(pairs, scored=0))
+    assert_close(of_hidden, hidden.float() @ model.score.weight[0].detach(), rtol=1e-5, atol=1e-5)
+    assert of_pairs.dtype == torch.float32 and not torch.equal(of_pairs, of_pairs.bfloat16().float())

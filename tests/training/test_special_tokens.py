@@ -1,0 +1,134 @@
+"""Tokens that must agree: EOS and pad of final/ with what was trained, a reference's ids with the model's."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from minidpo.data import Tokenizer
+from minidpo.errors import UserError
+from minidpo.model import load_model, read_config, save_model, save_reward_model
+from minidpo.tools.explain import main as explain
+from minidpo.tools.score import main as score
+from minidpo.training.special_tokens import NEW_PAD
+from runs import run_dpo, run_rm
+from tiny import edit_config, tiny_model, tiny_reward_model, write_tokenizer
+
+
+@pytest.fixture
+def base(tmp_path) -> Path:
+    """A model directory with 304 rows, of which the tokenizer has 300: 0 is <pad>, 1 <s>, 2 </s>."""
+    write_tokenizer(tmp_path / "base", ["yes no maybe"], 300)
+    save_model(tiny_model(vocab_size=304), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def fields(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("run", [run_dpo, run_rm])
+@pytest.mark.parametrize(
+    ("of_model", "of_generation", "saved", "saved_generation", "stops"),
+    [
+        (5, {"top_p": 0.9}, [2, 5], {"eos_token_id": 2, "top_p": 0.9}, {2, 5}),  # the tokenizer's is 2
+        ([5, 6], {"eos_token_id": [6, 2]}, [2, 5, 6], {"eos_token_id": [2, 6]}, {2, 5, 6}),
+        (None, {"eos_token_id": 5}, 2, {"eos_token_id": [2, 5]}, {2, 5}),
+    ],
+)
+def test_eos(config, base, tmp_path, run, of_model, of_generation, saved, saved_generation, stops):
+    """The EOS that was trained is the first of those at which final/ stops, and others stay."""
+    edit_config(base, lambda config: config.update(eos_token_id=of_model))
+    (base / "generation_config.json").write_text(json.dumps(of_generation))
+    run(config(), f"--model.path={base}", "--optim.max_steps=1")
+    final = tmp_path / "out" / "final"
+    assert fields(final / "config.json")["eos_token_id"] == saved
+    assert fields(final / "generation_config.json") == saved_generation
+    assert Tokenizer.from_pretrained(final).stop_ids == stops
+
+
+@pytest.mark.parametrize(
+    ("named", "of_model", "pad"),
+    [
+        ({"pad_token": "<pad>"}, None, "<pad>"),
+        ({"pad_token": "</s>"}, 2, "<zz>"),  # EOS cannot be it, so another special token is
+        ({"pad_token": "</s>", "extra_special_tokens": ["<x>", "<|image_pad|>"]}, None, "<|image_pad|>"),
+        ({"chat_template": "<pad> and <s>"}, None, NEW_PAD),  # what a text may end with cannot be it
+        ({"pad_token": "<x>"}, 999, "<x>"),  # config.json's has no row
+    ],
+)
+def test_pad(config, base, tmp_path, named, of_model, pad):
+    """A reward model's is a special token with a row, never EOS; a padded batch has the rewards of its texts."""
+    (base / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"} | named))
+    if pad not in ("<pad>", NEW_PAD):  # There is no token of that name.
+        (base / "tokenizer.json").write_text((base / "tokenizer.json").read_text().replace("<pad>", "<zz>"))
+    before = Tokenizer.from_pretrained(base)
+    edit_config(base, lambda config: config.update(pad_token_id=of_model, bos_token_id=None))
+    run_rm(config(), f"--model.path={base}", "--optim.max_steps=1")
+    final = tmp_path / "out" / "final"
+    after = Tokenizer.from_pretrained(final)
+    assert not after.conflict(before) and before.special_ids.items() <= after.special_ids.items()
+    assert fields(final / "tokenizer_config.json")["pad_token"] == pad
+    assert fields(final / "config.json")["pad_token_id"] == after.special_ids[pad] < 304
+
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(final)
+    texts = ["yes no maybe</s>", "no</s>"]
+    batch = theirs(**tokenizer(texts, return_tensors="pt", padding=True)).logits
+    alone = torch.cat([theirs(**tokenizer(text, return_tensors="pt")).logits for text in texts])
+    torch.testing.assert_close(batch, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [304, 999, -1])
+def test_pad_without_a_row(base, tmp_path, pad):
+    """A pad id beyond the rows is ignored, and not written again."""
+    edit_config(base, lambda config: config.update(pad_token_id=pad))
+    assert read_config(base).pad_token_id is None
+    save_model(load_model(base), tmp_path / "again")
+    assert fields(tmp_path / "again" / "config.json")["pad_token_id"] is None
+
+
+def test_byte_order_mark(config, base, tmp_path):
+    """Files that were edited on Windows are read, and final/ has none of their marks."""
+    arguments = config()
+    for file in (*base.glob("*.json"), Path(arguments[0])):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    run_dpo(arguments, f"--model.path={base}", "--optim.max_steps=1")
+    for file in (tmp_path / "out" / "final").glob("*.json"):
+        assert not file.read_bytes().startswith(b"\xef\xbb\xbf")
+
+
+def test_other_tokenizer(config, world, tmp_path, capsys):
+    """A reference that reads other tokens under the model's ids is refused; a reward model may read other
+    text."""
+    german = shutil.copytree(world / "other", tmp_path / "german")
+    write_tokenizer(german, ["Wie bitte? Das ist nicht wahr, oder etwa doch?"] * 3, 270)
+    of_command = ["--model", str(world / "model"), "--reference", str(german)]
+    data = ["--data", str(world / "pairs.jsonl.gz"), "--out", str(tmp_path / "scores.jsonl")]
+    for refuses in (
+        lambda: run_dpo(config(), f"--reference.path={german}"),
+        lambda: run_dpo(config(), f"--reference.path={german}", "--loss.name=sft", "--eval.samples=2"),
+        lambda: score([*of_command, *data]),
+        lambda: explain([*of_command, "--prompt", "a cat?", "--chosen", " yes", "--rejected", " no"]),
+    ):
+        with pytest.raises(UserError, match="its tokenizer has other ids than the model's"):
+            refuses()
+    assert not (tmp_path / "out").exists()
+
+    save_reward_model(tiny_reward_model(vocab_size=300), german)
+    sampled = ["--eval.samples=2", "--eval.max_new_tokens=3", f"--eval.reward_model={german}"]
+    run_dpo(config(), *sampled, "--optim.max_steps=1")
+    assert "the reward model has another tokenizer than the model" in capsys.readouterr().out
+
+
+def test_same_tokenizer(config, world, tmp_path):
+    """A tokenizer.json with its keys in another order, or with a new special token, is the same tokenizer."""
+    same = shutil.copytree(world / "other", tmp_path / "same")
+    of_tokenizer, of_config = (fields(same / name) for name in ("tokenizer.json", "tokenizer_config.json"))
+    of_tokenizer["model"]["vocab"] = dict(reversed(of_tokenizer["model"]["vocab"].items()))
+    (same / "tokenizer.json").write_text(json.dumps(dict(reversed(of_tokenizer.items()))))
+    (same / "tokenizer_config.json").write_text(json.dumps(of_config | {"mask_token": "<mask>"}))
+    assert run_dpo(config(), f"--reference.path={same}", "--optim.max_steps=1")
