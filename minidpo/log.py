@@ -81,8 +81,10 @@ class MetricsFile:
                 lines = (
                     path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
                 )
-                write_file(path, "".join(line + "\n" for line in lines if _step(line) <= (last_step or -1)))
-            if strange := sum(line != "" and _step(line) == math.inf for line in lines[:-1]):
+                steps = list(map(_step, lines))
+                kept = (line for line, step in zip(lines, steps, strict=True) if step <= (last_step or -1))
+                write_file(path, "".join(line + "\n" for line in kept))
+            if strange := sum(line != "" and steps[i] == math.inf for i, line in enumerate(lines[:-1])):
                 print0(f"warning: {path}: {strange} lines were no lines of metrics and are gone")
         if rank() == 0 and tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # sections.py has checked that it is there

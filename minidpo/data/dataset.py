@@ -140,7 +140,7 @@ def require_messages(
 
     It would become the trained model's own. HH dialogues are text that hh describes.
     """
-    if not template.asked_for or (pairs.templated is not None and pairs.templated.any()):
+    if not template.asked_for or pairs.on_messages:
         return
     start, end = pairs.bounds[0, :2]
     if template.kind != "hh" or not tokenizer.decode(pairs.ids[start:end].tolist()).endswith(ASSISTANT):

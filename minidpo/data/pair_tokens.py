@@ -75,6 +75,11 @@ class PairTokens:
         """(n, 1 + K): tokens of each prompt and of its responses."""
         return np.diff(self.bounds, axis=1)
 
+    @property
+    def on_messages(self) -> bool:
+        """Whether a chat template wrote the prompt of any pair."""
+        return self.templated is not None and bool(self.templated.any())
+
     def token_counts(self, responses: int | None = None) -> np.ndarray:
         """(n,): tokens that each prompt lays out with its first `responses` (default: all of them)."""
         last = -1 if responses is None else 1 + responses

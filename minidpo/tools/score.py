@@ -64,7 +64,7 @@ def main(arguments: list[str]) -> None:
     template = tokenizer.chat_template(options.template, date_of_model(directory))
     pairs = _read_whole(data, tokenizer, limit, template)
     require_messages("--template", template, pairs, tokenizer)
-    if options.reward_model and pairs.templated is not None and pairs.templated.any():
+    if options.reward_model and pairs.on_messages:
         compare_template(directory, tokenizer, template)
     groups = groups_of(data, options.by, pairs.index) if options.by else None
 

@@ -20,6 +20,7 @@ from minidpo.data.tokenizer_files import (
     ADDED_TOKENS,
     CHAT_TEMPLATE,
     CONFIG,
+    GENERATION,
     MORE_TEMPLATES,
     SPECIAL_TOKENS,
     find_template,
@@ -39,7 +40,7 @@ TOKENIZER_FILES = (
     SPECIAL_TOKENS,
     ADDED_TOKENS,
     CHAT_TEMPLATE,
-    "generation_config.json",
+    GENERATION,
 )
 
 

@@ -86,9 +86,8 @@ def text_after(
     tokenizer: Tokenizer, prompt: Sequence[int], response: Sequence[int], special_tokens: bool = False
 ) -> str:
     """The text of a response, decoded after its prompt: some decoders strip a text's leading space."""
-    texts = (prompt, [*prompt, *response], response)
-    before, whole, alone = (tokenizer.decode(ids, special_tokens) for ids in texts)
-    return whole.removeprefix(before) if whole.startswith(before) else alone
+    before, whole = (tokenizer.decode(ids, special_tokens) for ids in (prompt, [*prompt, *response]))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(response, special_tokens)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

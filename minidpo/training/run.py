@@ -99,8 +99,7 @@ class Run:
         identity = run_identity(to_dict(config), self.fingerprints)
         template = tokenizer.chat_template(config.data.template).to_keep
         keep, files = self.settings.keep_checkpoints, self._tokenizer_files
-        on_messages = train.templated is not None and bool(train.templated.any())
-        self._checkpoints = Checkpoints(self.out, identity, keep, files, template, on_messages)
+        self._checkpoints = Checkpoints(self.out, identity, keep, files, template, train.on_messages)
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
         tell_new_schedule(config, step, steps, len(train))
