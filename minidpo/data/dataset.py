@@ -151,7 +151,7 @@ def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) ->
     """Raises UserError unless `model` (a ModelConfig, named by its role) takes texts of max_length and the
     tokenizer's ids."""
     if max_length > model.max_length:
-        keys = "max_position_embeddings or sliding_window in its config.json"
+        keys = "max_position_embeddings, sliding_window or LongRoPE's original length in its config.json"
         what = f"texts of up to {max_length} tokens (max_length), but the {role} takes {model.max_length}"
         raise UserError(f"{what} ({keys})")
     if tokenizer.vocab_size > model.vocab_size:

@@ -1,8 +1,8 @@
 """The language model, the reward model, and what one pass over a packed row gives.
 
-transformer.py (the decoder) -> attention.py (packed rows) -> packed.py (log-probs of responses) ->
-reward_model.py; generate.py samples; pretrained.py reads and writes Hugging Face directories, with
-hf_config.py and tensors.py.
+transformer.py (the decoder; its settings are in model_config.py, rotary embeddings in rotary.py) ->
+attention.py (packed rows) -> packed.py (log-probs of responses) -> reward_model.py; generate.py samples;
+pretrained.py reads and writes Hugging Face directories, with hf_config.py, hf_fields.py and tensors.py.
 """
 
 from minidpo.model.generate import Sampling, generate

@@ -42,8 +42,10 @@ def attention_per_piece(batch: PackedBatch) -> Attend:
         # because the processes of a run add up their gradients together.
         if not lengths:
             return q + (k.sum() + v.sum()).to(q.dtype)
+        # Rotation leaves q in float32; a layer without it leaves it in bf16 under autocast.
+        dtype = torch.promote_types(q.dtype, torch.float32)
         # split, not slices: the backward pass of each slice would allocate a zero gradient of all N rows.
-        pieces = zip(*(heads.to(q.dtype).split(lengths) for heads in (q, k, v)), strict=True)
+        pieces = zip(*(heads.to(dtype).split(lengths) for heads in (q, k, v)), strict=True)
         attended = []
         # float32 even under autocast: on a CPU, attention in bf16 is slower and less exact.
         with torch.autocast(q.device.type, enabled=False):
@@ -100,7 +102,7 @@ def masked_attention(mask: BlockMask) -> Attend:
         if size < SMALLEST_HEAD:
             q, k, v = (F.pad(heads, (0, SMALLEST_HEAD - size)) for heads in (q, k, v))
         flex = _flex_attention(q.device.type)
-        # The scale is that of the head size before padding.
+        # The scale is that of the head size before padding, as in `causal_attention`.
         attended = flex(q, k, v, block_mask=mask, scale=size**-0.5, enable_gqa=True)
         return attended[0, ..., :size].transpose(0, 1)
 

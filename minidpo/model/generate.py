@@ -53,7 +53,7 @@ def generate(
         raise ValueError(f"prompt {lengths.index(0)} has no tokens; generation needs one to start")
     if (most := max(lengths, default=0)) + new > limit:
         raise ValueError(f"a prompt of {most} tokens and max_new_tokens = {new} exceed the model's {limit}")
-    generator = torch.Generator(device=model.output_weight.device).manual_seed(seed)
+    generator = torch.Generator(device=model.model.embed_tokens.weight.device).manual_seed(seed)
     ends = [eos_id] if isinstance(eos_id, int) else [*(eos_id or ())]
     stops = torch.tensor(ends, dtype=torch.int64, device=generator.device)
     # Prompts of similar length run together, so that little is computed on padding.
@@ -73,7 +73,7 @@ def _one_batch(
 ) -> list[list[int]]:
     # Padding is on the left, so that every row's last column holds its last token and the next token of all
     # rows goes into the same new column. Positions count from the first real token.
-    device, width = model.output_weight.device, max(map(len, prompts))
+    device, width = stops.device, max(map(len, prompts))
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (R, T)
     padding = torch.tensor([width - len(p) for p in prompts], device=device)  # (R,)
     positions = (torch.arange(width, device=device) - padding[:, None]).clamp(min=0)  # (R, T)

@@ -1,109 +1,38 @@
 """config.json of a Hugging Face model directory <-> ModelConfig.
 
-A field that would change the numbers and is not supported here is an error that names it. Only fields in
-HARMLESS, those in NEUTRAL at their neutral value, and unset ones (null, false, empty) are ignored.
+hf_fields.py says what each field may hold and which are ignored.
 """
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from minidpo.errors import UserError
 from minidpo.files import read_object, require_model_file
-from minidpo.model.transformer import Llama3Rope, ModelConfig
+from minidpo.model.hf_fields import (
+    FAMILIES,
+    FIELDS,
+    HARMLESS,
+    LENGTH,
+    NEEDED,
+    NEUTRAL,
+    NUMBER,
+    OBJECT,
+    ORIGINAL,
+    QUANTISED,
+    ROPE_CHECKS,
+    ROPE_FIELDS,
+    SHARE,
+    Family,
+)
+from minidpo.model.model_config import ModelConfig
+from minidpo.model.rotary import ROPE_SCALINGS, LongRope, RopeScaling, rotary_frequencies
 from minidpo.settings import Check, one_of
 
 REWARD_LABEL = {"0": "reward"}  # by which a reward model of `format_config` is known
-ARCHITECTURES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
-
-# What a field may hold. It is `type(...) is`, because isinstance takes JSON's true for a whole number. The
-# largest weight has heads x head_dim x hidden_size entries: the product of three sizes must fit 64 bits.
-_SIZE = Check(lambda value: type(value) is int and 1 <= value <= 2**20, "a whole number from 1 to 2**20")
-_DEPTH = Check(lambda value: type(value) is int and 1 <= value <= 1000, "a whole number from 1 to 1000")
-_LENGTH = Check(lambda value: type(value) is int and 1 <= value <= 2**31, "a whole number from 1 to 2**31")
-_NUMBER = Check(lambda value: type(value) in (int, float) and 0 < value < 1e300, "a number above 0")
-_SPREAD = Check(lambda value: type(value) in (int, float) and 0 <= value < 1e300, "a number, at least 0")
-_FLAG = Check(lambda value: type(value) is bool, "true or false")
-_ID = Check(lambda value: type(value) is int, "a token id")
-_IDS = Check(lambda value: all(map(_ID.test, value if isinstance(value, list) else [value])), "token ids")
-_OBJECT = Check(lambda value: isinstance(value, dict), "an object")
-_LAYER = one_of("full_attention", "sliding_attention")
-_LAYERS = Check(lambda value: type(value) is list and all(map(_LAYER.test, value)), f"a list, {_LAYER.must}")
-
-_NEEDED = object()
-# Every field that is read -> what it may hold, and what it is if it is absent or null, as in transformers.
-FIELDS: dict[str, tuple[Check, Any]] = {
-    name: (check, default)
-    for names, check, default in (
-        ("model_type", one_of(*ARCHITECTURES), _NEEDED),
-        ("vocab_size hidden_size intermediate_size num_attention_heads", _SIZE, _NEEDED),
-        ("num_hidden_layers", _DEPTH, _NEEDED),
-        ("num_key_value_heads head_dim", _SIZE, None),
-        ("max_position_embeddings", _LENGTH, 2048),
-        ("use_sliding_window tie_word_embeddings attention_bias mlp_bias", _FLAG, False),
-        ("sliding_window original_max_position_embeddings", _LENGTH, None),
-        ("layer_types", _LAYERS, ["sliding_attention"]),
-        ("rope_theta", _NUMBER, None),
-        ("rope_parameters rope_scaling", _OBJECT, {}),
-        ("rms_norm_eps", _NUMBER, 1e-6),
-        ("initializer_range", _SPREAD, 0.02),
-        ("hidden_act", one_of("silu", "swish"), "silu"),
-        ("bos_token_id pad_token_id", _ID, None),
-        ("eos_token_id", _IDS, None),
-    )
-    for name in names.split()
-}
-# Fields that are ignored, because none changes the logits of a given text, by the reason.
-HARMLESS = {
-    "it says where the weights come from, or how they are stored, which the tensors say themselves": """
-        architectures torch_dtype dtype use_bfloat16 transformers_version transformers.js_config auto_map
-        _name_or_path name_or_path base_model_name_or_path _commit_hash _from_model_config is_llama_config
-        unsloth_fixed unsloth_version use_unsloth torchscript tf_legacy_loss""",
-    "it chooses a kernel, or what a forward pass keeps and returns": """
-        _attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation
-        _experts_implementation experts_implementation _flash_attn_2_enabled flash_attn_2_enabled
-        use_flash_attention use_flash_attention_2 use_flash_attn use_sdpa use_cache cache_implementation
-        cache_config use_cache_quantization use_cache_kernel pretraining_tp output_attentions
-        output_hidden_states return_dict""",
-    "it is of training: dropout, which no model has here, recomputing, and how weights began": """
-        attention_dropout attn_pdrop attention_probs_dropout_prob embd_pdrop embedding_dropout resid_pdrop
-        residual_dropout hidden_dropout hidden_dropout_prob dropout classifier_dropout initializer_factor
-        gradient_checkpointing gradient_checkpointing_kwargs neftune_noise_alpha
-        loss_type save_step output_router_logits router_aux_loss_coef""",
-    "texts are kept below max_position_embeddings and the sliding window, whatever it says": """
-        max_window_layers max_sequence_length max_seq_length max_seq_len seq_length seq_len n_ctx
-        model_max_length tokenizer_model_max_length""",
-    "it is of a tokenizer, of labels or of a task": """
-        tokenizer_class processor_class prefix unk_token_id sep_token_id cls_token_id mask_token_id
-        decoder_start_token_id id2label label2id num_labels problem_type reward_read_at finetuning_task
-        task_specific_params value_head_prefix""",
-    "it is of sampling; generation_config.json has it today": """
-        max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
-        num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff
-        repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
-        encoder_no_repeat_ngram_size bad_words_ids num_return_sequences return_dict_in_generate
-        output_scores forced_bos_token_id forced_eos_token_id remove_invalid_values
-        exponential_decay_length_penalty suppress_tokens begin_suppress_tokens num_assistant_tokens
-        num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
-        target_lookbehind guidance_scale renormalize_logits stop_strings eos_token_ids
-        generation_config""",
-    "these models are decoders whatever it says": "is_decoder",
-}
-# Fields of which one value changes nothing, such as a factor of 1.
-NEUTRAL: dict[str, Any] = {
-    "is_causal": True,
-    "hidden_activation": "silu",
-    "partial_rotary_factor": 1,
-    "rotary_pct": 1,
-    "rope_ratio": 1,
-    "attention_factor": 1,
-    "logit_scale": 1,
-    "logits_scaling": 1,
-    "embedding_multiplier": 1,
-    "residual_multiplier": 1,
-}
-
-YARN = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # of rope_type yarn alone
-QUANTISED = ("quantization_config", "quantization", "compression_config")
 
 
 def read_config(directory: Path) -> ModelConfig:
@@ -118,34 +47,42 @@ def read_config(directory: Path) -> ModelConfig:
 
 def parse_config(fields: dict[str, Any]) -> ModelConfig:
     """ModelConfig from config.json's fields. Raises ValueError that names the field."""
-    values = {name: _value(fields, name, check, default) for name, (check, default) in FIELDS.items()}
-    _require_known(fields, [*FIELDS, *" ".join(HARMLESS.values()).split()])
-    family, heads, eos = values["model_type"], values["num_attention_heads"], values["eos_token_id"]
+    family = FAMILIES[_value(fields, "model_type", *FIELDS["model_type"])]
+    read = {name: spec for name, spec in FIELDS.items() if family.reads(name)}
+    values = {
+        name: _value(fields, name, check, family.defaults.get(name, default))
+        for name, (check, default) in read.items()
+    }
+    _require_known(fields, [*read, *" ".join(HARMLESS.values()).split()])
+    kind, heads, eos = values["model_type"], values["num_attention_heads"], values["eos_token_id"]
     kv_heads = values["num_key_value_heads"] or heads
     head_dim = values["head_dim"] or values["hidden_size"] // heads
     if heads % kv_heads:
         raise ValueError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    if head_dim == 0 or head_dim % 2:
-        raise ValueError(f"head_dim is {head_dim}; rotary embeddings need an even size")
     slides = values["use_sliding_window"] and "sliding_attention" in values["layer_types"]
-    # Without the field transformers takes 4096, while null means no window.
-    window = values["sliding_window"] if "sliding_window" in fields else 4096
-    bias = values["attention_bias"] and family in ("llama", "qwen3")
+    # Without the field transformers takes 4096, while null means no window; Phi-3 has none then.
+    window = values["sliding_window"] if "sliding_window" in fields or kind == "phi3" else 4096
+    bias = values["attention_bias"] and family.attention_bias
     values |= {
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
-        "sliding_window": window if slides or family == "mistral" else None,
-        "qkv_bias": bias or family == "qwen2",
+        "sliding_window": window if slides or kind in ("mistral", "phi3") else None,
+        "qkv_bias": bias or kind == "qwen2",
         "output_bias": bias,
-        "mlp_bias": values["mlp_bias"] and family == "llama",
-        "qk_norm": family == "qwen3",
+        "mlp_bias": values["mlp_bias"] and family.mlp_bias,
+        "qk_norm": kind == "qwen3",
+        "qk_norm_whole": kind == "olmo2",
+        "norm_after": kind == "olmo2",
+        "fused_projections": kind == "phi3",
         "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
     }
+    if "no_rope_layers" in values:
+        values["no_rope_layers"] = _rotated_layers(values)
     # A pad id without a row is of no use here, and transformers would not open a model that is saved with it.
     if values["pad_token_id"] not in range(values["vocab_size"]):
         values["pad_token_id"] = None
-    values["rope_theta"], values["rope_scaling"] = _rope(values)
-    return ModelConfig(**{name: values[name] for name in ModelConfig.__annotations__})
+    values |= _rope(values, family)
+    return ModelConfig(**{name: values[name] for name in ModelConfig.__annotations__ if name in values})
 
 
 def format_config(
@@ -153,13 +90,19 @@ def format_config(
 ) -> dict[str, Any]:
     """The config.json that transformers opens as the same model: `parse_config` backwards."""
     head = "ForSequenceClassification" if sequence_classification else "ForCausalLM"
-    fields: dict[str, Any] = {"architectures": [ARCHITECTURES[config.model_type] + head], "dtype": dtype}
-    fields |= {name: value for name, value in vars(config).items() if name in FIELDS}
+    family = FAMILIES[config.model_type]
+    fields: dict[str, Any] = {"architectures": [family.name + head], "dtype": dtype}
+    fields |= {name: value for name, value in vars(config).items() if name in FIELDS and family.reads(name)}
     fields |= {"hidden_act": "silu", "attention_bias": config.qkv_bias}
     # All layers slide, or none.
     fields |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     # In both places, because older transformers read rope_theta and rope_scaling, newer ones rope_parameters.
-    scaling = {"rope_type": "llama3", **vars(config.rope_scaling)} if config.rope_scaling else {}
+    scaling: dict[str, Any] = {}
+    if rope := config.rope_scaling:
+        scaling = {"rope_type": rope.rope_type}
+        scaling |= {name: value for name, value in vars(rope).items() if value is not None}
+    if isinstance(rope, LongRope):
+        fields[ORIGINAL] = rope.original_max_position_embeddings  # transformers would take 4096 without it
     fields["rope_scaling"] = scaling or None
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     if sequence_classification:
@@ -173,30 +116,77 @@ def format_config(
     return fields
 
 
-def _rope(values: dict[str, Any]) -> tuple[float, Llama3Rope | None]:
+def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
+    """The fields of ModelConfig that say how queries and keys are rotated."""
     places = (values, values["rope_parameters"], values["rope_scaling"])
-    thetas = {_value(place, "rope_theta", _NUMBER, None) for place in places} - {None} or {10000.0}
+    thetas = {_value(place, "rope_theta", NUMBER, None) for place in places} - {None} or {family.rope_theta}
     if len(thetas) > 1:
         raise ValueError(f"rope_theta is {' and '.join(map(str, sorted(thetas)))} in different places")
-    theta = float(thetas.pop())
-    rope, numbers = values["rope_scaling"] or values["rope_parameters"], Llama3Rope.__annotations__
-    _require_known(rope, ["rope_type", "type", "rope_theta", *numbers, *YARN])
+    theta, rope = float(thetas.pop()), values["rope_scaling"] or values["rope_parameters"]
+    share, known = "partial_rotary_factor", ["rope_type", "type", "rope_theta", *ROPE_FIELDS]
+    _require_known(rope, [*known, share] if share in family.own else known)
+    rotated = _value(rope, share, SHARE, values.get(share)) or 1.0
+    size = int(values["head_dim"] * rotated)
+    if size == 0 or size % 2:
+        of_head = f", of which {size} are rotated" if rotated < 1 else ""
+        raise ValueError(f"head_dim is {values['head_dim']}{of_head}; rotary embeddings need an even size")
+    scaling = _rope_scaling(values, rope, family)
+    factors = (scaling.short_factor, scaling.long_factor) if isinstance(scaling, LongRope) else ()
+    if any(len(numbers) != size // 2 for numbers in factors):
+        counts = " and ".join(str(len(numbers)) for numbers in factors)
+        raise ValueError(f"short_factor and long_factor have {counts} numbers; {size // 2} are needed")
+    try:
+        frequencies = rotary_frequencies(size, theta, scaling, torch.device("cpu"), torch.float32)
+        finite = frequencies.isfinite().all() and (scaling is None or math.isfinite(scaling.magnitude))
+    except (ArithmeticError, ValueError):
+        finite = False
+    if not finite:
+        raise ValueError(f"rope_theta {theta} with this rope_scaling gives angles that are not finite")
+    return {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": rotated}
+
+
+def _rope_scaling(values: dict[str, Any], rope: dict[str, Any], family: Family) -> RopeScaling | None:
+    """The RopeScaling of the object `rope`, which is rope_scaling or rope_parameters."""
     kind = {"rope_type": rope.get("rope_type") or rope.get("type")}  # Older files have "type".
-    if kind["rope_type"] in ("linear", "dynamic", "yarn") and rope.get("factor") == 1:
+    neutral = rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1)
+    if kind["rope_type"] in ("linear", "dynamic", "yarn") and neutral:
         kind = {}  # Positions or frequencies are divided by it, or theta is multiplied by a function of it.
-    if _value(kind, "rope_type", one_of("default", "llama3"), "default") == "default":
-        return theta, None
-    llama3 = Llama3Rope(**{name: _value(rope, name, _NUMBER, _NEEDED) for name in numbers})
-    name = "original_max_position_embeddings"  # transformers lets that outside rope_scaling win.
-    if values[name] not in (None, getattr(llama3, name)):
-        raise ValueError(f"{name} is {values[name]} and, in rope_scaling, {getattr(llama3, name)}")
-    return theta, llama3
+    name = _value(kind, "rope_type", one_of(*family.rope_types), "default")
+    if name == "default":
+        return None
+    names = {field.name: field.default for field in dataclasses.fields(ROPE_SCALINGS[name])}
+    outside, inside = values[ORIGINAL], rope.get(ORIGINAL)
+    if ORIGINAL in names and None not in (outside, inside) and outside != inside:
+        raise ValueError(f"{ORIGINAL} is {outside} and, in rope_scaling, {inside}")
+    # What is absent is derived as in transformers, where the original length outside rope_scaling would win.
+    given = rope | {ORIGINAL: outside if inside is None else inside}
+    if name == "yarn":
+        given[ORIGINAL] = given[ORIGINAL] or values["max_position_embeddings"]
+    if name == "longrope":
+        original = _value(given, ORIGINAL, LENGTH, NEEDED)
+        given["factor"] = given.get("factor") or values["max_position_embeddings"] / original
+    read: dict[str, Any] = {}
+    for field, default in names.items():
+        needed = NEEDED if default is dataclasses.MISSING else default
+        value = _value(given, field, ROPE_CHECKS.get(field, NUMBER), needed)
+        read[field] = tuple(value) if isinstance(value, list) else value
+    return ROPE_SCALINGS[name](**read)
+
+
+def _rotated_layers(values: dict[str, Any]) -> tuple[int, ...]:
+    """Per layer of SmolLM3, whether it rotates queries and keys."""
+    layers, given = values["num_hidden_layers"], values["no_rope_layers"]
+    if given is None:
+        return tuple(int((i + 1) % values["no_rope_layer_interval"] != 0) for i in range(layers))
+    if len(given) < layers:
+        raise ValueError(f"no_rope_layers has {len(given)} entries; num_hidden_layers is {layers}")
+    return tuple(given[:layers])
 
 
 def _value(fields: dict[str, Any], name: str, check: Check, default: Any) -> Any:
     """The value of a field, or its default. Raises ValueError for a value that it may not hold."""
     value = fields.get(name)
-    if (value is None or value is False and check is _OBJECT) and default is not _NEEDED:
+    if (value is None or value is False and check is OBJECT) and default is not NEEDED:
         return default
     if not check.test(value):
         raise ValueError(f"{name} is {value!r}; {check.must} is needed")

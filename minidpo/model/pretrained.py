@@ -85,7 +85,7 @@ def save_model(model: Transformer, directory: str | Path, lm_head: bool = True) 
     tensors = model.state_dict()
     if not lm_head:
         tensors.pop(HEAD, None)
-    write_tensors(Path(directory), tensors)
+    write_tensors(Path(directory), tensors, fused=model.config.fused_projections)
     if rank() == 0:
         dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
         fields = format_config(model.config, isinstance(model, RewardModel), dtype)

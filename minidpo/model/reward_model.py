@@ -33,7 +33,7 @@ class RewardModel(Transformer):
         with torch.device("meta"):
             model = cls(config)
         model.model, model.lm_head = language_model.model, language_model.lm_head
-        model.score.weight = nn.Parameter(fresh_score(config.hidden_size).to(language_model.output_weight))
+        model.score.weight = nn.Parameter(fresh_score(config.hidden_size).to(model.model.norm.weight))
         return model
 
     def forward_packed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:

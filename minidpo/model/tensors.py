@@ -2,6 +2,9 @@
 
 Tensors that are sharded over several processes are read whole, one at a time, of which each process keeps its
 part; they are gathered one at a time when they are written.
+
+Phi-3 stores the matrices of queries, keys and values as one tensor, and those of the MLP's gate and up as
+another. Outside this file every matrix has a name of its own, under which its rows alone are read.
 """
 
 import json
@@ -20,14 +23,18 @@ from minidpo.files import ADAPTER, replacing_file, require_file
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 MOST_BYTES = 5 * 10**9  # of one file
+# What is stored as one tensor, by rows from the first to the last.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+FUSED_INTO = {part: fused for fused, parts in FUSED.items() for part in parts}
 
 
 def tensor_files(directory: Path, stem: str = "model") -> dict[str, Path]:
-    """Tensor name -> the file that holds it: STEM.safetensors, or what STEM.safetensors.index.json names."""
+    """Tensor name -> the file that holds it: STEM.safetensors, or what STEM.safetensors.index.json names. A
+    fused tensor is there under the names of its parts."""
     single, index_file = directory / f"{stem}.safetensors", directory / f"{stem}.safetensors.index.json"
     if single.is_file():
         with _open(single) as handle:
-            return dict.fromkeys(handle.keys(), single)
+            return _split(dict.fromkeys(handle.keys(), single))
     if not index_file.is_file():
         hint = "; .bin weights are pickles and are not read" if any(directory.glob("*.bin")) else ""
         if any(directory.glob("adapter_model.*")):
@@ -42,7 +49,23 @@ def tensor_files(directory: Path, stem: str = "model") -> dict[str, Path]:
         # By name, not resolved: in Hugging Face's download cache every file is a link to elsewhere.
         if file.parent != directory or not file.is_file():
             raise UserError(f"{index_file}: names {file.name!r}, which is not a file in {directory}")
-    return files
+    return _split(files)
+
+
+def _split(files: Mapping[str, Path]) -> dict[str, Path]:
+    """Names and files of tensors, with the names of its parts for each fused one."""
+    parts: dict[str, Path] = {}
+    for name, file in files.items():
+        if repeated := parts.keys() & set(_parts(name)):
+            raise UserError(f"{file}: tensor {name!r} holds {min(repeated)!r}, which is there as well")
+        parts |= dict.fromkeys(_parts(name), file)
+    return parts
+
+
+def _parts(name: str) -> list[str]:
+    """The names of the parts of a fused tensor; of another tensor its own."""
+    fused = next((piece for piece in name.split(".") if piece in FUSED), None)
+    return [name.replace(fused, part) for part in FUSED[fused]] if fused else [name]
 
 
 def read_tensors(
@@ -62,13 +85,22 @@ def read_tensors(
         raise UserError(f"{directory}: no tensor {missing[0]!r} among its weights ({len(missing)} missing)")
     for file in sorted({files[name] for name in expected}):
         with _open(file) as handle:
+            stored_as = {part: name for name in handle.keys() for part in _parts(name)}
             for name in (name for name in expected if files[name] == file):
-                like, stored = expected[name], handle.get_slice(name)
+                like, whole = expected[name], stored_as.get(name, name)
+                stored = handle.get_slice(whole)
                 shape, kind = tuple(stored.get_shape()), stored.get_dtype()
-                if shape != tuple(like.shape) or kind not in FLOATS:
-                    needed = f"{tuple(like.shape)}, as config.json says, in {', '.join(FLOATS)}"
-                    raise UserError(f"{file}: tensor {name!r} is {shape} in {kind}; {needed} is needed")
-                tensor = handle.get_tensor(name).to(device or like.device, like.dtype)
+                first, shape_needed = 0, tuple(like.shape)
+                if whole != name:
+                    # The rows of this part come after those of the parts before it.
+                    sizes = [len(expected[part]) for part in _parts(whole)]
+                    first = sum(sizes[: _parts(whole).index(name)])
+                    shape_needed = (sum(sizes), *like.shape[1:])
+                if shape != shape_needed or kind not in FLOATS:
+                    needed = f"{shape_needed}, as config.json says, in {', '.join(FLOATS)}"
+                    raise UserError(f"{file}: tensor {whole!r} is {shape} in {kind}; {needed} is needed")
+                values = handle.get_tensor(name) if whole == name else stored[first : first + len(like)]
+                tensor = values.to(device or like.device, like.dtype)
                 # The whole tensor, before it is sharded, so that all processes find the same without talking.
                 if finite and not tensor.isfinite().all():
                     raise UserError(f"{file}: tensor {name!r} holds numbers that are not finite")
@@ -84,28 +116,39 @@ def equal_tensors(files: Mapping[str, Path], names: tuple[str, str], dtype: torc
     return torch.equal(*values)
 
 
-def write_tensors(directory: Path, tensors: Mapping[str, Tensor], stem: str = "model") -> None:
+def write_tensors(
+    directory: Path, tensors: Mapping[str, Tensor], stem: str = "model", fused: bool = False
+) -> None:
     """Write STEM.safetensors, or several files of about MOST_BYTES and their index.
 
-    All ranks call it with the same names, to gather sharded tensors together; rank 0 writes.
+    All ranks call it with the same names, to gather sharded tensors together; rank 0 writes. fused: whether
+    the parts of FUSED are written as one tensor.
     """
-    parts: dict[int, list[str]] = {}
+    stored: dict[str, list[str]] = {}  # the name on disk -> the tensors that it consists of, in their order
+    for name in tensors:
+        whole = ".".join(FUSED_INTO.get(piece, piece) for piece in name.split(".")) if fused else name
+        stored.setdefault(whole, []).append(name)
+    files: dict[int, list[str]] = {}
     size = 0
-    for name, tensor in tensors.items():
-        parts.setdefault(size // MOST_BYTES, []).append(name)
-        size += tensor.nbytes
+    for whole, parts in stored.items():
+        files.setdefault(size // MOST_BYTES, []).append(whole)
+        size += sum(tensors[name].nbytes for name in parts)
     weight_map: dict[str, str] = {}  # tensor name -> file name
-    for number, names in enumerate(parts.values(), start=1):
-        suffix = f"-{number:05}-of-{len(parts):05}" if len(parts) > 1 else ""
+    for number, names in enumerate(files.values(), start=1):
+        suffix = f"-{number:05}-of-{len(files):05}" if len(files) > 1 else ""
         weight_map |= dict.fromkeys(names, file := f"{stem}{suffix}.safetensors")
-        full = ((name, full_tensor(tensors[name].detach())) for name in names)
-        content = {name: tensor.contiguous().cpu() for name, tensor in full if rank() == 0}
+        full = ((whole, [full_tensor(tensors[name].detach()) for name in stored[whole]]) for whole in names)
+        content = {
+            whole: (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous().cpu()
+            for whole, parts in full
+            if rank() == 0
+        }
         if rank() == 0:
             directory.mkdir(parents=True, exist_ok=True)
             with replacing_file(directory / file) as path:
                 # "format" tells transformers that the tensors are laid out as PyTorch has them.
                 save_file(content, path, metadata={"format": "pt"})
-    if rank() == 0 and len(parts) > 1:
+    if rank() == 0 and len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 

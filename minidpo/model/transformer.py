@@ -2,66 +2,25 @@
 
 Dimensions: R rows, T tokens per row (or one packed row of N tokens and no R), D hidden size, H query heads,
 G key/value heads, E head size, V vocabulary, I MLP width; ... stands for R, or for nothing.
-Llama, Mistral, Qwen2, Qwen3 and SmolLM are this one decoder with different `ModelConfig` fields.
+Llama, Mistral, Qwen2, Qwen3, SmolLM, OLMo 2, Granite 3 and Phi-3 are this one decoder with different
+`ModelConfig` fields.
 There is no dropout anywhere, because policy and reference must agree exactly at step 0.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minidpo.model.model_config import ModelConfig
+from minidpo.model.rotary import rotary_frequencies, rotate
+
 # attend(q (..., T, H, E), k (..., T, G, E), v (..., T, G, E), layer_index) -> (..., T, H, E): attention in
 # one layer. The caller chooses which token may attend to which: causal rows, packed rows, or a key/value
 # cache.
 Attend = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Llama3Rope:
-    """Llama 3.1's stretching of the slow rotary frequencies to a longer context."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """A model without its weights: sizes, variants, special tokens; names as in its config.json."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    model_type: str = "llama"
-    max_position_embeddings: int = 2048
-    sliding_window: int | None = None  # inputs may be no longer: only full attention is computed
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    rope_scaling: Llama3Rope | None = None
-    tie_word_embeddings: bool = False
-    # Where the families differ
-    qkv_bias: bool = False  # Qwen2; Llama and Qwen3 with attention_bias
-    output_bias: bool = False  # the attention's o_proj; Llama and Qwen3 with attention_bias
-    mlp_bias: bool = False
-    qk_norm: bool = False  # Qwen3: RMSNorm over each head of q and k
-    initializer_range: float = 0.02
-    bos_token_id: int | None = None
-    eos_token_id: int | tuple[int, ...] | None = None
-    pad_token_id: int | None = None
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence these weights were made for, in tokens."""
-        return min(self.max_position_embeddings, self.sliding_window or self.max_position_embeddings)
 
 
 class Transformer(nn.Module):
@@ -88,11 +47,12 @@ class Transformer(nn.Module):
     def output_weight(self) -> Tensor:
         """The (V, D) matrix that turns hidden states into logits."""
         # A token's logit is the product of the hidden state with that token's row of this matrix.
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.weight
-        if self.lm_head is None:
+        output = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        if output is None:
             raise ValueError("these weights have no lm_head: a saved reward model gives rewards, not logits")
-        return self.lm_head.weight
+        # Granite divides its logits. Dividing this matrix instead reaches everything that computes logits.
+        scaling = self.config.logits_scaling
+        return output.weight if scaling == 1 else output.weight / scaling
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (R, T, V) of padded rows (R, T), as in textbook.py. Training uses `hidden_states`."""
@@ -109,9 +69,11 @@ class Transformer(nn.Module):
         positions, (T,) or shaped like tokens: the place of each token in its own text, wherever it lies.
         """
         x = self.model.embed_tokens(tokens)  # (..., T, D)
-        # Sharded weights may arrive in bf16, but the residual stream is float32 (see Layer.after_attention).
+        # Sharded weights may arrive in bf16, but the residual stream is float32 (see Layer.add).
         if torch.is_autocast_enabled(x.device.type):
             x = x.float()
+        if self.config.embedding_multiplier != 1:
+            x = x * self.config.embedding_multiplier
         # The angles depend on positions only, so all layers share them.
         rotation = self.model.rotation(positions)
         for i, layer in enumerate(self.model.layers):
@@ -134,76 +96,91 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles of all positions, (..., T, 1, E/2) each, float32 or better."""
+        """cos and sin of the rotary angles of all positions, (..., T, 1, E/2) each, float32 or better; with a
+        partial_rotary_factor they are fewer than E/2."""
         # bf16 has 8 bits of precision, so that positions 1000 and 1001 would have the same angle.
         dtype = torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
-        frequencies = rotary_frequencies(self.config, positions.device, dtype)
+        size, theta, scaling = self.config.rotary_dim, self.config.rope_theta, self.config.rope_scaling
+        frequencies = rotary_frequencies(size, theta, scaling, positions.device, dtype)
         angles = positions.to(dtype)[..., None, None] * frequencies
-        return angles.cos(), angles.sin()
-
-
-def rotary_frequencies(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """theta^(-2i/E) for i < E/2: radians per position, (E/2,). Su et al. 2021."""
-    exponents = torch.arange(0, config.head_dim, 2, device=device, dtype=dtype) / config.head_dim
-    frequencies = 1.0 / config.rope_theta**exponents
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies
-    # Llama 3.1: a frequency that makes few turns over the original context is divided by `factor`, so that
-    # its angles stay in the range seen in training. One that makes many is kept; between, it is interpolated.
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * torch.pi)
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = keep.clamp(0, 1)  # the share of the frequency that is kept
-    return keep * frequencies + (1 - keep) * frequencies / scaling.factor
+        cos, sin = angles.cos(), angles.sin()
+        if scaling is not None and scaling.magnitude != 1:
+            return cos * scaling.magnitude, sin * scaling.magnitude
+        return cos, sin
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.self_attn = Attention(config)
+        self.norm_after, self.residual_multiplier = config.norm_after, config.residual_multiplier
+        self.self_attn = Attention(config, index)
         self.mlp = MLP(config)
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        # Hugging Face's post_attention_layernorm is the MLP's norm, which comes before it, except in OLMo 2,
+        # where it is the attention's norm, which comes after it.
+        if not config.norm_after:
+            self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.norm_after:
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor], attend: Attend, layer_index: int) -> Tensor:
         q, k, v = self.before_attention(x, rotation)
         return self.after_attention(x, attend(q, k, v, layer_index))
 
     def before_attention(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        # Norms come before attention and MLP, so that the residual stream itself is a plain sum.
-        return self.self_attn.project(self.input_layernorm(x), rotation)
+        # Norms come before attention and MLP (in OLMo 2 after), so that the residual stream is a plain sum.
+        return self.self_attn.project(x if self.norm_after else self.input_layernorm(x), rotation)
 
     def after_attention(self, x: Tensor, attended: Tensor) -> Tensor:
+        attended = self.self_attn.o_proj(attended.flatten(-2))
+        if self.norm_after:
+            x = self.add(x, self.post_attention_layernorm(attended))
+            return self.add(x, self.post_feedforward_layernorm(self.mlp(x)))
+        x = self.add(x, attended)
+        return self.add(x, self.mlp(self.post_attention_layernorm(x)))
+
+    def add(self, x: Tensor, update: Tensor) -> Tensor:
         # The residual stream is float32 even under autocast, because bf16 would round what a layer adds.
-        x = x + self.self_attn.o_proj(attended.flatten(-2))
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return torch.add(x, update, alpha=self.residual_multiplier)  # x + alpha * update
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         width, head_dim = config.hidden_size, config.head_dim
-        self.head_dim = head_dim
-        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=config.output_bias)
-        self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        q_width, k_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+        self.head_dim, self.qk_norm_whole = head_dim, config.qk_norm_whole
+        self.rotated = config.no_rope_layers is None or bool(config.no_rope_layers[index])
+        # All forms of attention divide q k^T by sqrt(E); where it is to be another scale, q makes up for it.
+        scale = config.attention_multiplier
+        self.q_multiplier = None if scale is None else scale * head_dim**0.5
+        self.q_proj = nn.Linear(width, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(width, k_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(width, k_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, width, bias=config.output_bias)
+        # The norm of queries and keys: none, one of each head, or one of all heads together.
+        q_size, k_size = (q_width, k_width) if config.qk_norm_whole else (head_dim, head_dim)
+        normed = config.qk_norm or config.qk_norm_whole
+        self.q_norm = RMSNorm(q_size, config.rms_norm_eps) if normed else nn.Identity()
+        self.k_norm = RMSNorm(k_size, config.rms_norm_eps) if normed else nn.Identity()
 
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., T, H, E), k and v (..., T, G, E); q and k are rotated by their positions."""
-        cos, sin = rotation
         # One matrix product for all heads, whose result is then split into heads: (..., T, H * E).
-        q = self.q_proj(x).unflatten(-1, (-1, self.head_dim))
-        k = self.k_proj(x).unflatten(-1, (-1, self.head_dim))
-        v = self.v_proj(x).unflatten(-1, (-1, self.head_dim))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.qk_norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
+        if not self.qk_norm_whole:
+            q, k = self.q_norm(q), self.k_norm(k)
         # After rotation, the product of a query and a key depends on the distance of their positions.
-        return rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin), v
+        if self.rotated:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        return q if self.q_multiplier is None else q * self.q_multiplier, k, v
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -222,13 +199,6 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None
     # enable_gqa: each key/value head serves H / G query heads.
     attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=True)
     return attended.transpose(-3, -2)
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each pair of coordinates (i, i + E/2), rotated by its angle."""
-    # Hugging Face's weights are ordered for these halves; Su et al. rotate neighbours (2i, 2i + 1).
-    first, second = heads.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
 class MLP(nn.Module):

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from families import FAMILIES
 from minidpo.data import PairTokens
 from minidpo.model.attention import attention_per_piece, masked_attention, shared_prompt_mask
 from minidpo.model.transformer import Attend, causal_attention
@@ -86,9 +87,10 @@ def test_values(attention, responses):
     assert_close(attention(row)(q, k, v, 0), plain_attention(q, k, v, rule(row)), rtol=1e-5, atol=1e-5)
 
 
-def test_no_pairs():
+@pytest.mark.parametrize("family", ["llama", "olmo2", "smollm3", "granite"])
+def test_no_pairs(family):
     """A rank may get no pair of a batch: its pass gives every parameter a gradient of 0."""
-    model, row = tiny_model(), pack(PairTokens.from_pairs([]))
+    model, row = tiny_model(**FAMILIES[family]), pack(PairTokens.from_pairs([]))
     model.hidden_states(row.tokens, row.position, attention_per_piece(row)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.model.parameters())
 
@@ -101,14 +103,15 @@ def test_bottom_right(queries):
     assert_close(causal_attention(q[None, -queries:], k[None], v[None])[0], expected)
 
 
-def test_float32_under_autocast():
-    """On a CPU attention is not computed in bf16, even where k and v come in it."""
+@pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16], ids=["rotated", "no rope"])
+def test_float32_under_autocast(q_dtype):
+    """On a CPU attention is not computed in bf16, even where k and v come in it, or q too."""
     row = pack(PairTokens.from_responses([[3, 4]], [[[5, EOS], [6, EOS]]]))
     q, k, v = random_heads(6)
     attend = attention_per_piece(row)
     with torch.autocast("cpu", torch.bfloat16):
-        attended = attend(q, k, v.bfloat16(), 0)
-    assert torch.equal(attended, attend(q, k, v.bfloat16().float(), 0))
+        attended = attend(q.to(q_dtype), k, v.bfloat16(), 0)
+    assert torch.equal(attended, attend(q.to(q_dtype).float(), k, v.bfloat16().float(), 0))
 
 
 # FlexAttention computes blocks of 128 x 128 tokens, and never looks at a block that is not listed: an allowed

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from families import FAMILIES
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.model import Sampling, generate, load_model
 from minidpo.model.generate import draw
@@ -16,10 +17,12 @@ GREEDY = Sampling(max_new_tokens=12, temperature=0)
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21]]
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 64])
-def test_cache(batch_size):
+@pytest.mark.parametrize(
+    ("batch_size", "family"), [(1, "llama"), (2, "llama"), *((64, family) for family in FAMILIES)]
+)
+def test_cache(batch_size, family):
     """Greedy tokens are those that a whole forward pass per token gives, with any prompts beside."""
-    model = tiny_model()
+    model = tiny_model(**FAMILIES[family])
     responses = generate(model, PROMPTS, GREEDY, eos_id=None, batch_size=batch_size)
     for prompt, response in zip(PROMPTS, responses, strict=True):
         text = list(prompt)

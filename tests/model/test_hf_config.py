@@ -1,10 +1,12 @@
 """config.json: every field that changes the numbers is read or refused by name."""
 
+import json
+
 import pytest
 import torch
 
 from minidpo.errors import UserError
-from minidpo.model import load_model, save_model
+from minidpo.model import load_model, read_config, save_model
 from tiny import edit_config, tiny_model
 
 TOKENS = torch.arange(40).view(2, 20)
@@ -12,6 +14,8 @@ THETA = {"rope_type": "default", "rope_theta": 123.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 32}  # fmt: skip
 
+ORIGINAL = "original_max_position_embeddings"
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 YARN = {"type": "yarn", "factor": 1.0, "original_max_position_embeddings": 64, "beta_fast": 32, "mscale": 0.7}
 
 
@@ -41,17 +45,20 @@ def test_rope_theta(directory, fields):
 @pytest.mark.parametrize(
     "fields, named",
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'; one of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'; one of llama, mistral, qwen2, qwen3, olmo2, smollm3"),
+        ({"model_type": "gemma2"}, "model_type is 'gemma2'"),
+        ({"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'"),
         ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; one of default, llama3"),
-        ({"rope_scaling": {"type": "linear"}}, "rope_type is 'linear'"),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type is 'dynamic'"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'; one of default, linear"),
+        ({"rope_scaling": {"type": "linear"}}, "factor is None"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": "2"}}, "factor is '2'"),
+        ({"rope_scaling": YARN | {"factor": 4.0, "truncate": 1}}, "truncate is 1; true or false"),
+        ({"rope_scaling": YARN | {"factor": 4.0}, "rope_theta": 1, "rope_parameters": None}, "not finite"),
         ({"rope_parameters": 3}, "rope_parameters is 3"),
         ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor is None"),
         ({"rope_theta": 1.0}, "rope_theta is 1.0 and 10000.0 in different places"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type is 'linear'"),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "is 64 and, in rope_scaling, 32"),
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5"),
         ({"is_causal": False}, "'is_causal' = False"),
@@ -61,7 +68,22 @@ def test_rope_theta(directory, fields):
         ({"quantization": {"bits": 4, "group_size": 64}}, "quantised weights are not read"),
         ({"hidden_activation": "gelu"}, "'hidden_activation' = 'gelu'"),
         ({"initializer_range": -1}, "initializer_range is -1; a number, at least 0 is needed"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_type is 'yarn'"),
+        ({"attention_multiplier": 0.5}, "'attention_multiplier'"),
+        ({"no_rope_layers": [1, 0]}, "'no_rope_layers'"),
+        ({"model_type": "granite", "logits_scaling": 0}, "logits_scaling is 0; a number above 0"),
+        (
+            {"model_type": "smollm3", "no_rope_layers": [1]},
+            "no_rope_layers has 1 entries; num_hidden_layers is 2",
+        ),
+        ({"model_type": "smollm3", "no_rope_layers": [True, 0]}, "no_rope_layers is [True, 0]; a list"),
+        ({"model_type": "phi3", "rope_scaling": YARN | {"factor": 4.0}}, "'yarn'; one of default, longrope"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.4}, "head_dim is 8, of which 3 are rotated"),
+        ({"model_type": "phi3", "rope_scaling": LONG}, "original_max_position_embeddings is None"),
+        ({"model_type": "phi3", "rope_scaling": LONG, ORIGINAL: 1}, "not finite"),
+        (
+            {"model_type": "phi3", "rope_scaling": LONG | {"long_factor": [1.0]}, ORIGINAL: 64},
+            "4 and 1 numbers; 4",
+        ),
         ({"rope_scaling": True}, "rope_scaling is True; an object"),
         ({"layer_types": ["chunked_attention"]}, "layer_types is ['chunked_attention']"),
         ({"hidden_size": None}, "hidden_size is None"),
@@ -144,3 +166,67 @@ def test_sliding_window(tmp_path, fields, limit):
 
     edit_config(tmp_path, replace)
     assert load_model(tmp_path).config.max_length == limit
+
+
+SHRUNK = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+              bos_token_id=1, eos_token_id=2, pad_token_id=0)  # fmt: skip
+# config.json as published, but for the sizes and what has no part in the numbers.
+PUBLISHED = {
+    "OLMo-2-0425-1B": dict(
+        model_type="olmo2", attention_bias=False, attention_dropout=0.0, hidden_act="silu",
+        max_position_embeddings=4096, num_key_value_heads=4, rms_norm_eps=1e-06, rope_scaling=None,
+        rope_theta=500000, tie_word_embeddings=False,
+    ),
+    "SmolLM3-3B": dict(
+        model_type="smollm3", attention_bias=False, layer_types=["full_attention"] * 4, max_window_layers=28,
+        max_position_embeddings=65536, mlp_bias=False, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0],
+        num_key_value_heads=2, pretraining_tp=2, rms_norm_eps=1e-06, rope_scaling=None, rope_theta=5000000.0,
+        sliding_window=None, use_sliding_window=False,
+    ),
+    "granite-3.1-2b-instruct": dict(
+        model_type="granite", attention_dropout=0.1, attention_multiplier=0.015625, embedding_multiplier=12.0,
+        logits_scaling=8.0, max_position_embeddings=131072, num_key_value_heads=2, residual_multiplier=0.22,
+        rms_norm_eps=1e-05, rope_scaling=None, rope_theta=5000000.0, tie_word_embeddings=True,
+    ),
+    "Phi-3-mini-4k-instruct": dict(
+        model_type="phi3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, embd_pdrop=0.0,
+        max_position_embeddings=4096, num_key_value_heads=4, original_max_position_embeddings=4096,
+        resid_pdrop=0.0, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0, sliding_window=2047,
+        tie_word_embeddings=False,
+    ),
+    "Phi-4-mini-instruct": dict(
+        model_type="phi3", full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False,
+        max_position_embeddings=131072, num_key_value_heads=2, original_max_position_embeddings=4096,
+        partial_rotary_factor=0.75, rms_norm_eps=1e-05, rope_theta=10000.0, sliding_window=262144,
+        rope_scaling={"type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1, 1.118320672, 32.0]},
+        tie_word_embeddings=True,
+    ),
+    "Qwen2.5-7B-Instruct, yarn switched on": dict(
+        model_type="qwen2", max_position_embeddings=32768, max_window_layers=28, num_key_value_heads=2,
+        rms_norm_eps=1e-06, rope_theta=1000000.0, sliding_window=131072, use_sliding_window=False,
+        rope_scaling={"factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"},
+        tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+LIMITS = [4096, 65536, 131072, 2047, 4096, 32768]
+
+
+@pytest.mark.parametrize(("name", "limit"), zip(PUBLISHED, LIMITS, strict=True))
+def test_published(tmp_path, name, limit):
+    """They are read as transformers reads them; long texts of windows and of LongRoPE are refused."""
+    transformers = pytest.importorskip("transformers")
+    fields = SHRUNK | PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_config(config).eval()  # Granite has dropout
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter.normal_(std=0.2)
+        peer.save_pretrained(tmp_path / "saved")
+        (tmp_path / "model.safetensors").symlink_to(tmp_path / "saved" / "model.safetensors")
+        model = load_model(tmp_path)
+        torch.testing.assert_close(model(TOKENS), peer(TOKENS).logits, rtol=1e-4, atol=1e-5)
+    assert model.config.max_length == limit and read_config(tmp_path / "saved") == model.config
+    save_model(model, tmp_path / "again")
+    assert read_config(tmp_path / "again") == model.config

@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from families import FAMILIES, GRANITE, OLMO2, SMOLLM3
 from minidpo.data import PairTokens
 from minidpo.model import load_model, response_logps, save_model
-from minidpo.model.transformer import Llama3Rope, RMSNorm, rotary_frequencies, rotate
+from minidpo.model.rotary import Llama3Rope, LongRope, YarnRope, rotary_frequencies, rotate
+from minidpo.model.transformer import RMSNorm
 from minidpo.packing import pack
-from tiny import gradients, random_pairs, relative_difference, tiny_config, tiny_model
+from tiny import EOS, gradients, naive_logps, random_pairs, relative_difference, tiny_config, tiny_model
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 TOKENS = torch.randint(0, 61, (3, 50), generator=torch.Generator().manual_seed(1))
@@ -48,9 +50,87 @@ def test_llama3_rope():
     """Over 63 positions frequency f makes 63 f / 2 pi turns: 10.027, 1.003 and 0.1. More than 4 keep f, fewer
     than 0.5 give f / 8; 1.003 keeps (1.003 - 0.5) / (4 - 0.5) = 0.1436: 0.1436 * 0.1 + 0.8564 * 0.1 / 8."""
     scaling = Llama3Rope(8.0, low_freq_factor=0.5, high_freq_factor=4.0, original_max_position_embeddings=63)
-    config = tiny_config(head_dim=6, rope_theta=1000.0, rope_scaling=scaling)
-    frequencies = rotary_frequencies(config, torch.device("cpu"), torch.float64)
+    frequencies = rotary_frequencies(6, 1000.0, scaling, torch.device("cpu"), torch.float64)
     assert frequencies.tolist() == pytest.approx([1, 0.025067, 0.01 / 8], rel=1e-4)
+
+
+def test_yarn():
+    """Over 100 positions frequency 2^-i makes 100 / (2 pi 2^i) = 15.9, 8.0, 4.0 and 2.0 turns. 9 turns lie at
+    i = 0.8 and 2.5 at i = 2.7, rounded outwards 0 and 3: between them the share that is divided by 4 rises in
+    thirds, and f becomes f (1 - 3/4 share). Queries and keys grow by 0.1 ln 4 + 1."""
+    scaling = YarnRope(4.0, original_max_position_embeddings=100, beta_fast=9.0, beta_slow=2.5)
+    frequencies = rotary_frequencies(8, 16.0, scaling, torch.device("cpu"), torch.float64)
+    assert frequencies.tolist() == pytest.approx([1, 0.5 * 0.75, 0.25 * 0.5, 0.125 * 0.25])
+    assert scaling.magnitude == pytest.approx(1.138629)
+
+
+def test_longrope():
+    """Frequencies 1 and 0.1 are divided by 1 and 2. A context 16 times 4 long: sqrt(1 + ln 16 / ln 4) is the
+    root of 3. The model takes no text longer than the original 4."""
+    scaling = LongRope(16.0, 4, short_factor=(1.0, 2.0), long_factor=(1.0, 9.0))
+    frequencies = rotary_frequencies(4, 100.0, scaling, torch.device("cpu"), torch.float64)
+    assert frequencies.tolist() == pytest.approx([1, 0.05])
+    assert scaling.magnitude == pytest.approx(3**0.5)
+    assert tiny_config(rope_scaling=scaling).max_length == 4
+
+
+def test_partial_rotation():
+    """One angle of 90 degrees turns the coordinates 0 and 1; 2 and 3 stay."""
+    rotated = rotate(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.0]), torch.tensor([1.0]))
+    assert rotated.tolist() == [-2, 1, 3, 4]
+
+
+def test_no_rope():
+    """A layer without rotation does not see where its tokens stand; another one does."""
+    for rotated in (0, 1):
+        model = tiny_model(num_hidden_layers=1, no_rope_layers=(rotated,))
+        there = model(TOKENS)
+        model.model.rotation = lambda positions, plain=model.model.rotation: plain(3 * positions)
+        assert torch.equal(model(TOKENS), there) == (not rotated)
+
+
+def test_granite():
+    """Its four multipliers are those of Llama's weights; the scale of heads of 8 would be 1 / sqrt(8)."""
+    granite, llama = (tiny_model(dtype=torch.float64, **family) for family in (GRANITE, {}))
+    part = {"embed_tokens": 3.0, "q_proj": 0.2 * 8**0.5, "o_proj": 0.4, "down_proj": 0.4, "lm_head": 1 / 1.7}
+    with torch.no_grad():
+        for name, weight in llama.named_parameters():
+            weight *= part.get(name.split(".")[-2], 1)
+    assert_close(granite(TOKENS), llama(TOKENS))
+
+
+def test_olmo2():
+    """Norms come after attention and MLP: with weights of 0 they add nothing, and the embedding remains."""
+    model = tiny_model(**OLMO2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.post_attention_layernorm.weight.zero_()
+            layer.post_feedforward_layernorm.weight.zero_()
+    assert torch.equal(model(TOKENS), model.lm_head(model.model.norm(model.model.embed_tokens(TOKENS))))
+
+
+@pytest.mark.parametrize(("norm", "same"), [("qk_norm", True), ("qk_norm_whole", False)])
+def test_qk_norm(norm, same):
+    """A norm of each head undoes a factor of one head of 8; a norm of all heads, a common factor alone."""
+    model = tiny_model(dtype=torch.float64, rms_norm_eps=1e-20, **{norm: True})
+    before = model(TOKENS)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[:8] *= 3
+    assert torch.allclose(model(TOKENS), before) == same
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.weight[8:] *= 3
+    assert_close(model(TOKENS), before)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed(family):
+    """A packed row has the log-probs and gradients of padded rows, and every parameter takes part."""
+    model = tiny_model(dtype=torch.float64, **FAMILIES[family])
+    pairs = random_pairs(np.random.default_rng(0), 3)
+    ours, naive = response_logps(model, pack(PairTokens.from_pairs(pairs))), naive_logps(model, pairs)
+    assert_close(ours, naive, rtol=1e-11, atol=1e-11)
+    of_ours, of_naive = (gradients(model, logps[:, 0].sum()) for logps in (ours, naive))
+    assert relative_difference(of_ours, of_naive) < 1e-11 and all(grad.any() for grad in of_ours.values())
 
 
 def test_nothing_is_random():
@@ -60,9 +140,10 @@ def test_nothing_is_random():
     assert torch.equal(logits, model(TOKENS)) and torch.equal(logits, model.eval()(TOKENS))
 
 
-def test_activation_checkpointing():
+@pytest.mark.parametrize("family", ["llama", "olmo2", "granite"])
+def test_activation_checkpointing(family):
     """It changes no value and no gradient."""
-    plain, model = tiny_model(), tiny_model()
+    plain, model = tiny_model(**FAMILIES[family]), tiny_model(**FAMILIES[family])
     model.activation_checkpointing = True
     assert torch.equal(model(TOKENS), plain(TOKENS))
     ours, theirs = (gradients(m, m(TOKENS).square().mean()) for m in (model, plain))
@@ -70,11 +151,14 @@ def test_activation_checkpointing():
 
 
 @pytest.mark.slow
-def test_compiled_layers(monkeypatch):
+@pytest.mark.parametrize(
+    "family", [{}, OLMO2, SMOLLM3 | GRANITE], ids=["llama", "olmo2", "smollm3 + granite"]
+)
+def test_compiled_layers(monkeypatch, family):
     """torch.compile changes nothing but rounding; one compilation serves rows of different lengths."""
     # The graphs as torch.compile captures them, run without generating C++ for a minute.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    plain, compiled = tiny_model(), tiny_model()
+    plain, compiled = tiny_model(**family), tiny_model(**family)
     compiled.compile_layers()
     assert compiled.state_dict().keys() == plain.state_dict().keys()
     for n in (3, 5):
@@ -95,29 +179,13 @@ def test_too_long(limit):
         model(TOKENS[:, :9])
 
 
-# All three regimes of Llama 3's scaling occur among the frequencies of these heads.
-LLAMA3 = Llama3Rope(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=64)
-FAMILIES = {
-    "llama": {},
-    "llama, a key head per query head": dict(num_key_value_heads=4),
-    "llama biases": dict(qkv_bias=True, output_bias=True, mlp_bias=True),
-    "llama other numbers": dict(head_dim=12, rope_theta=500.0, rms_norm_eps=1e-3),
-    "llama 3": dict(rope_scaling=LLAMA3, rope_theta=1000.0, head_dim=16),
-    "mistral, window not reached": dict(model_type="mistral", sliding_window=64),
-    "qwen2": dict(model_type="qwen2", qkv_bias=True),
-    "qwen3": dict(model_type="qwen3", qk_norm=True, head_dim=16),
-    "qwen3 tied, biases": dict(
-        model_type="qwen3", qk_norm=True, tie_word_embeddings=True, qkv_bias=True, output_bias=True
-    ),
-}
-
-
 def require_equal_logits(directory: Path) -> None:
     """load_model and transformers give the same logits."""
     transformers = pytest.importorskip("transformers")
     peer = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model = load_model(directory)
-    assert peer.state_dict().keys() - model.state_dict().keys() <= {"lm_head.weight"}  # a tied copy
+    # Nothing of the file is left out; a tied copy counts as used, and so do the parts of a fused tensor.
+    assert peer.num_parameters() == sum(parameter.numel() for parameter in model.parameters())
     with torch.no_grad():
         ours, theirs = model(TOKENS), peer(TOKENS).logits
     assert ours.std() > 0.1  # else equality would prove little
@@ -131,13 +199,15 @@ def test_our_directories(family, tmp_path):
     require_equal_logits(tmp_path)
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Mistral", "Qwen2", "Qwen3", "Olmo2", "SmolLM3", "Granite", "Phi3"]
+)
 def test_their_directories(family, tmp_path):
     """What transformers writes, minidpo opens as the same model."""
     transformers = pytest.importorskip("transformers")
     sizes = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads".split()
     sizes += "num_key_value_heads head_dim max_position_embeddings initializer_range".split()
-    config = {name: getattr(tiny_config(), name) for name in sizes}
+    config = {name: getattr(tiny_config(), name) for name in sizes} | dict(pad_token_id=0, eos_token_id=EOS)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**config))
     model.save_pretrained(tmp_path)

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families import FAMILIES, PHI3
 from minidpo.data import PairTokens, Tokenizer
 from minidpo.errors import UserError
 from minidpo.model import load_model, load_reward_model, model_fingerprint, save_model, save_reward_model
 from minidpo.model import tensors as tensor_files
-from minidpo.model.transformer import Llama3Rope
+from minidpo.model.rotary import Llama3Rope
 from minidpo.packing import pack
 from minidpo.textbook import pad as pad_rows
 from tiny import EOS, edit_config, random_pairs, tiny_model, tiny_reward_model
@@ -51,7 +52,9 @@ def write_index(directory, index) -> None:
 
 
 @pytest.mark.parametrize(
-    "over", [{}, EVERYTHING, dict(model_type="mistral", sliding_window=33), dict(mlp_bias=True)]
+    "over",
+    [*FAMILIES.values(), EVERYTHING, dict(model_type="mistral", sliding_window=33)],
+    ids=[*FAMILIES, "everything", "mistral"],
 )
 def test_round_trip(tmp_path, over):
     """What is saved is loaded: every field that transformers keeps, and the numbers bit for bit."""
@@ -246,3 +249,54 @@ def test_large_model(tmp_path, monkeypatch):
     for peer in (load_model(tmp_path), transformers.AutoModelForCausalLM.from_pretrained(tmp_path)):
         tensors = peer.state_dict()
         assert all(torch.equal(tensors[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_fused(tmp_path, monkeypatch):
+    """Phi-3's files hold q, k and v on top of one another, and gate and up, however many files there are."""
+    monkeypatch.setattr(tensor_files, "MOST_BYTES", 20_000)
+    model = tiny_model(**PHI3)
+    save_model(model, tmp_path)
+    stored = {}
+    for file in tmp_path.glob("*.safetensors"):
+        stored |= load_file(file)
+    layer, attention = "model.layers.1.", model.model.layers[1].self_attn
+    heads = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+    assert torch.equal(stored[layer + "self_attn.qkv_proj.weight"], torch.cat(heads))
+    assert stored[layer + "mlp.gate_up_proj.weight"].shape == (2 * 48, 32)
+    assert not any(part in name for name in stored for part in (".q_proj", ".k_proj", ".v_proj", ".up_proj"))
+    assert all(torch.equal(stored.get(n, t), t) for n, t in model.state_dict().items())
+    assert torch.equal(load_model(tmp_path)(TOKENS), model(TOKENS))
+
+
+QKV = "model.layers.0.self_attn.qkv_proj.weight"
+BROKEN_FUSED = {
+    "a row short": (lambda t: t | {QKV: t[QKV][1:].clone()}, f"'{QKV}' is (63, 32) in F32; (64, 32)"),
+    "whole numbers": (lambda t: t | {QKV: t[QKV].int()}, f"'{QKV}' is (64, 32) in I32; (64, 32)"),
+    "gone": (lambda t: {k: t[k] for k in t if k != QKV}, "no tensor 'model.layers.0.self_attn.k_proj"),
+    "twice": (lambda t: t | {QKV.replace("qkv", "q"): t[QKV][:32].clone()}, "q_proj.weight', which is there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("spoil", "said"), BROKEN_FUSED.values(), ids=BROKEN_FUSED.keys())
+def test_broken_fused(tmp_path, spoil, said):
+    """The error names the tensor as it is stored."""
+    save_model(tiny_model(**PHI3), tmp_path)
+    rewrite(tmp_path, spoil)
+    with pytest.raises(UserError) as error:
+        load_model(tmp_path)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "smollm3 tied, biases", "granite tied, biases", "phi4 mini"])
+def test_reward_model_families(tmp_path, family):
+    """Rewards are those of transformers' sequence classification, which has no class for Granite."""
+    model = tiny_reward_model(**FAMILIES[family])
+    save_reward_model(model, tmp_path)
+    text = torch.tensor([[5, 9, 7, EOS]])
+    batch = pack(PairTokens.from_responses([[5]], [[[9, 7, EOS]]]), scored=0)
+    rewards = model.forward_packed(batch)[0][0]
+    assert torch.equal(load_reward_model(tmp_path).forward_packed(batch)[0][0], rewards)
+    if not family.startswith("granite"):
+        transformers = pytest.importorskip("transformers")
+        peer = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        torch.testing.assert_close(peer(text).logits[0], rewards, rtol=1e-5, atol=1e-5)

@@ -18,8 +18,11 @@ from torch.distributed.distributed_c10d import Backend, BackendConfig
 
 import train_dpo
 import train_rm
+from families import FAMILIES
 from minidpo.distributed import launch
+from minidpo.model import save_model
 from runs import final, metrics
+from tiny import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,6 +84,18 @@ def test_same_run(settings, tmp_path, script, processes, keys):
     script.main([*settings, keys, f"--run.out={tmp_path / 'one'}"])
     output(processes, f"{script.__name__}.py", *settings, keys, f"--run.out={tmp_path / 'several'}")
     require_same_run(tmp_path / "several", tmp_path / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["phi4 mini", "granite tied, biases", "olmo2"])
+def test_families(settings, world, tmp_path, family):
+    """Tensors that are stored fused, a scaled output matrix, and norms after attention are sharded as well."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    save_model(tiny_model(vocab_size=300, **FAMILIES[family]), tmp_path / "model")
+    settings += [f"--model.path={tmp_path / 'model'}", "--optim.max_steps=3"]
+    train_dpo.main([*settings, f"--run.out={tmp_path / 'one'}"])
+    output(2, "train_dpo.py", *settings, f"--run.out={tmp_path / 'two'}")
+    require_same_run(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.slow

@@ -1,0 +1,170 @@
+"""Rotary position embeddings (Su et al. 2021), and the ways in which models stretch them to longer contexts.
+
+Dimensions: H heads, E coordinates per head, D of which are rotated; ... stands for rows and tokens.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def rotary_frequencies(
+    size: int, theta: float, scaling: "RopeScaling | None", device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """theta^(-2i/D) for i < D/2: radians per position, (D/2,); `size` is D."""
+    exponents = torch.arange(0, size, 2, device=device, dtype=dtype) / size
+    frequencies = 1.0 / theta**exponents
+    return frequencies if scaling is None else scaling.stretch(frequencies, theta)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each pair of coordinates (i, i + D/2) of heads (..., H, E), rotated by its angle; those past D as they
+    are. cos and sin (..., 1, D/2)."""
+    size = 2 * cos.shape[-1]
+    if size < heads.shape[-1]:
+        return torch.cat((rotate(heads[..., :size], cos, sin), heads[..., size:]), dim=-1)
+    # Hugging Face's weights are ordered for these halves; Su et al. rotate neighbours (2i, 2i + 1).
+    first, second = heads.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """One rope_type of config.json, whose numbers are the fields of a subclass, by the same names."""
+
+    rope_type = "default"
+
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        """The frequencies (D/2,) of the stretched context, from those of the original one."""
+        return frequencies
+
+    @property
+    def magnitude(self) -> float:
+        """A factor of cos and sin, and so of every rotated query and key."""
+        return 1.0
+
+    @property
+    def longest(self) -> int | None:
+        """The longest text that has these frequencies, if others apply to longer ones."""
+        return None
+
+
+@dataclass(frozen=True)
+class LinearRope(RopeScaling):
+    """Position interpolation (Chen et al. 2023): all positions are divided by `factor`."""
+
+    rope_type = "linear"
+    factor: float
+
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        return frequencies / self.factor
+
+
+@dataclass(frozen=True)
+class DynamicRope(RopeScaling):
+    """Dynamic NTK scaling: theta grows with the longest text of a pass beyond max_position_embeddings.
+
+    A packed row holds many texts, whose angles may not depend on each other. No text may be longer than
+    max_position_embeddings (`ModelConfig.max_length`), and up to that length the frequencies are the plain
+    ones.
+    """
+
+    rope_type = "dynamic"
+    factor: float
+
+
+@dataclass(frozen=True)
+class Llama3Rope(RopeScaling):
+    """Llama 3.1: a frequency that makes few turns over the original context is divided by `factor`, so that
+    its angles stay in the range seen in training. One that makes many is kept; between, it is interpolated.
+    """
+
+    rope_type = "llama3"
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        turns = self.original_max_position_embeddings * frequencies / (2 * torch.pi)
+        keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        keep = keep.clamp(0, 1)  # the share of the frequency that is kept
+        return keep * frequencies + (1 - keep) * frequencies / self.factor
+
+
+@dataclass(frozen=True)
+class YarnRope(RopeScaling):
+    """YaRN (Peng et al. 2023): as Llama 3.1, but interpolated over the frequencies' indices between those
+    that make beta_fast and beta_slow turns; and queries and keys grow with the context."""
+
+    rope_type = "yarn"
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        size = 2 * len(frequencies)
+
+        def index(turns: float) -> float:
+            """The i at which theta^(-2i/D) makes so many turns over the original context."""
+            radians_per_position = 2 * math.pi * turns / self.original_max_position_embeddings
+            return -size * math.log(radians_per_position) / (2 * math.log(theta))
+
+        first, last = index(self.beta_fast), index(self.beta_slow)
+        if self.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        first, last = max(first, 0), min(last, size - 1)
+        indices = torch.arange(len(frequencies), device=frequencies.device, dtype=frequencies.dtype)
+        divide = ((indices - first) / (last - first or 0.001)).clamp(0, 1)  # the share that is divided
+        return (1 - divide) * frequencies + divide * frequencies / self.factor
+
+    @property
+    def magnitude(self) -> float:
+        def growth(scale: float) -> float:
+            return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
+
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return growth(self.mscale) / growth(self.mscale_all_dim)
+        return growth(1.0)
+
+
+@dataclass(frozen=True)
+class LongRope(RopeScaling):
+    """LongRoPE (Ding et al. 2024), of Phi-3 and Phi-4-mini: a divisor for each frequency.
+
+    Texts longer than the original context have other divisors, long_factor, which are kept for other programs
+    but not used: such texts are refused.
+    """
+
+    rope_type = "longrope"
+    factor: float  # how much longer the stretched context is
+    original_max_position_embeddings: int
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    attention_factor: float | None = None
+
+    def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        return frequencies / frequencies.new_tensor(self.short_factor)
+
+    @property
+    def magnitude(self) -> float:
+        if self.attention_factor is not None:
+            return self.attention_factor
+        growth = math.log(self.factor) / math.log(self.original_max_position_embeddings)
+        return math.sqrt(1 + max(growth, 0))
+
+    @property
+    def longest(self) -> int:
+        return self.original_max_position_embeddings
+
+
+ROPE_SCALINGS = {kind.rope_type: kind for kind in (LinearRope, DynamicRope, Llama3Rope, YarnRope, LongRope)}
