@@ -142,15 +142,22 @@ def require_no_pointer(path: Path, begin: bytes) -> None:
 def require_model_file(directory: Path, name: str, hint: str = "") -> Path:
     """As `require_file`, for a file of a Hugging Face model directory, or of what was given for one."""
     hint = hint or "a Hugging Face model directory is needed"
-    looks_like_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)) and not directory.parent.exists()
     if (directory / "adapter_config.json").is_file():
         hint = ADAPTER
     elif (directory / "final" / name).is_file():  # the directory of a run
         hint += f"; {directory / 'final'} is one"
-    elif looks_like_hub:
-        download = f"hf download {directory} --local-dir models/{directory.name}"
+    elif hub := hub_name(directory):
+        download = f"hf download {hub} --local-dir models/{directory.name}"
         hint += f"; if it is a model of the Hugging Face hub, download it first: {download}"
     return require_file(directory / name, hint)
+
+
+def hub_name(path: Path) -> str:
+    """ORG/NAME if `path` could be one of the Hugging Face hub, or an address there; empty for another."""
+    name = re.sub(r"^(https?:/huggingface\.co|hf:)/(datasets/)?", "", str(path))
+    of_file = "" if name == str(path) else "(/.*)?"
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)" + of_file, name)
+    return match[1] if match and not path.parent.exists() else ""
 
 
 def read_object(file: Path) -> dict[str, Any]:

@@ -6,7 +6,8 @@
 
 A text is a prompt with one of its responses. The logits after a token predict the next token of its text, so
 the last prompt token predicts the first token of every response. A prompt may have any number of responses:
-one (SFT, sampled responses), two (a preference pair), n (best of n).
+one (SFT, sampled responses), two (a preference pair), n (best of n). In a response of several turns, the
+model reads what others said between its own turns, but is not scored on it.
 Dimensions: N tokens of the row, P prompts with K responses each, S scored tokens: those with a log-prob.
 """
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from minidpo.data import PairTokens
+from minidpo.data.pair_tokens import count_marked
 
 BLOCK = 128  # FlexAttention's block size: rows on a GPU are whole blocks
 
@@ -36,7 +38,7 @@ class PackedBatch:
     targets: Tensor  # (S,) ids of the scored tokens
     # Per response
     last: Tensor  # (P, K) index of each response's last token, where a reward is read
-    lengths: Tensor  # (P, K) tokens of each response, EOS included
+    lengths: Tensor  # (P, K) scored tokens of each response, EOS included
     bounds: np.ndarray  # (P, K + 2) indices: where a prompt starts and ends, and where its responses end
     scored_responses: int  # how many responses of each prompt are scored, counted from the first
 
@@ -68,17 +70,18 @@ def pack(
 ) -> PackedBatch:
     """Lay out the pairs numbered `indices` (default: all) as one packed row.
 
-    responses: how many responses of each prompt are laid out, counted from the first; default: all.
-    scored: how many of those get log-probs, counted from the first; default: all.
+    responses: how many responses of each prompt are laid out, counted from the first; default: all. Raises
+    ValueError if it has fewer. scored: how many of those get log-probs, counted from the first; default: all.
     """
+    if responses is not None and responses > pairs.responses:
+        raise ValueError(f"{responses} responses of each prompt are needed, the data has {pairs.responses}")
     # A row of bounds is (prompt start, prompt end = response 1 start, response 1 end, response 2 end, ...).
     bounds = pairs.bounds if indices is None else pairs.bounds[indices]
     bounds = bounds[:, : 2 + (bounds.shape[1] - 2 if responses is None else responses)]
     scored = bounds.shape[1] - 2 if scored is None else scored
 
-    # The prompts one after the other; `n` is the index at which the next one starts.
     tokens, prompt, response, position, predictor, last = [], [], [], [], [], []
-    n = 0
+    n = 0  # The prompts stand one after the other: this is the index at which the next one starts.
     for p, (start, *ends) in enumerate(bounds.tolist()):
         # A prompt and its responses are already neighbours in pairs.ids, so one slice copies them all.
         tokens.append(pairs.ids[start : ends[-1]])
@@ -99,22 +102,24 @@ def pack(
             last.append(first + length - 1)
         n += ends[-1] - start
 
-    # The same bounds, moved from pairs.ids to the packed row.
-    sizes = bounds[:, -1] - bounds[:, 0]  # (P,) tokens of a prompt with its responses
-    starts = np.cumsum(sizes) - sizes
-    lengths = np.diff(bounds[:, 1:], axis=1)  # (P, K)
-
-    row_tokens, row_response = _concatenated(tokens), _concatenated(response)
+    row_bounds, lengths = _in_row(bounds), np.diff(bounds[:, 1:], axis=1)  # (P, K + 2), (P, K)
+    row_tokens, row_response, row_predictor = map(_concatenated, (tokens, response, predictor))
+    is_scored = (row_response > 0) & (row_response <= scored)  # (N,)
+    if pairs.unscored is not None:  # Nobody asks the model to predict what others said between its turns.
+        by_others = _concatenated([pairs.unscored[start:end] for start, *_, end in bounds]).astype(bool)
+        row_predictor = row_predictor[~by_others[is_scored]]
+        is_scored &= ~by_others
+        lengths -= count_marked(by_others, row_bounds)
     return PackedBatch(
         tokens=_tensor(row_tokens),
         prompt=_tensor(_concatenated(prompt)),
         response=_tensor(row_response),
         position=_tensor(_concatenated(position)),
-        predictor=_tensor(_concatenated(predictor)),
-        targets=_tensor(row_tokens[(row_response > 0) & (row_response <= scored)]),
+        predictor=_tensor(row_predictor),
+        targets=_tensor(row_tokens[is_scored]),
         last=_tensor(np.reshape(last, lengths.shape)),
         lengths=_tensor(lengths),
-        bounds=bounds - bounds[:, :1] + starts[:, None],
+        bounds=row_bounds,
         scored_responses=scored,
     )
 
@@ -132,6 +137,13 @@ def padded(batch: PackedBatch, multiple: int) -> PackedBatch:
         response=torch.cat((batch.response, zeros)),
         position=torch.cat((batch.position, zeros)),
     )
+
+
+def _in_row(bounds: np.ndarray) -> np.ndarray:
+    """The bounds (P, K + 2) of texts in PairTokens.ids, moved to a row in which they follow one another."""
+    sizes = bounds[:, -1] - bounds[:, 0]  # (P,) tokens of a prompt with its responses
+    starts = np.cumsum(sizes) - sizes
+    return bounds - bounds[:, :1] + starts[:, None]
 
 
 def _concatenated(parts: list[np.ndarray]) -> np.ndarray:

@@ -52,7 +52,7 @@ class ReferenceSection:
 
 @dataclass
 class DataSection:
-    train: list[str] = setting([], "preference files to learn from", _files)
+    train: list[str] = setting([], "preference files, or directories of them, to learn from", _files)
     eval: list[str] = setting([], "held-out preference files; empty: hold eval_pairs out of train")
     eval_pairs: int = setting(
         256, "with no eval file, about this many pairs are held out by prompt", not_negative

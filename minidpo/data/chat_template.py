@@ -14,17 +14,18 @@ adds.
 import json
 import re
 from collections.abc import Callable, Sequence
-from datetime import date, datetime
-from functools import cached_property, partial
+from datetime import date
+from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from minidpo.data.messages import Given, Message, text_of, with_reasoning, words_of
+from minidpo.data.jinja import compiled
+from minidpo.data.messages import ASSISTANT, Given, Message, text_of, with_reasoning, words_of
 from minidpo.data.records import BadRecord, check_characters
 from minidpo.data.tokenizer_files import find_template, special_tokens
-from minidpo.data.written_templates import WAY_OUT, in_jinja, refused, write
-from minidpo.errors import UserError, one_line
+from minidpo.data.written_templates import in_jinja, refused, write
+from minidpo.errors import one_line
 from minidpo.files import fingerprint
 from minidpo.log import print0
 
@@ -70,7 +71,7 @@ class ChatTemplate:
         self._tokens = special_tokens(of_model) if of_model else {}
         self.to_keep = forms[rewards].get(self.kind) if self.asked_for or rewards else None
         self.date, self.dated = day or date.today().isoformat(), False
-        self._directory, self._eos = directory, eos
+        self._directory, self.eos = directory, eos
         sources = (self.form or "", self._with_tools or "")
         self.identity = fingerprint(self.kind, eos, *sources, json.dumps(self._tokens), str(self.closes))
         self._compiled: dict[str | None, Any] = {}
@@ -88,10 +89,10 @@ class ChatTemplate:
         self.dated = True
 
     def split(
-        self, prompt: Sequence[Message], responses: Sequence[Message], given: Given | None = None
+        self, prompt: Sequence[Message], responses: Sequence[Sequence[Message]], given: Given | None = None
     ) -> tuple[str, list[str], str]:
-        """The prompt's text with its generation prompt, what each response, one message, adds to it, and the
-        end of the generation prompt that was left out.
+        """The prompt's text with its generation prompt, what the messages of each response add to it, and
+        the end of the generation prompt that was left out.
 
         A response stops right after the EOS that closes its turn: templates like to go on with a newline,
         which the model would never get to write, because generation ends at EOS. Without an EOS all of it is
@@ -99,36 +100,19 @@ class ChatTemplate:
         the whole conversation so that it does not begin with the prompt.
         """
         asked = self.render(prompt, True, given)
-        conversations = [self.render([*prompt, message], False, given) for message in responses]
+        conversations = [self.render([*prompt, *response], False, given) for response in responses]
         begin = asked
         if not all(text.startswith(asked) for text in conversations):
-            begin = self._shared_begin([asked, *conversations])
+            begin = self.shared_begin([asked, *conversations])
             if not begin.startswith(self.render(prompt, False, given)):
                 return asked, self._without_system(prompt, responses, conversations, given), ""
-        texts = []
-        for conversation in conversations:
-            response = conversation[len(begin) :]
-            head, eos, tail = response.rpartition(self._eos)
-            texts.append(head + eos if eos and not tail.strip() and not self.closes else response)
-        return begin, texts, asked[len(begin) :]
-
-    def _shared_begin(self, texts: Sequence[str]) -> str:
-        """The longest beginning of all texts whose token ids are a beginning of the ids of each.
-
-        The generation prompt of a reasoning model may go on, with "<think>", where the text of a given
-        response does not. A response that begins with "<", too, must not move the cut into the middle of a
-        token.
-        """
-        begin = commonprefix(texts)
-        ids = list(map(self._encode, texts))
-        while any(of_text[: len(cut)] != cut for cut in [self._encode(begin)] for of_text in ids):
-            begin = begin[:-1]
-        return begin
+        texts = [conversation[len(begin) :] for conversation in conversations]
+        return begin, texts if self.closes else list(map(self.to_eos, texts)), asked[len(begin) :]
 
     def _without_system(
         self,
         prompt: Sequence[Message],
-        responses: Sequence[Message],
+        responses: Sequence[Sequence[Message]],
         conversations: Sequence[str],
         given: Given | None,
     ) -> list[str]:
@@ -148,15 +132,19 @@ class ChatTemplate:
         return texts
 
     def is_blank(
-        self, prompt: Sequence[Message], response: Message, text: str, given: Given | None = None
+        self, prompt: Sequence[Message], response: Sequence[Message], text: str, given: Given | None = None
     ) -> bool:
-        """Whether the text of a response holds no more than the template writes for an empty message."""
-        if any(word in text.removesuffix(self._eos) for word in words_of(response)):
+        """Whether the text of a response holds no more of the assistant than the template writes for empty
+        messages."""
+        own = [message for message in response if message["role"] == ASSISTANT]
+        if any(word in text.removesuffix(self.eos) for message in own for word in words_of(message)):
             return False  # A second rendering is rarely needed.
+        silent = {"role": ASSISTANT, "content": ""}
+        emptied = [silent if message["role"] == ASSISTANT else message for message in response]
         try:
-            _, (empty,), _ = self.split(prompt, [{"role": response["role"], "content": ""}], given)
+            _, (empty,), _ = self.split(prompt, [emptied], given)
         except BadRecord:
-            empty = self._eos
+            empty = self.eos
         return "".join(text.split()) == "".join(empty.split())
 
     def render(self, messages: Sequence[Message], generation_prompt: bool, given: Given | None = None) -> str:
@@ -176,6 +164,24 @@ class ChatTemplate:
                 print0(f"warning: the tokenizer has no token for {', '.join(unknown)} of the chat template")
             self._markers_are_checked = True  # It is said once.
         return text
+
+    def shared_begin(self, texts: Sequence[str]) -> str:
+        """The longest beginning of all texts whose token ids are a beginning of the ids of each.
+
+        The generation prompt of a reasoning model may go on, with "<think>", where the text of a given
+        response does not. A response that begins with "<", too, must not move the cut into the middle of a
+        token.
+        """
+        begin = commonprefix(texts)
+        ids = list(map(self._encode, texts))
+        while any(of_text[: len(cut)] != cut for cut in [self._encode(begin)] for of_text in ids):
+            begin = begin[:-1]
+        return begin
+
+    def to_eos(self, turn: str) -> str:
+        """The text of a turn up to the EOS that closes it; all of it if none does."""
+        head, eos, tail = turn.rpartition(self.eos)
+        return head + eos if eos and not tail.strip() else turn
 
     @cached_property
     def tail(self) -> str | None:
@@ -202,51 +208,9 @@ class ChatTemplate:
         variables["messages"] = list(map(with_reasoning, messages))
         source = self.form if variables["tools"] is None else self._with_tools or self.form
         if source not in self._compiled:
-            self._compiled[source] = self._compile(source)
+            self._compiled[source] = compiled(source, self._directory, self.date, self.tell_date)
         template = self._compiled[source]
         try:
             return template.render(variables, add_generation_prompt=generation_prompt)
         except Exception as error:  # The template is a program: it can fail in every way a program can.
             raise refused(f"the chat template refuses the messages: {one_line(error)}") from None
-
-    def _compile(self, source: str | None) -> Any:
-        """The template, in an environment like that of transformers, for which it was written."""
-        if source is None:
-            nowhere = "no chat_template in tokenizer_config.json and no chat_template.jinja"
-            raise UserError(f"{self._directory}: {nowhere}; {WAY_OUT}")
-        try:
-            import jinja2
-            from jinja2.ext import Extension, loopcontrols
-            from jinja2.sandbox import ImmutableSandboxedEnvironment as Sandbox
-        except ModuleNotFoundError:
-            needs = "a model's chat template needs jinja2: pip install -e '.[chat]'"
-            raise UserError(f"{needs}, or {WAY_OUT}") from None
-
-        class GenerationTag(Extension):
-            """{% generation %} marks the assistant's words for a mask; the text is its body."""
-
-            tags = {"generation"}
-
-            def parse(self, parser: Any) -> Any:
-                line = next(parser.stream).lineno
-                body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-                return jinja2.nodes.Scope(body, lineno=line)
-
-        def refuse(reason: str) -> None:
-            raise jinja2.TemplateError(reason)
-
-        def strftime_now(form: str) -> str:
-            self.tell_date()
-            return datetime.fromisoformat(self.date).strftime(form)
-
-        extensions = [GenerationTag, loopcontrols]
-        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-        # jinja2's own filter escapes <, > and & for HTML: a model would be shown \u003c.
-        environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-        environment.globals["raise_exception"] = refuse
-        environment.globals["strftime_now"] = strftime_now
-        try:
-            return environment.from_string(source)
-        except Exception as error:  # jinja2 compiles to Python, which has limits and errors of its own.
-            what = f"its chat template is not jinja ({one_line(error)})"
-            raise UserError(f"{self._directory}: {what}; {WAY_OUT}") from None

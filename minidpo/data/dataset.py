@@ -18,8 +18,8 @@ import numpy as np
 
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.pair_tokens import PairTokens, TokenPair
+from minidpo.data.paths import data_files
 from minidpo.data.preferences import ASSISTANT, read_preferences
-from minidpo.data.records import check_path
 from minidpo.data.report import DataReport
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.data.truncation import tokenize_pairs
@@ -29,7 +29,7 @@ from minidpo.log import Progress, print0
 from minidpo.sections import DataSection
 
 # Of the code from text to ids. Raise it with a change of the ids of a text, and caches are made anew.
-_VERSION = "5"
+_VERSION = "6"
 
 # By what `split_by_prompt` tells prompts apart. A run that is resumed must hold out what it held out before.
 HELD_OUT_BY = "the prompts as the records have them, dropped ones too"
@@ -54,11 +54,9 @@ def load_pairs(
     sets: list[PairTokens] = []
     to_keep: list[tuple[Path, PairTokens, np.ndarray, list[str]]] = []
     # Eval files are short: what is wrong with them is said before the long ones are read.
-    for name, files in (("eval", data.eval), ("train", data.train)):
+    for name, files in (("eval", data_files(data.eval)), ("train", data_files(data.train))):
         if not files:
             continue
-        for file in files:
-            check_path(Path(file))
         undated = cache / f"{name}-{_identity(files, data, tokenizer, template)[:16]}" if cache else None
         dated = Path(f"{undated}-{template.date}") if undated else None
         kept = (_load(dated) or _load(undated)) if dated and undated else None
@@ -178,7 +176,7 @@ def _tokenize(
         progress = Progress(f"tokenizing {name}", unit="tokens")
         for pair in tokenize_pairs(texts, tokenizer, data.max_length, data.max_prompt_length, report):
             yield pair
-            progress.advance(len(pair.prompt) + len(pair.chosen) + len(pair.rejected))
+            progress.advance(len(pair.prompt) + sum(map(len, pair.responses)))
         progress.close()
 
     pairs = PairTokens.from_pairs(ids(), tuple(files))
@@ -189,10 +187,13 @@ def _tokenize(
 
 def _keep(directory: Path, pairs: PairTokens, read: np.ndarray, report: list[str]) -> None:
     about = {"files": json.dumps(pairs.files), "report": json.dumps(report), "date": pairs.date}
+    columns = pairs.columns() | {"read": read}
+    if pairs.unscored is not None:
+        columns["unscored"] = pairs.unscored
     with writing(directory), replacing_directory(directory) as temporary:
         np.save(temporary / "ids.npy", pairs.ids)
         about["ids"] = fingerprint(temporary / "ids.npy")
-        write_arrays(temporary / "columns.safetensors", pairs.columns() | {"read": read}, about)
+        write_arrays(temporary / "columns.safetensors", columns, about)
 
 
 def _load(directory: Path) -> tuple[PairTokens, np.ndarray, list[str]] | None:

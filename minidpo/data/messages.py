@@ -14,6 +14,8 @@ from typing import Any
 from minidpo.data.records import BadRecord, check_characters
 from minidpo.errors import one_line
 
+ASSISTANT = "assistant"  # the role of the model, whose words are scored
+
 Message = dict[str, Any]
 Given = Mapping[str, Any]  # what a record has its chat template given beside messages
 
@@ -48,6 +50,15 @@ def with_reasoning(message: Message) -> Message:
     return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
 
 
+def without_reasoning(message: Message) -> Message:
+    """The message without the reasoning that it may have under keys of its own or before "</think>"."""
+    if message["role"] != ASSISTANT:
+        return message
+    kept = {key: value for key, value in message.items() if key not in _REASONING}
+    text = text_of(kept)
+    return kept if text is None else kept | {"content": text.rpartition("</think>")[2].lstrip("\n")}
+
+
 def words_of(message: Message) -> Iterator[str]:
     """Every text in a message, however deep, but its role and the types of its parts and tool calls."""
     left: list[Any] = [message]
@@ -61,16 +72,27 @@ def words_of(message: Message) -> Iterator[str]:
             yield value.strip()
 
 
+def first_assistant(messages: list[Message]) -> int:
+    """The place of the assistant's first turn, with which a response begins; len(messages) without one."""
+    return next((i for i, message in enumerate(messages) if message["role"] == ASSISTANT), len(messages))
+
+
 def shared_turns(chosen: list[Message], rejected: list[Message], reads: Callable[[str], bool]) -> int:
-    """How many turns both begin with, the last of each excepted. Keys that no template reads may differ:
-    `reads` says of which."""
+    """How many turns are the prompt of two conversations: as many as both begin with, the last of each
+    excepted, so that the assistant's turn is next in both.
+
+    Where users said different things, the prompt ends before the last shared turn of the assistant. Keys that
+    no template reads may differ: `reads` says of which.
+    """
 
     def read(message: Message) -> Message:
         keys = {key: value for key, value in message.items() if reads(key)}
         return keys | {"content": text_of(message)}
 
     both = zip(chosen[:-1], rejected[:-1], strict=False)
-    return [*(a == b or read(a) == read(b) for a, b in both), False].index(False)
+    shared = [*(a == b or read(a) == read(b) for a, b in both), False].index(False)
+    cuts = range(shared, 0, -1)
+    return next((n for n in cuts if chosen[n]["role"] == rejected[n]["role"] == ASSISTANT), shared)
 
 
 def with_system(record: dict, prompt: list[Message]) -> list[Message]:

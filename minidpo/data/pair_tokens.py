@@ -4,25 +4,49 @@ import hashlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minidpo.errors import UserError
 from minidpo.files import fingerprint
+
+Ranges = tuple[tuple[int, int], ...]  # rising, of tokens or characters: from the first, up to the second
 
 
 class TokenPair(NamedTuple):
-    """Ids of one prompt and its two responses, each to its end unless cut. See also PreferencePair."""
+    """Ids of one prompt and its responses, each to its end unless cut. See also PreferencePair."""
 
     prompt: list[int]
     chosen: list[int]
-    rejected: list[int]
+    rejected: list[int] | None  # None: the record has one response
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a pair
     margin: float | None = None
     file: int = 0
     templated: bool = False  # whether a chat template wrote the prompt
+    label: bool | None = None  # of a single response: whether it is desirable
+    unscored: tuple[Ranges, ...] = ()  # per response: its tokens that others wrote; empty: all are scored
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
+
+    @property
+    def kind(self) -> str:
+        """What all records of a data set have alike."""
+        if self.rejected is not None:
+            return "two responses"
+        return "one response" if self.label is None else "one response with a label"
+
+    def unscored_ranges(self) -> Iterator[tuple[int, int]]:
+        """Those of `unscored`, counted from the first token of the prompt, with the responses after it."""
+        start = len(self.prompt)
+        for response, ranges in zip(self.responses, self.unscored, strict=False):
+            yield from ((start + begin, start + end) for begin, end in ranges)
+            start += len(response)
 
 
 @dataclass(eq=False)
@@ -33,30 +57,52 @@ class PairTokens:
     bounds: np.ndarray  # (n, 2 + K) int64: where in ids each prompt starts and ends, its responses end
     index: np.ndarray  # (n,) int64: the record's number in its file, for messages
     margin: np.ndarray | None = None  # (n,) float64, NaN for a record without one; None if no record has one
+    label: np.ndarray | None = None  # (n,) bool: whether a single response is desirable; None: no labels
     file: np.ndarray | None = None  # (n,) int64: which of `files` the record is from
     key: np.ndarray | None = None  # (n, 16) uint8: a digest of the prompt as the record has it
     templated: np.ndarray | None = None  # (n,) bool: whether a chat template wrote the prompt
     files: tuple[str, ...] = ()
     date: str = ""  # the one that the chat template wrote into the texts; empty: none
-    ref_logps: np.ndarray | None = None  # (n, 2) float32, nats: the frozen reference's, once computed
+    ref_logps: np.ndarray | None = None  # (n, K) float32, nats: the frozen reference's, once computed
+    unscored: np.ndarray | None = None  # (len(ids),) bool: tokens of responses that others wrote; None: none
 
     @classmethod
     def from_pairs(cls, pairs: Iterable[TokenPair], files: tuple[str, ...] = ()) -> Self:
+        """Raises `UserError` unless all have equally many responses, and either all a label or none."""
+        pairs = iter(pairs)
+        first = next(pairs, None)
+        every, kind = (chain([first], pairs), first.kind) if first else (pairs, "")
         index, margin, file, templated = array("q"), array("d"), array("q"), array("b")
+        label, by_others = array("b"), array("q")
 
         def texts() -> Iterator[Sequence[list[int]]]:
-            for pair in pairs:
+            for pair in every:
+                if pair.kind != kind:
+                    of_file = f" of {files[pair.file]}" if files else ""
+                    what = f"record {pair.index}{of_file} has {pair.kind}, and those before it {kind}"
+                    raise UserError(f"{what}; a data set keeps to one")
+                if pair.unscored:
+                    for begin, end in pair.unscored_ranges():
+                        by_others.extend((len(index), begin, end))
                 index.append(pair.index)
                 margin.append(float("nan") if pair.margin is None else pair.margin)
+                label.append(bool(pair.label))
                 file.append(pair.file)
                 templated.append(pair.templated)
-                yield pair[:3]
+                yield pair.prompt, *pair.responses
 
-        ids, bounds = _flatten(texts(), 2)
-        margins = None if np.isnan(margin).all() else np.asarray(margin)
-        of_file = np.asarray(file) if files else None
-        written = np.asarray(templated, bool)
-        return cls(ids, bounds, np.asarray(index), margins, of_file, templated=written, files=files)
+        ids, bounds = _flatten(texts(), len(first.responses) if first else 2)
+        return cls(
+            ids,
+            bounds,
+            np.asarray(index),
+            margin=None if np.isnan(margin).all() else np.asarray(margin),
+            label=np.asarray(label, bool) if first and first.label is not None else None,
+            file=np.asarray(file) if files else None,
+            templated=np.asarray(templated, bool),
+            files=files,
+            unscored=_marked(np.reshape(by_others, (-1, 3)), bounds, len(ids)) if by_others else None,
+        )
 
     @classmethod
     def from_responses(cls, prompts: Sequence[list[int]], responses: Sequence[Sequence[list[int]]]) -> Self:
@@ -71,9 +117,20 @@ class PairTokens:
         return len(self.bounds)
 
     @property
+    def responses(self) -> int:
+        """K, the number of responses of each prompt."""
+        return self.bounds.shape[1] - 2
+
+    @property
     def lengths(self) -> np.ndarray:
         """(n, 1 + K): tokens of each prompt and of its responses."""
         return np.diff(self.bounds, axis=1)
+
+    @property
+    def scored_lengths(self) -> np.ndarray:
+        """(n, K): scored tokens of each response."""
+        lengths = self.lengths[:, 1:]
+        return lengths if self.unscored is None else lengths - count_marked(self.unscored, self.bounds)
 
     @property
     def on_messages(self) -> bool:
@@ -92,7 +149,7 @@ class PairTokens:
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays there are with one entry per pair, by name."""
         arrays = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
-        return {name: values for name, values in arrays.items() if name != "ids"}
+        return {name: values for name, values in arrays.items() if name not in ("ids", "unscored")}
 
     def margins(self, indices: np.ndarray) -> Tensor | None:
         """(B,) float32: by how much chosen is better in the pairs at `indices`; None if no record says so."""
@@ -119,12 +176,22 @@ class PairTokens:
         return [hashlib.blake2b(self.ids[start:end].data, digest_size=16).digest() for start, end in prompts]
 
     def fingerprint(self) -> str:
-        """Of token ids, lengths and margins: whatever changes them (files, tokenizer, limits, split) does."""
+        """Of token ids, which of them are scored, lengths, margins and labels: whatever changes them (files,
+        tokenizer, limits, split) does."""
         digest = hashlib.blake2b(digest_size=16)
         for start, *_, end in self.bounds:  # One by one, because all at once would be a copy of the data.
             digest.update(self.ids[start:end].data)
+            if self.unscored is not None:
+                digest.update(self.unscored[start:end].data)
         margin = b"" if self.margin is None else self.margin.tobytes()
-        return fingerprint(digest.digest(), self.lengths.tobytes(), margin)
+        label = () if self.label is None else (self.label.tobytes(),)
+        return fingerprint(digest.digest(), self.lengths.tobytes(), margin, *label)
+
+
+def count_marked(marks: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """How many of the marked tokens lie in each response, (P, K). marks (N,) bool; bounds (P, K + 2)."""
+    before = np.r_[0, np.cumsum(marks)]  # (N + 1,) marked tokens before each one
+    return np.diff(before[bounds[:, 1:]], axis=1)
 
 
 def _flatten(texts: Iterable[Sequence[list[int]]], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -136,3 +203,13 @@ def _flatten(texts: Iterable[Sequence[list[int]]], k: int) -> tuple[np.ndarray, 
             ids.extend(part)
             bounds.append(len(ids))
     return np.asarray(ids), np.asarray(bounds).reshape(-1, 2 + k)
+
+
+def _marked(ranges: np.ndarray, bounds: np.ndarray, tokens: int) -> np.ndarray:
+    """(tokens,) bool: true within ranges (m, 3), each a row of bounds, a begin and an end counted from that
+    row's first token. No two overlap."""
+    first = bounds[ranges[:, 0], 0]
+    change = np.zeros(tokens + 1, np.int8)
+    change[first + ranges[:, 1]] += 1
+    change[first + ranges[:, 2]] -= 1
+    return np.cumsum(change[:-1], dtype=np.int8).astype(bool)

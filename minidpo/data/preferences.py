@@ -2,7 +2,7 @@
 
     {"chosen": "\\n\\nHuman: ..", "rejected": ..}            HH dialogues, turn after turn in one text
     {"prompt": "..", "chosen": "..", "rejected": ".."}     text
-    {"prompt": [..], "chosen": [..], "rejected": [..]}     messages: a prompt, one assistant turn per response
+    {"prompt": [..], "chosen": [..], "rejected": [..]}     messages: a prompt, responses of one turn or more
     {"chosen": [..], "rejected": [..]}                     conversations: the prompt is the turns they share
 
 Each may have a `margin`, or a `score_chosen` and a `score_rejected`, and beside messages a `system` turn,
@@ -14,16 +14,17 @@ dropped and counted, because published files hold some.
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
 
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.messages import given_of, messages_of, shared_turns, text_of, with_system
-from minidpo.data.records import BadRecord, check_characters, printable, read_records
+from minidpo.data.pair_tokens import Ranges
+from minidpo.data.records import BadRecord, check_characters, number_of, printable, read_records
 from minidpo.data.report import DataReport, FileReport, dropped_lines
+from minidpo.data.turns import others_in_text
 from minidpo.errors import UserError
 
 # The blank line before it belongs to the marker: "Assistant:" anywhere else is something that was said.
@@ -44,19 +45,25 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt and two responses to it."""
+    """One prompt and one or two responses to it."""
 
     prompt: str
     chosen: str
-    rejected: str
+    rejected: str | None  # None: the record has one response
     index: int = field(default=-1, compare=False)  # the record's number in its file, from 0
     margin: float | None = field(default=None, compare=False)  # by how much chosen is better, if it is known
+    label: bool | None = None  # of a single response: desirable or not
+    others: tuple[Ranges, ...] = ()  # per response: its characters that the assistant did not write
     closed: bool = field(default=False, compare=False)  # whether the responses end as they are, without EOS
     add_special_tokens: bool = True  # false for the text of a chat template that wrote BOS itself
     file: int = field(default=0, compare=False)  # which of several files the record is from
     messages: bool = field(default=False, compare=False)  # whether a template made the prompt of messages
     unread: tuple[str, ...] = field(default=(), compare=False)  # keys of the record
     left_out: str = field(default="", compare=False)  # the end of the generation prompt, see ChatTemplate
+
+    @property
+    def responses(self) -> list[str]:
+        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
 
 
 def read_preferences(
@@ -118,7 +125,7 @@ def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
     leave half a word in the prompt.
     """
     pair = _split_hh(chosen_text, rejected_text)
-    _check_blank(pair.chosen, pair.rejected)
+    _check_blank(pair)
     return pair
 
 
@@ -178,7 +185,7 @@ def pair_of(
             raise BadRecord("messages are nested too deeply", "; give fewer levels") from None
     if not pair.messages:
         report.add_prompt(pair.prompt, index, file)
-    _check_blank(pair.chosen, pair.rejected)
+    _check_blank(pair)
     if drop_identical and pair.chosen == pair.rejected:
         raise Unusable("chosen and rejected are identical")
     unread = pair.unread if pair.messages else _unread(record)
@@ -196,16 +203,19 @@ def _pair_of_messages(
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:
         raise Unusable("no prompt: chosen and rejected share no turn, or `prompt` has none")
-    if any(len(response) != 1 or response[0]["role"] != "assistant" for response in (chosen, rejected)):
-        raise Unusable("a response is not one assistant turn")
+    responses = [chosen, rejected]
+    if any(not its or {its[0]["role"], its[-1]["role"]} != {"assistant"} for its in responses):
+        raise Unusable("a response does not begin and end with a turn of the assistant")
     own, prompt = prompt, with_system(record, prompt)
     plain = [message | {"content": text_of(message)} for message in prompt]
     report.add_prompt(json.dumps(plain, sort_keys=True), index, file)
-    responses, given = [*chosen, *rejected], given_of(record)
+    given = given_of(record)
     text, texts, left_out = template.split(prompt, responses, given)
+    others = []
     for response, its_text in zip(responses, texts, strict=True):
         if template.is_blank(prompt, response, its_text, given):
             raise Unusable(_BLANK)
+        others.append(others_in_text(template, prompt, response, (text, its_text), given))
 
     # What of the record did not reach the text.
     read = {"tools", "chat_template_kwargs"} | ({"system"} if prompt is not own else set())
@@ -215,13 +225,14 @@ def _pair_of_messages(
             unread.append(name if name == "tools" else f"chat_template_kwargs.{name}")
     written_out = template.kind != "model"
     if written_out:
-        keys = {key for message in (*prompt, *responses) for key in message}
+        keys = {key for message in chain(prompt, *responses) for key in message}
         unread += [f"{key} of messages" for key in keys if not template.reads(key)]
 
     return PreferencePair(
         text,
         texts[0],
         texts[1],
+        others=tuple(others) if any(others) else (),
         add_special_tokens=written_out,
         closed=template.closes,
         messages=True,
@@ -244,17 +255,14 @@ def _keys_of(record: dict) -> str:
     return f"; its keys are {names}; give chosen, rejected, and prompt unless they hold it"
 
 
-def _check_blank(chosen: str, rejected: str) -> None:
-    if not (chosen.strip() and rejected.strip()):
+def _check_blank(pair: PreferencePair) -> None:
+    if not all(text.strip() for text in pair.responses):
         raise Unusable(_BLANK)
 
 
 def _margin(record: dict) -> float | None:
-    numbers = {}
-    for key in ("margin", "score_chosen", "score_rejected"):
-        value: Any = record.get(key)
-        if type(value) in (int, float) and abs(value) <= sys.float_info.max:  # NaN compares false.
-            numbers[key] = float(value)
-    if "score_chosen" in numbers and "score_rejected" in numbers:
-        numbers.setdefault("margin", numbers["score_chosen"] - numbers["score_rejected"])
-    return numbers.get("margin")
+    keys = ("margin", "score_chosen", "score_rejected")
+    margin, chosen, rejected = (number_of(record.get(key)) for key in keys)
+    if margin is None and chosen is not None and rejected is not None:
+        return chosen - rejected
+    return margin

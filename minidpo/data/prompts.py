@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.messages import Given, Message, given_of, messages_of, with_system
-from minidpo.data.preferences import ASSISTANT
+from minidpo.data.preferences import ASSISTANT, PreferencePair
 from minidpo.data.records import BadRecord, check_characters
 
 
@@ -40,3 +40,9 @@ def prompt_of(record: dict, template: ChatTemplate) -> Prompt:
     if template.kind != "model":
         return Prompt(text, tail=template.tail)
     return Prompt(text, prompt, add_special_tokens=False, tail=template.tail, given=given)
+
+
+def prompt_of_pair(pair: PreferencePair) -> Prompt:
+    # The tail is in the responses already.
+    tail = "" if pair.closed else None
+    return Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens, tail=tail)

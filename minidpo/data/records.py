@@ -1,142 +1,169 @@
-"""Files to records: .jsonl (one JSON object per line) and .json (a list of objects), plain or gzipped.
+"""Files to records: .jsonl, .json and .csv, plain, .gz or .zst, and through tables.py .parquet and .arrow.
 
 A file that cannot be read at all is a `UserError`. What is wrong with a single record is yielded as a
 `BadRecord` in its place, so that the caller may skip it. Nothing here knows what a record should hold.
 """
 
 import codecs
-import gzip
+import csv
 import json
-import re
+import math
 import zlib
 from collections.abc import Iterator
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
+from minidpo.data.bad_record import LONGEST_RECORD, BadRecord, check_characters, printable, too_long
+from minidpo.data.opened import open_text
+from minidpo.data.paths import TABLES, data_file, kind_of
+from minidpo.data.tables import read_table
 from minidpo.errors import UserError
-from minidpo.files import require_no_pointer
+from minidpo.log import print0
 
-READ = ".jsonl or .json, plain or .gz"
-
-# A preference of a million tokens is about 4 MB. Far beyond that is a broken file, or a small gzip file made
-# to fill the memory of whoever opens it.
-LONGEST_RECORD = 16 * 2**20
+# What reading records and reading a record share is in bad_record.py, and imported from here.
+__all__ = ["BadRecord", "check_characters", "number_of", "printable", "read_records"]
 
 _FORM = (
     "a record is an object with chosen and rejected, and a file that is one list of objects is named .json"
 )
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n"
-_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can spell what UTF-8, and a tokenizer, cannot
+
+# A file of one object with one key is a record if the key is one of these, and else a list under that key.
+_OF_A_RECORD = {"messages", "conversations"}
+
+Records = Iterator[tuple[int, dict | BadRecord]]
 
 
-class BadRecord(ValueError):
-    """A record that cannot be read. Those that fail alike are counted together, by their `kind`; `rest` says
-    where in the record, and what would be right."""
+def read_records(path: Path) -> Records:
+    """Yield (number, record) of a file, or of the directory that holds a single one.
 
-    def __init__(self, kind: str, rest: str) -> None:
-        super().__init__(kind + rest)
-        self.kind = kind
-
-
-def check_path(path: Path) -> None:
-    """Raises `UserError` if `path` is no file that can be opened, or a kind of file that is not read."""
-    known = path.name.removesuffix(".gz").endswith((".jsonl", ".json"))
-    try:
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise UserError(f"{path}: not a regular file; name one ({READ}), and no pipe or device")
-        path.open("rb").close()
-    except OSError as error:
-        comma = "" if known else "; on the command line a comma separates two files"
-        convert = _convert(path) if path.is_dir() else ""
-        right = convert or f"name a file that can be read ({READ}){comma}"
-        raise UserError(f"{path}: {error.strerror}; {right}") from None
-    if not known:
-        right = _convert(path) or "convert it to .jsonl"
-        raise UserError(f"{path}: not a kind of file that is read ({READ}); {right}")
-
-
-def _convert(path: Path) -> str:
-    """How to make a .jsonl file of a table that the package `datasets` wrote; empty for anything else."""
-    stream = "pyarrow.ipc.open_stream({}).read_pandas()"
-    out = path.with_suffix("")
-    if parts := [*path.glob("*.arrow"), *path.glob("*/*.arrow")]:
-        out = max(parts).parent  # Of several splits that a directory holds, the last is train.
-        each = stream.format("f") + f" for f in sorted(glob.glob('{out}/*.arrow'))"
-        modules, table = "glob, pandas, pyarrow", f"pandas.concat({each})"
-    elif path.suffix == ".parquet":
-        modules, table = "pandas", f"pandas.read_parquet('{path}')"
-    elif path.suffix == ".arrow" and path.is_file():
-        with path.open("rb") as file:  # Of arrow's two formats, `datasets` writes the one for streams.
-            is_stream = file.read(6) != b"ARROW1"
-        modules, table = "pandas", f"pandas.read_feather('{path}')"
-        if is_stream:
-            modules, table = "pyarrow", stream.format(f"'{path}'")
-    else:
-        return ""
-    to_json = f"to_json('{out}.jsonl', orient='records', lines=True)"
-    return f'convert it to .jsonl: python -c "import {modules}; {table}.{to_json}"'
-
-
-def printable(text: str) -> str:
-    """`text` on one line, for messages."""
-    return text if text.isprintable() else ascii(text)
-
-
-def check_characters(text: str, name: str) -> None:
-    if _LONE_SURROGATE.search(text):
-        raise BadRecord(f"{name} has half a surrogate pair", " (\\ud800 to \\udfff); give whole characters")
-
-
-def read_records(path: Path) -> Iterator[tuple[int, dict | BadRecord]]:
-    """Yield (number, record); lines are numbered from 1, the records of a list from 0.
-
-    Of a .jsonl file one record is in memory at a time. A .json file is read whole; if it holds lines of JSON
-    rather than a list, as many do, they are read as such. Raises `UserError` for a file that cannot be read:
-    torn gzip data, or a list that is not JSON.
+    Lines are numbered from 1, the records of a list or a table from 0, those of a .csv file by the line on
+    which they begin. One record is in memory at a time, of a table a few hundred. Only a .json file is read
+    whole, unless it holds lines of JSON, as many do. Raises `UserError` for a file that cannot be read.
     """
-    check_path(path)
-    number = 0
+    path = data_file(path)
+    kind, number = kind_of(path), 0
+    if kind in TABLES:
+        yield from read_table(path, kind)
+        return
     try:
-        with path.open("rb") as raw:
-            # The content decides, because browsers that unpack a download leave it its name.
-            file = gzip.open(raw) if raw.peek(2)[:2] == b"\x1f\x8b" else raw
-            begin = file.peek(1024)[:1024]
-            require_no_pointer(path, begin)
-            if (encoding := json.detect_encoding(begin).removesuffix("-sig")) != "utf-8":
-                right = f"convert it: iconv -f {encoding} -t utf-8 '{path}'"
-                raise UserError(f"{path}: text in {encoding.upper()}, and UTF-8 is read; {right}")
-            records = _records_of_lines(file)
-            if path.name.removesuffix(".gz").endswith(".json") and begin.lstrip(_BLANK).startswith(b"["):
-                records = enumerate(map(_record, _values_of_list(path, file)))
+        values = _values_of_json(path) if kind == ".json" else None
+        if values is not None:
+            yield from enumerate(map(_record, values))
+            return
+        with open_text(path) as file:
+            records = _records_of_csv(path, file) if kind == ".csv" else _records_of_lines(file)
             for number, record in records:
                 yield number, record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); fetch the file again") from None
 
 
-def _values_of_list(path: Path, file: BufferedIOBase) -> list:
+def number_of(value: Any) -> float | None:
+    """A value of a record as a number, also where a .csv file has it as text; None for any other."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _values_of_json(path: Path) -> list | None:
+    """What is in a .json file that is a list, one object, or an object around a list; None for lines."""
+    with open_text(path) as file:
+        first = next((line for line in _lines(file) if line.strip(_BLANK)), b"")
+    is_list = first.strip(_BLANK).startswith(b"[")
+    whole_line = first.strip(_BLANK).endswith(b"}") or not first
+    if not is_list and whole_line and _key_of_list(_parse(first)) is None:
+        return None
     # Text packs to a tenth at best. What unpacks to far more is made to fill memory, and never held whole.
     limit = LONGEST_RECORD + 100 * path.stat().st_size
-    content = file.read(limit + 1)
+    with open_text(path) as file:
+        content = file.read(limit + 1)
     if len(content) > limit:
         raise UserError(f"{path}: unpacks to more than {limit} bytes; give one object per line, in .jsonl.gz")
-    values = _parse(content)
-    if isinstance(values, BadRecord):
-        raise UserError(f"{path}: {values}")
-    return values
+    value = _parse(content)
+    if is_list and isinstance(value, BadRecord):
+        raise UserError(f"{path}: {value}")
+    if (key := _key_of_list(value)) is not None:
+        print0(f"{path}: its records are the list under {key!r}")
+        return value[key]
+    if isinstance(value, dict):
+        return [value]
+    return value if isinstance(value, list) else None
 
 
-def _records_of_lines(file: BufferedIOBase) -> Iterator[tuple[int, dict | BadRecord]]:
-    number = 0
+def _key_of_list(value: Any) -> str | None:
+    """The key of an object that holds nothing but a list of records; None for anything else."""
+    if isinstance(value, dict) and len(value) == 1:
+        ((key, inner),) = value.items()
+        if key not in _OF_A_RECORD and isinstance(inner, list) and isinstance(next(iter(inner), None), dict):
+            return key
+    return None
+
+
+def _lines(file: BufferedIOBase) -> Iterator[bytes]:
+    """The lines of a file; of one that is too long a beginning, which is too long as well."""
     while line := file.readline(LONGEST_RECORD + 1):
-        number += 1
+        yield line
+        while len(line) > LONGEST_RECORD and not line.endswith(b"\n"):  # Skip the rest without holding it.
+            line = file.readline(LONGEST_RECORD + 1)
+
+
+def _records_of_lines(file: BufferedIOBase) -> Records:
+    for number, line in enumerate(_lines(file), 1):
         if len(line) > LONGEST_RECORD:
-            while line and not line.endswith(b"\n"):  # Skip the rest without holding it.
-                line = file.readline(LONGEST_RECORD)
-            yield number, BadRecord(f"more than {LONGEST_RECORD} bytes", "; no preference is that long")
+            yield number, too_long()
         elif line.strip(_BLANK):
             yield number, _record(_parse(line))
+
+
+def _records_of_csv(path: Path, file: BufferedIOBase) -> Records:
+    """The rows under a row of names, all values as text. A row with a misplaced quote is no `BadRecord`,
+    because what belongs to it, and what to the next one, cannot be told."""
+    begin = size = 0  # of a row: its first line, and its bytes so far
+
+    def text() -> Iterator[str]:
+        nonlocal size
+        for line in _lines(file):
+            size += len(line)
+            if size > LONGEST_RECORD:
+                what = f"a row of more than {LONGEST_RECORD} bytes"
+                raise UserError(f"{path}:{begin}: {what}; is there a quote that is never closed?")
+            yield line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
+
+    csv.field_size_limit(LONGEST_RECORD)
+    rows, names = csv.reader(text(), strict=True), None
+    while True:
+        begin, size = rows.line_num + 1, 0
+        try:
+            row = next(rows, None)
+        except csv.Error as error:
+            right = (
+                "a value with commas, quotes or line breaks stands in quotes, and a quote in it is doubled"
+            )
+            raise UserError(f"{path}:{begin}: not CSV ({error}); {right}") from None
+        if row is None:
+            return
+        if row and names is None:
+            names = [name or f"column {place}" for place, name in enumerate(row, 1)]
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}:{begin}: two columns have one name ({', '.join(names)}); rename one")
+        elif row and names:
+            yield begin, _record_of_row(names, row)
+
+
+def _record_of_row(names: list[str], row: list[str]) -> dict | BadRecord:
+    if len(row) != len(names):
+        right = "; a value that holds commas stands in quotes"
+        return BadRecord(f"{len(row)} values under {len(names)} names of columns", right)
+    for name, value in zip(names, row, strict=True):
+        if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
+            return BadRecord(f"column {name!r} is not UTF-8", "; convert the file: iconv -f CODING -t utf-8")
+    return dict(zip(names, row, strict=True))
 
 
 def _parse(text: bytes) -> Any:

@@ -42,7 +42,8 @@ class DataReport:
     kept: int = 0
     dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> FILE:RECORD
     limits: tuple[int, int] = (0, 0)  # max_length, max_prompt_length
-    lengths: array = field(default_factory=lambda: array("I"))  # of the three parts of each pair, uncut
+    # Of each part of every pair, uncut.
+    lengths: dict[str, array] = field(default_factory=lambda: defaultdict(lambda: array("I")))
     own_bos: int = 0  # prompts whose text begins with BOS
     apart: int = 0  # responses that share a token with their prompt, as text, and are tokenized alone
     rewards: bool = False  # of a reward model, which reads a prompt and its response as one text
@@ -51,6 +52,7 @@ class DataReport:
     truncated_responses: int = 0
     prompt_tokens: int = 0
     response_tokens: int = 0
+    unscored_tokens: int = 0  # those of responses that others wrote
     prompts: array = field(default_factory=lambda: array("q"))  # one hash per pair
 
     def add_prompt(self, prompt: str, index: int, file: int) -> None:
@@ -65,7 +67,8 @@ class DataReport:
     def add(self, whole: TokenPair, pair: TokenPair, reason: str) -> None:
         """Count one pair before and after the cut. reason: why it is dropped; empty if it is kept."""
         self.tokenized += 1
-        self.lengths.extend(map(len, whole[:3]))
+        for part, ids in zip(PARTS, (whole.prompt, *whole.responses), strict=False):
+            self.lengths[part].append(len(ids))
         if reason:
             file = Path(self.files[pair.file].path).name + ":" if self.files else ""
             self.dropped[reason].append(f"{file}{pair.index}")
@@ -73,10 +76,11 @@ class DataReport:
         self.kept += 1
         self.prompts.append(hash(tuple(pair.prompt)))
         self.truncated_prompts += len(pair.prompt) < len(whole.prompt)
-        self.truncated_responses += len(pair.chosen) < len(whole.chosen)
-        self.truncated_responses += len(pair.rejected) < len(whole.rejected)
+        both = zip(pair.responses, whole.responses, strict=True)
+        self.truncated_responses += sum(len(left) < len(before) for left, before in both)
         self.prompt_tokens += len(pair.prompt)
-        self.response_tokens += len(pair.chosen) + len(pair.rejected)
+        self.response_tokens += sum(map(len, pair.responses))
+        self.unscored_tokens += sum(end - begin for begin, end in pair.unscored_ranges())
 
     def lines(self) -> Iterator[str]:
         """The report as printable lines."""
@@ -101,10 +105,12 @@ class DataReport:
             yield f"  {self.apart} responses tokenized apart: {why}{differ}"
         cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
         yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
-        for part, lengths in zip(PARTS, np.reshape(self.lengths, (-1, 3)).T, strict=True):
+        for part, lengths in self.lengths.items():
             yield f"  {part} tokens before any cut: median {np.median(lengths):.0f}, longest {max(lengths)}"
         if total := self.prompt_tokens + self.response_tokens:
             yield f"  responses are {self.response_tokens / total:.0%} of the {total} tokens kept"
+        if self.unscored_tokens:
+            yield f"  {self.unscored_tokens} tokens in responses are not scored: others wrote them"
 
 
 def dropped_lines(dropped: Mapping[str, Sequence], unit: str) -> Iterator[str]:

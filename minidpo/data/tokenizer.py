@@ -17,8 +17,9 @@ import tokenizers
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.pair_tokens import TokenPair
 from minidpo.data.preferences import PreferencePair
-from minidpo.data.prompts import Prompt
+from minidpo.data.prompts import Prompt, prompt_of_pair
 from minidpo.data.tokenizer_files import add_named_tokens, embedding_rows, find_eos, find_stops
+from minidpo.data.turns import others_in_tokens
 from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint, require_model_file
 
@@ -238,19 +239,17 @@ class Tokenizer:
         return self.encode("\na", add_special_tokens=False)[-len(first) :] != first
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
-        """`encode_responses` of chosen and rejected."""
+        """`encode_responses` of their responses, and which of the tokens others wrote."""
         prompts = list(map(prompt_of_pair, pairs))
-        encoded = self.encode_responses(prompts, [(pair.chosen, pair.rejected) for pair in pairs])
-        return [
-            TokenPair(prompt, chosen, rejected, pair.index, pair.margin, pair.file, pair.messages)
-            for pair, prompt, (chosen, rejected) in zip(pairs, *encoded, strict=True)
-        ]
+        encoded = self.encode_responses(prompts, [pair.responses for pair in pairs])
+        ids = []
+        for pair, prompt, its in zip(pairs, *encoded, strict=True):
+            both = zip(pair.responses, its, pair.others, strict=False)
+            unscored = tuple(others_in_tokens(self._core, pair.prompt, *each) for each in both)
+            rejected = its[1] if len(its) == 2 else None
+            source = pair.index, pair.margin, pair.file, pair.messages, pair.label
+            ids.append(TokenPair(prompt, its[0], rejected, *source, unscored if any(unscored) else ()))
+        return ids
 
     def encode_pair(self, pair: PreferencePair) -> TokenPair:
         return self.encode_pairs([pair])[0]
-
-
-def prompt_of_pair(pair: PreferencePair) -> Prompt:
-    # The tail is in the responses already.
-    tail = "" if pair.closed else None
-    return Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens, tail=tail)

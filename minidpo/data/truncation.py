@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from minidpo.data.pair_tokens import TokenPair
+from minidpo.data.pair_tokens import Ranges, TokenPair
 from minidpo.data.preferences import PreferencePair
 from minidpo.data.report import PARTS, DataReport, dropped_lines
 from minidpo.data.tokenizer import Tokenizer
@@ -26,7 +26,8 @@ def tokenize_pairs(
 
     A prompt longer than `max_prompt_length` (None: `max_length`) loses its beginning, BOS excepted. Each
     response then has the rest of `max_length` to itself and loses its end, EOS included: a model must not
-    learn to stop where a text was cut. Pairs that this leaves without a response, or with two equal ones
+    learn to stop where a text was cut. What others said at the end of what is left is cut off too, because
+    nothing of the assistant follows it. Pairs that this leaves without a response, or with two equal ones
     (unless `drop_identical=False`), are dropped and counted in `report`, as are prompts without a token.
     `truncate=False` cuts nothing and drops what would have to be cut, so that every score is of a whole text.
     Raises `UserError` for limits that contradict each other, and if no pair is left.
@@ -49,7 +50,7 @@ def tokenize_pairs(
                 reason = "the prompt has no token, so nothing predicts the first token of a response"
             elif pair != whole and not truncate:
                 reason = "longer than max_length"
-            elif not (pair.chosen and pair.rejected):
+            elif not all(pair.responses):
                 reason = "truncation left a response empty"
             elif pair.chosen == pair.rejected and drop_identical:
                 reason = "responses identical as tokens or after truncation"
@@ -66,20 +67,24 @@ def describe_pair(pair: TokenPair, tokenizer: Tokenizer) -> Iterator[dict[str, A
     """Every token of a pair in the order in which it is laid out, prompt | chosen | rejected.
 
     Positions of rejected restart where the prompt ended, because it follows the prompt too. The EOS that ends
-    a response has a role of its own, and is scored like the rest of the response.
+    a response has a role of its own, and is scored like the rest of the response. So has what others wrote in
+    a response, which is not scored.
     """
-    for part in PARTS:
-        ids, scored = getattr(pair, part), part != "prompt"
+    laid_out, by_others = 0, {i for ranges in pair.unscored_ranges() for i in range(*ranges)}
+    for part, ids in zip(PARTS, (pair.prompt, *pair.responses), strict=False):
+        in_response = part != PARTS[0]
         for place, token in enumerate(ids):
-            is_end = scored and place == len(ids) - 1 and token == tokenizer.eos_id
+            is_end = in_response and place == len(ids) - 1 and token == tokenizer.eos_id
+            other = laid_out + place in by_others
             yield {
-                "role": "eos" if is_end else part,
-                "position": place + scored * len(pair.prompt),
+                "role": "other" if other else "eos" if is_end else part,
+                "position": place + in_response * len(pair.prompt),
                 "id": token,
                 "piece": tokenizer.piece(token),  # A leading space may read "Ġ" or "▁".
-                "scored": scored,
-                "response": part if scored else None,
+                "scored": in_response and not other,
+                "response": part if in_response else None,
             }
+        laid_out += len(ids)
 
 
 def _cut(pair: TokenPair, prompt_limit: int, max_length: int, bos_id: int | None) -> TokenPair:
@@ -89,4 +94,18 @@ def _cut(pair: TokenPair, prompt_limit: int, max_length: int, bos_id: int | None
         head = prompt[:1] if prompt[0] == bos_id else []
         prompt = head + prompt[len(prompt) - (prompt_limit - len(head)) :]
     rest = max_length - len(prompt)
-    return pair._replace(prompt=prompt, chosen=pair.chosen[:rest], rejected=pair.rejected[:rest])
+    if max(map(len, pair.responses)) <= rest:
+        return pair._replace(prompt=prompt)
+    unscored = pair.unscored or ((),) * len(pair.responses)
+    cut = [_cut_response(*each, rest) for each in zip(pair.responses, unscored, strict=True)]
+    responses, left = zip(*cut, strict=True)
+    pair = pair._replace(prompt=prompt, chosen=responses[0], unscored=left if any(left) else ())
+    return pair if pair.rejected is None else pair._replace(rejected=responses[1])
+
+
+def _cut_response(ids: list[int], unscored: Ranges, rest: int) -> tuple[list[int], Ranges]:
+    """At most `rest` tokens of a response, none of them unscored at its end, and what is unscored in them."""
+    for begin, end in reversed(unscored):
+        if begin < rest <= end:
+            rest = begin
+    return ids[:rest], tuple(ranges for ranges in unscored if ranges[1] < rest)

@@ -26,6 +26,7 @@ from minidpo.data import (
     require_messages,
     shape_of,
 )
+from minidpo.data.paths import data_files
 from minidpo.data.report import PARTS
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, require_place, writing
@@ -45,7 +46,7 @@ def main(arguments: list[str]) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, default = parser.add_argument, DataSection()
-    add("files", metavar="FILE", nargs="+", help="preference files (.jsonl or .json, plain or .gz)")
+    add("files", metavar="FILE", nargs="+", help="preference files, or directories of them")
     add("--model", metavar="DIR", required=True, help="whose tokenizer and chat template to use")
     add("--max-length", type=int, default=default.max_length, help="as data.max_length")
     add("--max-prompt-length", type=int, help="as data.max_prompt_length")
@@ -74,9 +75,12 @@ def _as_a_run_would(arguments: list[str]) -> None:
     config = load_either_config(others)
     if options.held_out is not None:
         require_place("--held-out", options.held_out)
-        files = [*config.data.train, *config.data.eval]
-        if Path(options.held_out).resolve() in [Path(file).resolve() for file in files]:
-            raise UserError(f"--held-out {options.held_out}: is a file of the data; name a new one")
+        named = [*config.data.train, *config.data.eval]
+        taken = [Path(name).resolve() for name in (*named, *data_files(named))]
+        out = Path(options.held_out).resolve()
+        if out in taken or any(path.is_dir() and out.is_relative_to(path) for path in taken):
+            what = "is a file of the data, or in a directory of the data"
+            raise UserError(f"--held-out {options.held_out}: {what}; name a new one elsewhere")
     tokenizer = Tokenizer.from_pretrained(config.model.path, isinstance(config, RewardConfig))
     require_fit("model", read_config(Path(config.model.path)), tokenizer, config.data.max_length)
     train, held_out = load_pairs(config.data, tokenizer, config.run.seed, cache=None)

@@ -32,6 +32,7 @@ from minidpo.data import (
 )
 from minidpo.data.preferences import Unusable, pair_of, shape_of
 from minidpo.data.records import BadRecord, read_records
+from minidpo.data.report import PARTS
 from minidpo.data.truncation import describe_pair
 from minidpo.errors import UserError
 from minidpo.logprobs import sum_by_response
@@ -48,7 +49,6 @@ from minidpo.training.scoring import require_finite
 
 # Besides its defaults, every loss that has one of these settings is shown with this value of it.
 VARIANTS = {"length_normalize": True, "label_smoothing": 0.1}
-TEXTS = ("prompt", "chosen", "rejected")
 NUMBERS = ("policy_logp", "reference_logp", "difference", "policy_sum", "reference_sum", "difference_sum")
 
 
@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
     add("--reference", metavar="DIR", help="default: the policy itself, as when training starts")
     add("--data", metavar="FILE", help="preference file; --index says which record")
     add("--index", type=int, metavar="K", help="the record's place in the file, from 0")
-    for name in TEXTS:
+    for name in PARTS:
         add(f"--{name}", metavar="TEXT", help="instead of --data (\\n is a line break)")
     default = "default: that of the run that made --model, else"
     add("--loss", metavar="NAME", help=f"{', '.join(LOSSES)} ({default} {DPO.name})")
@@ -94,22 +94,27 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
     # The log-prob of every token of both responses, then their sums log pi(y|x).
     pairs = PairTokens.from_pairs([ids])
     require_messages("--template", template, pairs, tokenizer)
+    if loss.responses > pairs.responses:
+        others = [each.name for each in LOSSES.values() if each.responses <= pairs.responses]
+        what = f"{loss.name} compares {loss.responses} responses, and the record has {pairs.responses}"
+        raise UserError(f"{what}; give --loss {' or '.join(others)}")
     batch = pack(pairs).to(device)
     policy = reference = _token_logps(options.model, batch, device, options.dtype)  # (S,)
     if options.reference:
         reference = _token_logps(options.reference, batch, device, options.dtype)
-    lengths = batch.lengths[0].cpu()  # (2,)
+    lengths = batch.lengths[0].cpu()  # (K,)
     sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
-    logps = PairLogps(*sums.split(1), *reference_sums.split(1), *lengths.split(1))  # B = 1
+    names = PARTS[1 : 1 + pairs.responses]
+    logps = PairLogps(*_both(sums), *_both(reference_sums), *_both(lengths))
 
     explanation = {name: getattr(options, name) for name in ("model", "reference", "data", "index")}
-    explanation |= {name: getattr(pair, name) for name in TEXTS}
+    explanation |= {name: getattr(pair, name) for name in PARTS}
     explanation["tokens"] = _token_table(ids, tokenizer, policy.numpy(), reference.numpy())
-    for k, name in enumerate(("chosen", "rejected")):
+    for k, name in enumerate(names):
         explanation[f"{name}_logps"] = sums[k].item()
         explanation[f"reference_{name}_logps"] = reference_sums[k].item()
         explanation[f"{name}_length"] = lengths[k].item()
-    losses = list(every_loss())
+    losses = [each for each in every_loss() if each.responses <= pairs.responses]
     explanation["loss"] = under(loss, logps)
     explanation["losses"] = [under(each, logps) for each in losses + [loss] * (loss not in losses)]
     return explanation
@@ -174,7 +179,7 @@ def _chosen_loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str | Non
 
 def _read_pair(options: argparse.Namespace, template: ChatTemplate) -> PreferencePair:
     """The pair that --data and --index name, or that --prompt, --chosen and --rejected spell out."""
-    texts = {name: getattr(options, name) for name in TEXTS}
+    texts = {name: getattr(options, name) for name in PARTS}
     if (options.data is None) == all(text is None for text in texts.values()):
         raise UserError("give a pair either as --data and --index, or as --prompt, --chosen and --rejected")
     if options.data is None:
@@ -214,7 +219,7 @@ def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tok
     require_fit("model", config, tokenizer, limit)
     (ids,) = tokenize_pairs([pair], tokenizer, limit, truncate=False, drop_identical=False)
     if options.reference:
-        longest = len(ids.prompt) + max(len(ids.chosen), len(ids.rejected))
+        longest = len(ids.prompt) + max(map(len, ids.responses))
         require_reference(Path(options.reference), tokenizer, longest)
     return ids
 
@@ -227,20 +232,28 @@ def _token_logps(directory: str, batch: PackedBatch, device: torch.device, dtype
     return logps
 
 
+def _both(values: Tensor) -> tuple[Tensor | None, ...]:
+    """(K,) -> (1,) for chosen and for rejected, None if there is none: a pair as the losses read it (B = 1)."""
+    return (*values.split(1), None)[:2]
+
+
 def _token_table(
     ids: TokenPair, tokenizer: Tokenizer, policy: np.ndarray, reference: np.ndarray
 ) -> list[dict[str, Any]]:
     """One entry per token, in the order of the packed row. A response's last sums are those of `score`."""
 
+    tokens = list(describe_pair(ids, tokenizer))
+    of_chosen = sum(token["scored"] and token["response"] == "chosen" for token in tokens)
+
     def sums(logps: np.ndarray) -> np.ndarray:  # in float64, then rounded to float32, as sum_by_response does
-        parts = np.split(logps, [len(ids.chosen)])
+        parts = np.split(logps, [of_chosen])
         return np.concatenate([part.cumsum(dtype=np.float64) for part in parts]).astype(np.float32)
 
     policy_sum, reference_sum = sums(policy), sums(reference)
     columns = (policy, reference, policy - reference, policy_sum, reference_sum, policy_sum - reference_sum)
     numbers = iter(np.stack(columns, axis=1).tolist())
     table = []
-    for token in describe_pair(ids, tokenizer):
+    for token in tokens:
         token["text"] = visible(tokenizer, token["id"])
         table.append(token | (dict(zip(NUMBERS, next(numbers), strict=True)) if token["scored"] else {}))
     return table

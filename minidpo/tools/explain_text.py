@@ -1,6 +1,7 @@
 """How `explain` prints a pair: the table of tokens, the calculation, every loss. At most 100 columns."""
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator
 from itertools import groupby
 from textwrap import dedent, indent
@@ -35,8 +36,12 @@ def render(explanation: dict[str, Any], colour: bool, every_token: bool = False)
 
 def _heading(e: dict[str, Any], colour: bool) -> Iterator[str]:
     itself = "the policy itself (no --reference): every log-ratio is 0, as when training starts"
-    prompt = sum(not token["scored"] for token in e["tokens"])
-    lengths = f"{prompt} tokens of prompt, {e['chosen_length']} of chosen, {e['rejected_length']} of rejected"
+    counts = Counter(token["response"] or "prompt" for token in e["tokens"])
+    lengths = ", ".join(
+        f"{count} {'tokens ' * (part == 'prompt')}of {part}" for part, count in counts.items()
+    )
+    if others := sum(token["role"] == "other" for token in e["tokens"]):
+        lengths += f" ({others} by others, not scored)"
     yield f"policy     {e['model']}"
     yield f"reference  {e['reference'] or itself}"
     if e["settings_from"]:
@@ -67,7 +72,7 @@ def _tokens(tokens: list[dict[str, Any]], colour: bool, every_token: bool) -> It
                 yield _token(token, colour)
             elif place == ends:
                 yield f"{'...':>4} {part:<8} {left_out} tokens left out" + (
-                    ", counted in the sums (--every-token prints them)" if token["scored"] else ""
+                    ", counted in the sums (--every-token prints them)" if part != "prompt" else ""
                 )
 
 
@@ -105,8 +110,8 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
         begin = f"  {label}\n{'':50}" if len(label) > 48 else f"  {label:<48}"  # A long one has its own line.
         return begin + "".join(f"{number:>{form}}" for number in numbers)
 
-    def both(label: str, chosen: float, rejected: float) -> str:
-        return line(label, chosen, rejected) + f"{chosen - rejected:>z20.4f}"
+    def each(label: str, *values: float) -> str:
+        return line(label, *values) + (f"{values[0] - values[1]:>z20.4f}" if len(values) == 2 else "")
 
     title, equation = (*(inspect.getdoc(kind) or "").split("\n\n"), "")[:2]
     yield f"\n{kind.name}: {title}"
@@ -114,21 +119,26 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     for name, key in keys_of(kind).items():
         yield f"  {_setting(name, loss[name])}: {key.metadata['about']}"
 
-    yield f"{'':50}{'chosen':>14}{'rejected':>14}{'chosen - rejected':>20}"
-    chosen, rejected, quantity = e["chosen_logps"], e["rejected_logps"], "log pi(y|x)"
-    yield both(quantity, chosen, rejected)
+    names = [name for name in ("chosen", "rejected") if f"{name}_logps" in e]
+    difference = f"{'chosen - rejected':>20}" if len(names) == 2 else ""
+    yield f"{'':50}" + "".join(f"{name:>14}" for name in names) + difference
+    values, quantity = [e[f"{name}_logps"] for name in names], "log pi(y|x)"
+    yield each(quantity, *values)
     if kind.needs_reference:
-        yield both("log pi_ref(y|x)", e["reference_chosen_logps"], e["reference_rejected_logps"])
-        chosen -= e["reference_chosen_logps"]
-        rejected -= e["reference_rejected_logps"]
-        quantity = "log-ratio"
-        yield both("log-ratio = log pi - log pi_ref", chosen, rejected)
+        of_reference = [e[f"reference_{name}_logps"] for name in names]
+        yield each("log pi_ref(y|x)", *of_reference)
+        values, quantity = (
+            [ours - theirs for ours, theirs in zip(values, of_reference, strict=True)],
+            "log-ratio",
+        )
+        yield each("log-ratio = log pi - log pi_ref", *values)
     elif e["reference"]:
         yield f"  ({kind.name} has no reference: that of the table is not used)"
-    yield line("|y|, scored tokens", e["chosen_length"], e["rejected_length"], form="14")
-    yield both(f"{quantity} / |y|", chosen / e["chosen_length"], rejected / e["rejected_length"])
+    lengths = [e[f"{name}_length"] for name in names]
+    yield line("|y|, scored tokens", *lengths, form="14")
+    yield each(f"{quantity} / |y|", *(value / n for value, n in zip(values, lengths, strict=True)))
     if kind.responses == 2:
-        yield both("implicit reward r(x, y); their margin", loss["chosen_reward"], loss["rejected_reward"])
+        yield each("implicit reward r(x, y); their margin", loss["chosen_reward"], loss["rejected_reward"])
 
     smoothed = ", smoothed" if loss.get("label_smoothing") else ""
     over = " / |y|" if loss.get("length_normalize") else ""
@@ -136,7 +146,7 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     if "sigmoid" in loss:
         yield line("sigma(z)", loss["sigmoid"])
     yield line(f"loss = {kind.equation}{smoothed}", loss["loss"])
-    weights = loss["chosen_weight"], loss["rejected_weight"]
+    weights = [loss[f"{name}_weight"] for name in names]
     yield line(f"gradient weight = {kind.gradient}{over}{smoothed}", *weights, form="+z14.6f")
     yield "  (-d loss / d log pi(y|x): how hard the pair pulls on each response, + up and - down)"
     if smoothed:

@@ -71,7 +71,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     about = "a question, put by the model's chat template, else as \\n\\nHuman: TEXT\\n\\nAssistant:"
     prompt.add_argument("--human", metavar="TEXT", help=about)
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, \\n is a line break")
-    about = "records (.jsonl, .json) with a `prompt` in text or messages, or dialogues"
+    about = "a file of records with a `prompt` in text or messages, or dialogues"
     prompt.add_argument("--data", metavar="FILE", help=about)
     add(
         "--template",

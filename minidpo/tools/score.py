@@ -30,6 +30,7 @@ from minidpo.data import (
     tokenize_pairs,
 )
 from minidpo.data.records import BadRecord, read_records
+from minidpo.data.report import PARTS
 from minidpo.errors import UserError
 from minidpo.files import require_place, write_json_lines
 from minidpo.log import print0
@@ -66,32 +67,39 @@ def main(arguments: list[str]) -> None:
     require_messages("--template", template, pairs, tokenizer)
     if options.reward_model and pairs.on_messages:
         compare_template(directory, tokenizer, template)
+    if pairs.responses == 1 and (options.by or options.beta is not None):
+        raise UserError(f"--by and --beta are for pairs, and the records of {data} have one response each")
     groups = groups_of(data, options.by, pairs.index) if options.by else None
 
     def logps(of: Transformer, read_from: Path, name: str = "") -> dict[str, np.ndarray]:
         values = all_logps(of, pairs, options.micro_tokens, device, options.dtype, f"{name}log-probs")
         require_finite(values, read_from)
-        return {f"{name}chosen_logps": values[:, 0], f"{name}rejected_logps": values[:, 1]}
+        return {f"{name}{part}_logps": of_part for part, of_part in zip(parts, values.T, strict=True)}
 
     columns: dict[str, np.ndarray] = {"index": pairs.index}
+    parts, lengths = PARTS[1 : 1 + pairs.responses], pairs.scored_lengths
     if isinstance(model, RewardModel):
         rewards = all_rewards(model, pairs, options.micro_tokens, device, options.dtype, "rewards")
         require_finite(rewards, directory)
-        columns |= {"chosen_reward": rewards[:, 0], "rejected_reward": rewards[:, 1]}
-        margins, meaning = rewards[:, 0] - rewards[:, 1], "reward of chosen - reward of rejected"
-        are_logits = True
+        columns |= {f"{part}_reward": of_part for part, of_part in zip(parts, rewards.T, strict=True)}
     else:
         columns |= logps(model, directory)
-        columns |= {"chosen_length": pairs.lengths[:, 1], "rejected_length": pairs.lengths[:, 2]}
+        columns |= {f"{part}_length": of_part for part, of_part in zip(parts, lengths.T, strict=True)}
         if options.reference:
             reference = Path(options.reference)
             columns |= logps(load_model(reference, device=device), reference, "reference_")
-        margins, meaning, are_logits = _margins(loss, origin, columns)
 
     of_pairs = zip(*(column.tolist() for column in columns.values()), strict=True)
     write_json_lines(Path(options.out), (dict(zip(columns, values, strict=True)) for values in of_pairs))
-    for line in summary(margins, meaning, pairs.lengths[:, 1:], groups, are_logits):
-        print0(line)
+    if pairs.responses == 2:
+        margins, meaning, are_logits = _margins(loss, origin, columns)
+        for line in summary(margins, meaning, lengths, groups, are_logits):
+            print0(line)
+    elif "chosen_reward" in columns:
+        print0(f"mean reward {with_error(columns['chosen_reward'], '.4f')}")
+    else:
+        per_token = columns["chosen_logps"] / columns["chosen_length"]
+        print0(f"mean log-prob of a token, per response {with_error(per_token, '.4f')} nats")
     print0(f"{len(pairs)} pairs, one per line, written to {options.out}")
 
 
@@ -101,7 +109,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     which.add_argument("--model", metavar="DIR", help="a language model: log-probs of both responses")
     which.add_argument("--reward-model", metavar="DIR", help="a reward model: rewards of both responses")
     add("--reference", metavar="DIR", help="with --model: this model's log-probs too")
-    add("--data", metavar="FILE", required=True, help="preference file (.jsonl, .jsonl.gz)")
+    add("--data", metavar="FILE", required=True, help="preference file")
     add("--out", metavar="FILE", required=True, help="for the scores, one JSON line per pair")
     add("--by", metavar="FIELD", help="accuracy also for each value of this field of the records")
     add("--beta", type=float, help=f"of the rewards in the summary (default: the run's, else {DPO().beta})")
@@ -141,6 +149,9 @@ def _margins(
     loss: PreferenceLoss, origin: str, columns: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, str, bool]:
     """The margins (pairs,), in words what they are, and whether sigma(margin) is a probability."""
+    if "chosen_reward" in columns:
+        margins = columns["chosen_reward"] - columns["rejected_reward"]
+        return margins, "reward of chosen - reward of rejected", True
     names = [f"{prefix}{name}_logps" for prefix in ("", "reference_") for name in ("chosen", "rejected")]
     names += ["chosen_length", "rejected_length"]
     logps = PairLogps(*(torch.from_numpy(columns[name]) if name in columns else None for name in names))

@@ -13,7 +13,7 @@ from minidpo.data import (
     require_margins,
     require_messages,
 )
-from minidpo.data.records import check_path
+from minidpo.data.paths import data_files
 from minidpo.data.tokenizer_files import CONFIG, prefix_space
 from minidpo.distributed import first_before_others
 from minidpo.errors import UserError
@@ -41,9 +41,8 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
             with naming_key(config, "reference.path"):
                 require_reference(config.reference_path, tokenizer, max_length)
     for key, files in (("data.eval", config.data.eval), ("data.train", config.data.train)):
-        for file in files:
-            with naming_key(config, key):
-                check_path(Path(file))
+        with naming_key(config, key):
+            data_files(files)
 
     def check(train: PairTokens, held_out: PairTokens) -> None:
         template = tokenizer.chat_template(config.data.template)

@@ -47,7 +47,7 @@ def load_reference(directory: str | Path, device: torch.device, dtype: str) -> T
 def with_reference_logps(
     config: DPOConfig, run: Run, train: PairTokens, drawn: np.ndarray, held_out: PairTokens
 ) -> tuple[PairTokens, PairTokens]:
-    """Both sets with the reference's log-probs as their column `ref_logps` (n, 2), kept in
+    """Both sets with the reference's log-probs as their column `ref_logps` (n, K), kept in
     OUT/reference.safetensors.
 
     drawn: the rows of `train` that the run draws; the others, which no step reads, are NaN.
@@ -64,7 +64,7 @@ def with_reference_logps(
         reference = load_reference(config.reference_path, run.device, run.dtype)
         for name in missing:
             pairs, rows = sets[name]
-            logps[name] = np.full((len(pairs), 2), np.nan, dtype=np.float32)
+            logps[name] = np.full((len(pairs), pairs.responses), np.nan, dtype=np.float32)
             micro_tokens, label = config.optim.micro_tokens, f"reference log-probs, {name}"
             if len(rows):
                 selected = pairs.select(rows)

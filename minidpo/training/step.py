@@ -32,7 +32,7 @@ def pair_logps(
         """(B, responses) -> chosen (B,) and rejected (B,), or None if the loss reads only the chosen one."""
         return values[:, 0], values[:, 1] if loss.responses == 2 else None
 
-    # The reference is frozen, so its log-probs, ref_logps (n, 2), were computed before training.
+    # The reference is frozen, so its log-probs, ref_logps (n, K), were computed before training.
     reference: tuple[Tensor | None, Tensor | None] = (None, None)
     if loss.needs_reference:
         if pairs.ref_logps is None:

@@ -9,7 +9,7 @@ from chat_model import ASKED, RECORD, YES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minidpo.data import ChatTemplate, DataReport, read_preferences
+from minidpo.data import ChatTemplate, DataReport, bad_record, read_preferences
 from minidpo.data import records as module
 from minidpo.errors import UserError
 from record_files import GOOD, QUESTION, refusal, write
@@ -83,6 +83,7 @@ def test_no_usable_pair(tmp_path):
 def test_long_line(tmp_path, monkeypatch):
     """A line that is too long is refused or skipped, and never held."""
     monkeypatch.setattr(module, "LONGEST_RECORD", 1000)
+    monkeypatch.setattr(bad_record, "LONGEST_RECORD", 1000)
     path = write(tmp_path / "a.jsonl.gz", GOOD, GOOD | {"chosen": "c" * 50_000}, GOOD | {"prompt": "q"})
     held, readline = [], gzip.GzipFile.readline
 
@@ -126,31 +127,14 @@ def test_torn_gzip(tmp_path):
 def test_no_file(tmp_path):
     """What is no file, or no file of a known kind, is refused; a pipe is not waited for; a link is read."""
     assert "No such file" in refusal(tmp_path / "missing.jsonl")
-    assert "Is a directory" in refusal(tmp_path)
-    assert "on the command line a comma separates two files" in refusal(tmp_path / "a")
-    assert refusal(write(tmp_path / "a.csv", GOOD)).endswith("; convert it to .jsonl")
+    assert "on the command line a comma separates two" in refusal(tmp_path / "a")
+    assert refusal(write(tmp_path / "a.txt", GOOD)).endswith("; convert it to .jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "null.jsonl").symlink_to("/dev/null")
     for name in ("pipe.jsonl", "null.jsonl"):
         assert refusal(tmp_path / name).startswith(": not a regular file; name one")
     (tmp_path / "link.jsonl").symlink_to(write(tmp_path / "a.jsonl", GOOD))
     assert len(list(read_preferences(tmp_path / "link.jsonl"))) == 1
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "command"),
-    [
-        ("a.parquet", b"PAR1", "pandas.read_parquet('DIR/a.parquet').to_json('DIR/a.jsonl',"),
-        ("a.arrow", b"ARROW1", "pandas.read_feather('DIR/a.arrow').to_json('DIR/a.jsonl',"),
-        ("a.arrow", b"", "pyarrow.ipc.open_stream('DIR/a.arrow').read_pandas().to_json('DIR/a.jsonl',"),
-        ("a/train/x.arrow", b"", "sorted(glob.glob('DIR/a/train/*.arrow'))).to_json('DIR/a/train.jsonl',"),
-    ],
-)
-def test_arrow(tmp_path, name, content, command):
-    """What the package datasets wrote is refused with the command that converts it."""
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    write(tmp_path / name, content)
-    assert command.replace("DIR", str(tmp_path)) in refusal(tmp_path / name.split("/")[0])
 
 
 @pytest.mark.parametrize(
@@ -161,7 +145,7 @@ def test_arrow(tmp_path, name, content, command):
         (b'[\n\n"\xff"]', ": not JSON in UTF-8 ('utf-8' codec"),
         ("[" * 200_000, ": not JSON in UTF-8 (maximum recursion depth"),
         (json.dumps([GOOD, 7]), ": record 1: a JSON int; a record is an object"),
-        ('{"prompt":\n "p"}', ":1: not JSON in UTF-8"),
+        ('{"prompt":\n "p"', ":1: not JSON in UTF-8"),
         ("{}".encode("utf-16"), ": text in UTF-16, and UTF-8 is read; convert it: iconv -f utf-16"),
         ("{}".encode("utf-16-le"), ": text in UTF-16-LE, and UTF-8 is read; convert it: iconv"),
         ("version https://git-lfs.github.com/spec/v1\n", ": a git-lfs pointer"),

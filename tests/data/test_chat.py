@@ -90,10 +90,10 @@ def test_special_tokens(tmp_path, template, kind, starts, chosen):
 def test_eos_in_the_content(tmp_path):
     """EOS in the content is no end; where the template closes a turn with another token, EOS is added."""
     chat = chat_model(tmp_path, SMOLLM2, eos_token="<|im_end|>").chat_template()
-    assert chat.split([ASKED], [turn("assistant", "<|im_end|> so")])[1] == ["<|im_end|> so<|im_end|>"]
+    assert chat.split([ASKED], [[turn("assistant", "<|im_end|> so")]])[1] == ["<|im_end|> so<|im_end|>"]
     tokenizer = chat_model(tmp_path, SMOLLM2)
     chat = tokenizer.chat_template()
-    assert chat.split([ASKED], [turn("assistant", "It is </s> so")])[1] == ["It is </s> so<|im_end|>\n"]
+    assert chat.split([ASKED], [[turn("assistant", "It is </s> so")]])[1] == ["It is </s> so<|im_end|>\n"]
     end = [*tokenizer.encode("<|im_end|>\n", add_special_tokens=False), tokenizer.eos_id]
     assert encode(tokenizer, [ASKED]).chosen[-len(end) :] == end
 
@@ -125,7 +125,7 @@ def test_hh_roles(tmp_path, elsewhere):
         chat = Tokenizer.from_pretrained(tmp_path).chat_template()
     for prompt in ([turn("tool", "4")], [ASKED, SYSTEM]):
         with pytest.raises(BadRecord, match="the hh template takes user"):
-            chat.split(prompt, [YES])
+            chat.split(prompt, [[YES]])
 
 
 @pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])
@@ -182,9 +182,9 @@ def test_lost_system_turn(tmp_path):
     """A prompt has its system turn as the model is asked with it, though a conversation loses it."""
     chat = chat_model(tmp_path, LAST_USER).chat_template()
     one, two = [turn("system", "Brief. "), ASKED], [turn("system", "Brief. "), ASKED, YES, ASKED]
-    assert chat.split(one, [YES])[:2] == ("[Brief. Is 2 + 2 four?]", [" Yes, it is.</s>"])
+    assert chat.split(one, [[YES]])[:2] == ("[Brief. Is 2 + 2 four?]", [" Yes, it is.</s>"])
     asked = "[Is 2 + 2 four?] Yes, it is.</s>[Brief. Is 2 + 2 four?]"
-    assert chat.split(two, [YES])[:2] == (asked, [" Yes, it is.</s>"])
+    assert chat.split(two, [[YES]])[:2] == (asked, [" Yes, it is.</s>"])
     spoilt = LAST_USER.replace("{{ m.content }}</s>", "{{ m.content }}{{ system }}</s>")
     with pytest.raises(BadRecord, match="not begin with the prompt; without its system turn it would; mend"):
-        chat_model(tmp_path, spoilt).chat_template().split(one, [YES])
+        chat_model(tmp_path, spoilt).chat_template().split(one, [[YES]])

@@ -192,3 +192,42 @@ def test_fingerprint():
         assert PairTokens.from_pairs([a, b._replace(**other)]).fingerprint() != expected
     assert PairTokens.from_pairs([b, a]).fingerprint() != expected
     assert PairTokens.from_pairs([b, a]).select(np.array([1, 0])).fingerprint() == expected
+    labelled = [TokenPair([1], [2], None, 0, label=label) for label in (True, False)]
+    marked = [a, b._replace(unscored=(((0, 1),), ()))]
+    assert PairTokens.from_pairs(marked).fingerprint() != expected
+    one, two = (PairTokens.from_pairs([pair]).fingerprint() for pair in labelled)
+    assert one != two
+
+
+def test_one_response():
+    """Records of one response have K = 1, and a label each or none; a set keeps to one kind."""
+    two, one = TokenPair([1], [2], [3], 0), TokenPair([4, 5], [6, 7, 8], None, 5, file=1)
+    good, bad = (one._replace(label=label, index=6) for label in (True, False))
+    pairs = PairTokens.from_pairs([one, one])
+    assert pairs.bounds.tolist() == [[0, 2, 5], [5, 7, 10]] and pairs.responses == 1 and pairs.label is None
+    labels = PairTokens.from_pairs([good, bad]).select(np.array([1, 0])).label
+    assert labels.dtype == bool and labels.tolist() == [False, True]
+    for mixed, said in (
+        (
+            [two, one],
+            "record 5 of b has one response, and those before it two responses; a data set keeps to",
+        ),
+        ([one, good], "record 6 of b has one response with a label, and those before it one response"),
+        ([bad, one], "record 5 of b has one response, and those before it one response with a label"),
+    ):
+        with pytest.raises(UserError, match=said):
+            PairTokens.from_pairs(mixed, ("a", "b"))
+
+
+def test_unscored():
+    """Tokens that others wrote are marked in the array of ids, and not counted among those scored."""
+    turns = TokenPair([1, 2], [3, 4, 5, 6], [7, 8, 9], 0, unscored=(((1, 2), (2, 3)), ((0, 2),)))
+    pairs = PairTokens.from_pairs([TokenPair([1], [2], [3], 1), turns])
+    #                                         1  2  3  1  2  3  4  5  6  7  8  9
+    assert pairs.unscored.astype(int).tolist() == [0, 0, 0, 0, 0, 0, 1, 1, 0, 1, 1, 0]
+    assert pairs.scored_lengths.tolist() == [[1, 1], [2, 1]] and pairs.lengths.tolist() == [
+        [1, 1, 1],
+        [2, 4, 3],
+    ]
+    assert pairs.select(np.array([1])).scored_lengths.tolist() == [[2, 1]]
+    assert PairTokens.from_pairs([TokenPair([1], [2], [3], 1)]).unscored is None

@@ -42,11 +42,8 @@ def test_shapes(tmp_path, name, shape, record, pair):
 @pytest.mark.parametrize(
     ("chosen", "rejected", "reason"),
     [
-        ([*TALK, YES], [SYSTEM, USER, ANSWER, NO], "a response is not one assistant turn"),
-        ([*TALK, YES], [SYSTEM, USER, NO, AGAIN, NO], "a response is not one assistant turn"),
-        ([*TALK, YES], [*TALK, YES, USER, NO], "a response is not one assistant turn"),
-        ([*TALK, YES], TALK, "a response is not one assistant turn"),
-        ([USER, AGAIN], [USER, NO], "a response is not one assistant turn"),
+        ([*TALK, YES], TALK, "a response does not begin and end with a turn of the assistant"),
+        ([USER, AGAIN], [USER, NO], "a response does not begin and end with a turn of the assistant"),
         ([YES], [NO], "no prompt: chosen and rejected share no turn, or `prompt` has none"),
         ([], [*TALK, NO], "no prompt: chosen and rejected share no turn, or `prompt` has none"),
         ([*TALK, YES], [*TALK, NO | {"content": " \n"}], "nothing but blanks in a response"),

@@ -81,10 +81,10 @@ def test_identity(tmp_path):
 def test_markers(tmp_path, capsys, template, kind):
     """Markers of the template for which there is no token are told once, those of a message never."""
     prompt = [turn("user", "What is <|this|>?")]
-    chat_model(tmp_path, template).chat_template(kind).split(prompt, [YES])
+    chat_model(tmp_path, template).chat_template(kind).split(prompt, [[YES]])
     assert capsys.readouterr().out == ""
     write_tokenizer(tmp_path / "small", ["user assistant"])
     (tmp_path / "small" / "chat_template.jinja").write_text(template or "")
-    Tokenizer.from_pretrained(tmp_path / "small").chat_template(kind).split(prompt, [YES])
+    Tokenizer.from_pretrained(tmp_path / "small").chat_template(kind).split(prompt, [[YES]])
     told = "warning: the tokenizer has no token for <|im_start|>, <|im_end|> of the chat template\n"
     assert capsys.readouterr().out == told

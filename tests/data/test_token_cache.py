@@ -9,7 +9,7 @@ import pytest
 from chat_model import DATED, RECORD, chat_model
 
 import train_dpo
-from minidpo.data import PairTokens, Tokenizer, chat_template, dataset, load_pairs
+from minidpo.data import DataReport, PairTokens, PreferencePair, Tokenizer, chat_template, dataset, load_pairs
 from minidpo.errors import UserError
 from minidpo.model import save_model
 from minidpo.sections import DataSection
@@ -68,6 +68,24 @@ def test_other_pairs(tokenizer, world, files, tmp_path, capsys):
     assert "mapped from" not in capsys.readouterr().out
     load(tokenizer, None, files, cache=str(tmp_path / "tokens"))  # as data.cache
     assert "mapped from" in capsys.readouterr().out
+
+
+def test_directory(tokenizer, tmp_path, capsys):
+    """A file that is added to a directory makes other pairs; its name decides where they are in the order."""
+    directory = tmp_path / "data"
+    directory.mkdir()
+    write(directory / "b.jsonl", *(record(f"cat {i}") for i in range(5)))
+    load(tokenizer, tmp_path / "tokens", [str(directory)])
+    write(directory / "a.jsonl", *(record(f"dog {i}") for i in range(3)))
+    pairs = load(tokenizer, tmp_path / "tokens", [str(directory)])
+    assert (
+        pairs.files == (f"{directory}/a.jsonl", f"{directory}/b.jsonl")
+        and pairs.file.tolist() == [0] * 3 + [1] * 5
+    )
+    assert "mapped from" not in capsys.readouterr().out
+    load(tokenizer, tmp_path / "tokens", [str(directory)])
+    said = capsys.readouterr().out
+    assert "mapped from" in said and "a.jsonl: prompt, chosen, rejected: 3 records read, 3 kept" in said
 
 
 @pytest.mark.parametrize("name", ["ids.npy", "columns.safetensors"])
@@ -153,3 +171,22 @@ def test_run(config, tmp_path, monkeypatch, capsys):
         train_dpo.main([*run, "--data.date=2024-03-01"])
     with pytest.raises(UserError, match="data.date = .*; it must be a date as 2026-11-26, or empty"):
         train_dpo.main([*run, "--data.date=tomorrow"])
+
+
+@pytest.mark.parametrize("one", [False, True])
+def test_turns_and_labels(tokenizer, files, tmp_path, monkeypatch, one):
+    """Labels, and which tokens are scored, are kept with the ids."""
+
+    def records(_: str, report: DataReport, **__: object):
+        for index in range(6):
+            report.add_prompt(f"cat {index}", index, 0)
+            rejected, label = (None, index % 2 == 0) if one else (" no", None)
+            others = (((1, 4),), ()) if index == 3 else ()
+            yield PreferencePair(f"cat {index}", " a cat", rejected, index, label=label, others=others)
+
+    monkeypatch.setattr(dataset, "read_preferences", records)
+    first = load(tokenizer, tmp_path / "tokens", files[1:])
+    second = load(tokenizer, tmp_path / "tokens", files[1:])
+    assert isinstance(second.ids.base, np.memmap) and equal(first, second)
+    assert second.unscored.sum() > 0 and np.array_equal(first.unscored, second.unscored)
+    assert (second.label is None) == (not one) and second.responses == 2 - one

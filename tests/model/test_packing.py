@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from minidpo.data import PairTokens, TokenPair
+from minidpo.logprobs import sequence_logps
 from minidpo.losses import DPO, PairLogps
 from minidpo.model import response_logps
 from minidpo.packing import PackedBatch, pack, padded
+from minidpo.textbook import pad
 from tiny import EOS, gradients, naive_logps, random_pairs, relative_difference, tiny_model
 
 THREE_PAIRS = [
@@ -56,6 +58,41 @@ def test_row():
     assert row.bounds.tolist() == [[0, 4, 7], [7, 9, 13]]
 
 
+# Two prompts whose responses have tokens that others wrote: 13 and 14, and 41.
+TURNS = [
+    TokenPair([10, 11], [12, 13, 14, EOS], [20, EOS], 0, unscored=(((1, 3),), ())),
+    TokenPair([30], [31, EOS], [41, 42, EOS], 1, unscored=((), ((0, 1),))),
+]
+
+
+def test_row_of_turns():
+    """What others said in a response stands in the row, and no token of it is a target or counted."""
+    row = packed(TURNS)
+    assert row.tokens.tolist() == [10, 11, 12, 13, 14, EOS, 20, EOS, 30, 31, EOS, 41, 42, EOS]
+    assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 0, 1, 2, 1, 2, 3]
+    # Token 4, the last that others said, predicts the EOS at 5; nothing predicts 41, at 11.
+    assert row.predictor.tolist() == [1, 4] + [1, 6] + [8, 9] + [11, 12]
+    assert row.targets.tolist() == [12, EOS] + [20, EOS] + [31, EOS] + [42, EOS]
+    assert row.lengths.tolist() == [[2, 2], [2, 2]] and row.last.tolist() == [[5, 7], [10, 13]]
+    assert row.bounds.tolist() == [[0, 2, 6, 8], [8, 9, 11, 14]]
+
+    row = pack(PairTokens.from_pairs(TURNS), np.array([1, 0]), responses=1)
+    assert row.predictor.tolist() == [0, 1] + [4, 7] and row.targets.tolist() == [31, EOS] + [12, EOS]
+    row = packed(TURNS, scored=1)
+    assert row.targets.tolist() == [12, EOS] + [31, EOS] and row.scored_lengths.tolist() == [[2], [2]]
+    assert packed([]).lengths.shape == pack(PairTokens.from_pairs(TURNS), np.array([], int)).lengths.shape
+
+
+def test_one_response():
+    """A prompt with one response is laid out with it, and asked for two it has none."""
+    pairs = PairTokens.from_pairs([TokenPair([3, 4], [5, EOS], None, 0), TokenPair([6], [EOS], None, 1)])
+    row = pack(pairs)
+    assert row.tokens.tolist() == [3, 4, 5, EOS, 6, EOS] and row.bounds.tolist() == [[0, 2, 4], [4, 5, 6]]
+    assert row.predictor.tolist() == [1, 2] + [4] and row.lengths.tolist() == [[2], [1]]
+    with pytest.raises(ValueError, match="2 responses of each prompt are needed, the data has 1"):
+        pack(pairs, responses=2)
+
+
 def test_padding():
     """Every padding token is a prompt of its own, and an empty row becomes one block of them."""
     row = padded(packed([TokenPair([10, 11], [12, EOS], [EOS], 0)]), 4)
@@ -95,6 +132,28 @@ def test_any_pairs(model, pairs):
         weights = torch.linspace(0.5, 1.5, ours.numel(), dtype=dtype).view_as(ours) / len(pairs)
         of_ours, of_naive = (gradients(policy, (logps * weights).sum()) for logps in (ours, naive))
         assert relative_difference(of_ours, of_naive) < tolerance
+
+
+def random_ranges(rng: np.random.Generator, length: int) -> tuple[tuple[int, int], ...]:
+    """Ranges that leave the last token, and tokens between them."""
+    edges = np.sort(rng.choice(length, 2 * (length // 4), replace=False)).tolist()
+    return tuple(zip(edges[::2], edges[1::2], strict=True))
+
+
+def test_any_turns():
+    """Whatever others said in a response: its log-prob is the definition's, with those tokens masked out."""
+    model, rng = tiny_model(dtype=torch.float64), np.random.default_rng(0)
+    pairs = random_pairs(rng, 8, response=(2, 16))
+    pairs = [p._replace(unscored=tuple(random_ranges(rng, len(ids)) for ids in p.responses)) for p in pairs]
+    tokens, mask = pad([pair[:3] for pair in pairs])
+    rows = [(pair.prompt, ranges) for k in (0, 1) for pair in pairs for ranges in [pair.unscored[k]]]
+    for row, (prompt, ranges) in enumerate(rows):
+        for begin, end in ranges:
+            mask[row, len(prompt) + begin : len(prompt) + end] = False
+    sums, counts = sequence_logps(model(tokens), tokens, mask)
+    row, all_scored = packed(pairs), packed([p._replace(unscored=()) for p in pairs])
+    assert_close(response_logps(model, row), sums.view(2, -1).T, rtol=1e-12, atol=1e-12)
+    assert row.lengths.tolist() == counts.view(2, -1).T.tolist() != all_scored.lengths.tolist()
 
 
 @pytest.mark.parametrize("n", [1, 3, 5])

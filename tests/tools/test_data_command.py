@@ -1,5 +1,6 @@
 """`python -m minidpo data` says what a run would say of its data, and writes what it would hold out."""
 
+import datetime
 import gzip
 import json
 
@@ -70,6 +71,25 @@ def test_held_out(config, world, tokenizer, tmp_path):
     expected = [(records, noted)[f][i] for f, i in zip(held_out.file, held_out.index, strict=True)]
     assert read(tmp_path / "held_out.jsonl") == expected
     assert len(expected) == 16 and len(set(held_out.file)) == 2
+
+
+def test_held_out_of_parquet(config, tmp_path):
+    """Records of a table are held out as lines of JSON, whatever other columns they have."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    when = datetime.datetime(2026, 11, 26)
+    rows = [record(f"a dog {i}", time=when, note=None, votes=[1, None]) for i in range(9)]
+    (tmp_path / "data").mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "a.parquet")
+    arguments = config(data__train=f'["{tmp_path}/data"]', data__eval_pairs=2)
+    with pytest.raises(
+        UserError, match="--held-out .*: is a file of the data, or in a directory of the data"
+    ):
+        data_command([*arguments, "--held-out", f"{tmp_path}/data/held_out.jsonl"])
+    data_command([*arguments, "--held-out", f"{tmp_path}/held_out.jsonl"])
+    expected = [record(f"a dog {i}", time="2026-11-26T00:00:00", votes=[1, None]) for i in range(9)]
+    assert len(held_out := read(tmp_path / "held_out.jsonl")) == 2 and all(
+        row in expected for row in held_out
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from minidpo.data import PreferencePair
 from minidpo.errors import UserError
 from minidpo.log import console_line
 from minidpo.losses import DPO, IPO, LOSSES, SFT, PairLogps, SimPO
@@ -254,3 +255,56 @@ def test_refused(explained, world, tmp_path, arguments, says):
     with pytest.raises(UserError, match=re.escape(says)) as error:
         explained(*[str(places.get(argument, argument)) for argument in arguments])
     assert "\n" not in str(error.value)
+
+
+def test_turns(explained, text, world, tmp_path):
+    """What others said in a response has no log-prob, and the sums are those of the other tokens."""
+    said = (("assistant", "a cat"), ("user", "no"), ("assistant", "it runs"))
+    chosen = [{"role": role, "content": content} for role, content in said]
+    record = {"prompt": [{"role": "user", "content": "a?"}], "chosen": chosen, "rejected": chosen[2:]}
+    arguments = ["--data", str(write(tmp_path / "a.jsonl", record)), "--index", "0", "--template", "hh"]
+    mine = explained(*arguments)
+    tokens = [token for token in mine["tokens"] if token["response"] == "chosen"]
+    others = [token for token in tokens if token["role"] == "other"]
+    assert "".join(token["text"] for token in others) == "\n\nHuman: no\n\nAssistant:"
+    for token in tokens:
+        assert token["scored"] == (token["role"] != "other") == ("policy_logp" in token)
+    scored = [token["policy_logp"] for token in tokens if token["scored"]]
+    assert mine["chosen_length"] == len(scored) == len(tokens) - len(others)
+    assert mine["chosen_logps"] == tokens[-1]["policy_sum"] == pytest.approx(sum(scored), rel=1e-5)
+    out = tmp_path / "scores.jsonl"
+    score(
+        [
+            "--model",
+            str(world / "model"),
+            *arguments[:2],
+            *arguments[4:],
+            "--out",
+            str(out),
+            "--device",
+            "cpu",
+        ]
+    )
+    assert read(out) == [{name: mine[name] for name in read(out)[0]}]
+    rejected = [token for token in mine["tokens"] if token["response"] == "rejected"]
+    assert mine["rejected_logps"] == rejected[-1]["policy_sum"] and mine["rejected_length"] == len(rejected)
+    table = text(*arguments, "--every-token")
+    assert len(re.findall(r"^ *\d+ other .* no$", table, re.M)) == len(others)
+    prompt = len(mine["tokens"]) - len(tokens) - len(rejected)
+    lengths = f"{prompt} tokens of prompt, {len(tokens)} of chosen, {len(rejected)} of rejected"
+    assert f"{lengths} ({len(others)} by others, not scored); nothing is cut off" in table
+
+
+def test_one_response(explained, text, monkeypatch):
+    """A record of one response has its own half of the table, under the losses that read one."""
+    pair = PreferencePair("a cat", " yes", " no")
+    monkeypatch.setattr(command, "_read_pair", lambda *_: pair)
+    both = explained("--loss", "sft")
+    monkeypatch.setattr(command, "_read_pair", lambda *_: replace(pair, rejected=None))
+    mine, table = explained("--loss", "sft"), text("--loss", "sft")
+    assert mine["chosen_logps"] == both["chosen_logps"] and mine["loss"] == both["loss"]
+    assert "rejected_logps" not in mine and "chosen - rejected" not in table
+    one = {name for name, loss in LOSSES.items() if loss.responses == 1}
+    assert {loss["name"] for loss in mine["losses"]} == one
+    with pytest.raises(UserError, match="dpo compares 2 responses, and the record has 1; give --loss sft"):
+        text("--loss", "dpo")

@@ -3,12 +3,15 @@
 import math
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from safetensors.torch import save_file
 
+from minidpo.data import read_preferences
 from minidpo.errors import UserError
+from minidpo.tools import score as command
 from minidpo.tools.explain import main as explain
 from minidpo.tools.sample import main as sample
 from minidpo.tools.score import calibration
@@ -192,3 +195,25 @@ def test_calibration_by_hand():
     tie, both, sure = (0.5, 1, 0.5, 0.5), (0.6, 2, pytest.approx(0.62), 0.5), (0.95, 1, 1.0, 1.0)
     assert table == [tie, both, sure]
     assert error == pytest.approx(0.06)  # 2 / 4 * (0.62 - 0.5)
+
+
+def test_one_response(scored, world, monkeypatch):
+    """Of records with one response, the log-probs are those of chosen; there is nothing to compare."""
+    two, _ = scored()
+
+    def first_response(*arguments: object, **more: object):
+        for pair in read_preferences(*arguments, **more):
+            yield replace(pair, rejected=None)
+
+    monkeypatch.setattr(command, "read_preferences", first_response)
+    one, text = scored()
+    columns = ("index", "chosen_logps", "chosen_length")
+    assert one[0].keys() == set(columns)
+    assert [row["chosen_logps"] for row in one] == pytest.approx(
+        [row["chosen_logps"] for row in two], abs=5e-5
+    )
+    mean = np.mean([row["chosen_logps"] / row["chosen_length"] for row in one])
+    assert f"mean log-prob of a token, per response {mean:.4f} ± " in text and "accuracy" not in text
+    for option in (["--by", "prompt"], ["--beta", "0.1", "--reference", world / "other"]):
+        with pytest.raises(UserError, match="--by and --beta are for pairs, and the records of .* have one"):
+            scored(*option)

@@ -145,7 +145,7 @@ def test_policy_stops_at_eos(chat, tmp_path):
     """What a policy learns ends with EOS, whatever the template writes after it."""
     chat("newline")
     template = Tokenizer.from_pretrained(tmp_path / "base").chat_template()
-    _, (text,), _ = template.split(talk("")[:1], [talk("Yes")[1]])
+    _, (text,), _ = template.split(talk("")[:1], [talk("Yes")[1:2]])
     assert text == "Yes<|im_end|>" and template.tail == "<|im_end|>\n"
 
 

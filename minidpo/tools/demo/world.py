@@ -103,7 +103,7 @@ def ceiling_accuracy(pairs: Iterable[PreferencePair]) -> tuple[float, float]:
     A label agrees with the sign of the difference in r* with probability sigmoid(|difference|). Where r* is
     equal, it counts as half right.
     """
-    gaps = [reward_gap(pair.prompt, pair.chosen, pair.rejected) for pair in pairs]
+    gaps = [reward_gap(pair.prompt, *pair.responses) for pair in pairs]
     if not gaps:
         raise UserError("ceiling_accuracy of no pairs; give at least one")
     expected = sum(sigmoid(abs(gap)) for gap in gaps) / len(gaps)

@@ -1,0 +1,122 @@
+"""From what a user names to data files: files, patterns and directories, and what is said of others."""
+
+from pathlib import Path
+
+import pytest
+
+from minidpo.data import read_records
+from minidpo.data.paths import data_file, data_files
+from minidpo.errors import UserError
+from record_files import GOOD, write
+
+
+def make(root: Path, *names: str) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    return root
+
+
+ABOUT = ["README.md", ".gitattributes", "dataset_info.json", "state.json", ".cache/a.jsonl", "LICENSE"]
+
+
+@pytest.mark.parametrize(
+    ("names", "files"),
+    [
+        (["b.JSONL", "a.jsonl", *ABOUT], ["a.jsonl", "b.JSONL"]),
+        (["a.json"], ["a.json"]),
+        (["harmless.csv.gz", "latest.csv.gz"], ["harmless.csv.gz", "latest.csv.gz"]),
+        (["test.jsonl.zst"], ["test.jsonl.zst"]),
+        (["0001.parquet", "0000.parquet"], ["0000.parquet", "0001.parquet"]),
+        (
+            ["a-00001-of-00002.arrow", "a-00000-of-00002.arrow"],
+            ["a-00000-of-00002.arrow", "a-00001-of-00002.arrow"],
+        ),
+        (["data/default/a.parquet", *ABOUT], ["data/default/a.parquet"]),
+        (["a.jsonl", "old/b.jsonl"], ["a.jsonl"]),
+    ],
+)
+def test_directory(tmp_path, names, files):
+    """Of a directory its data files are read, by name; what is about the data is none of it."""
+    assert data_files([make(tmp_path, *names)]) == [str(tmp_path / file) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["a.jsonl", "b.parquet"], "holds files of several kinds; name one of 'D/*.jsonl', 'D/*.parquet'"),
+        (["a.jsonl", "a.jsonl.gz"], "holds files of several kinds; name one of 'D/*.jsonl', 'D/*.jsonl.gz'"),
+        (["train.jsonl", "test.jsonl"], "holds several splits; name one of 'D/test.jsonl', 'D/train.jsonl'"),
+        (["a.jsonl", "a_EVAL.jsonl"], "holds several splits; name one of 'D/a.jsonl', 'D/a_EVAL.jsonl'"),
+        (
+            ["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00002.parquet"],
+            "holds several splits; name one of 'D/train_prefs-*.parquet', 'D/train_sft-*.parquet'",
+        ),
+        (
+            ["train/a.arrow", "test/a.arrow"],
+            "has its data in several directories; name one of 'D/test', 'D/tr",
+        ),
+        ([f"{i}/a.csv" for i in range(6)], "name one of 'D/0', 'D/1', 'D/2', 'D/3', 'D/4', ..."),
+        (
+            ["README.md", "state.json", "a.txt"],
+            "a directory without a data file; .jsonl, .json or .csv, plain",
+        ),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "an adapter, where preferences are needed; name",
+        ),
+        (
+            ["config.json", "tokenizer.json", "model.safetensors"],
+            "a model, where preferences are needed; name",
+        ),
+        (
+            ["config.toml", "metrics.jsonl"],
+            "the directory of a run, where preferences are needed; name files",
+        ),
+    ],
+)
+def test_choice(tmp_path, names, said):
+    """What only the user can choose is asked for, and what holds no data is called what it is."""
+    with pytest.raises(UserError) as caught:
+        data_files([make(tmp_path, *names)])
+    assert said in str(caught.value).replace(str(tmp_path), "D")
+    assert str(caught.value).startswith(str(tmp_path))
+
+
+def test_pattern(tmp_path):
+    """A pattern stands for the files that match, in the order of their names; names keep their order."""
+    make(tmp_path, "train-1.jsonl", "train-0.jsonl", "test-0.jsonl", "d/x.csv", "a[1].jsonl")
+    expected = ["test-0.jsonl", "train-0.jsonl", "train-1.jsonl", "d/x.csv", "a[1].jsonl"]
+    named = ["test-0.jsonl", "train-*", "d", "a[1].jsonl"]
+    assert data_files([tmp_path / name for name in named]) == [str(tmp_path / file) for file in expected]
+    with pytest.raises(UserError, match="eval-.*: No such file or directory; name a file that can be read"):
+        data_files([tmp_path / "eval-*"])
+
+
+def test_one_file(tmp_path):
+    """A directory with one file may stand for it where records are counted through one file."""
+    write(make(tmp_path, "README.md") / "a.jsonl", GOOD)
+    assert [*read_records(tmp_path)] == [(1, GOOD)]
+    make(tmp_path, "b.jsonl")
+    with pytest.raises(
+        UserError, match=r": stands for 2 files, and one is needed; name one of '.*/a.jsonl', '"
+    ):
+        data_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Anthropic/hh-rlhf",
+        "hf://datasets/Anthropic/hh-rlhf",
+        "https://huggingface.co/datasets/Anthropic/hh-rlhf",
+        "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/train.jsonl.gz",
+    ],
+)
+def test_hub(name, tmp_path, monkeypatch):
+    """A data set of the Hugging Face hub is refused with the command that downloads it."""
+    monkeypatch.chdir(tmp_path)
+    command = "hf download --repo-type dataset Anthropic/hh-rlhf --local-dir data/hh-rlhf"
+    with pytest.raises(UserError) as caught:
+        data_files([name])
+    assert str(caught.value).endswith(f"download it first: {command}")
