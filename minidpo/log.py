@@ -163,7 +163,7 @@ def duration(seconds: float) -> str:
 def console_line(values: dict[str, float], total_steps: int, seconds_left: float, prefix: str = "") -> str:
     """One aligned line of a training step or, with prefix "eval/", of an evaluation."""
     columns = [f"{'eval' if prefix else 'step'} {values['step']:>{len(str(total_steps))}}/{total_steps}"]
-    for name, label, form in _COLUMNS:
+    for name, label, form in COLUMNS:
         if prefix + name in values:
             error = values.get(f"{prefix}{name}_standard_error")
             known = "" if error is None else f" ± {error:{form.lstrip('0123456789')}}"
@@ -173,7 +173,7 @@ def console_line(values: dict[str, float], total_steps: int, seconds_left: float
     return "  ".join(columns)
 
 
-_COLUMNS = (
+COLUMNS = (
     ("loss", "loss", "8.4f"),
     ("rewards/accuracies", "accuracy", "5.3f"),
     ("accuracy", "accuracy", "5.3f"),

@@ -48,6 +48,7 @@ SMALL = {
     "score": " --max-length=200 --device=cpu",
     "explain": " --device=cpu",
     "plot": "",
+    "report": " --device=cpu",
 }
 
 

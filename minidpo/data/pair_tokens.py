@@ -142,6 +142,26 @@ class PairTokens:
         last = -1 if responses is None else 1 + responses
         return self.bounds[:, last] - self.bounds[:, 0]
 
+    def pair(self, row: int) -> TokenPair:
+        """The ids of one prompt with its responses."""
+        start, *ends = self.bounds[row].tolist()
+        texts = [self.ids[a:b].tolist() for a, b in zip([start, *ends], ends, strict=False)]
+        prompt, chosen, rejected = [*texts, None][:3]
+        unscored: list[Ranges] = []
+        if self.unscored is not None:
+            for begin, end in zip(ends, ends[1:], strict=False):
+                borders = np.flatnonzero(np.diff(self.unscored[begin:end], prepend=False, append=False))
+                unscored.append(tuple((first, last) for first, last in borders.reshape(-1, 2).tolist()))
+        return TokenPair(
+            prompt,
+            chosen,
+            rejected,
+            int(self.index[row]),
+            file=0 if self.file is None else int(self.file[row]),
+            label=None if self.label is None else bool(self.label[row]),
+            unscored=tuple(unscored),
+        )
+
     def select(self, indices: np.ndarray) -> Self:
         """The pairs at `indices` (numbers, or a mask), over the same token array."""
         return replace(self, **{name: values[indices] for name, values in self.columns().items()})

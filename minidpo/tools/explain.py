@@ -3,14 +3,14 @@
 Printed are every token (of long texts the ends, unless --every-token is given) with its role and its
 log-prob under policy and reference, the sums, the log-ratios, and what the loss and its gradient make of
 them; then the same pair under every loss. The numbers are those of `score`, and of the first logged step of a
-run with batch_size 1: nothing is truncated, and the same functions compute them.
+run with batch_size 1: nothing is truncated, and the same functions compute them. --html: as in `report`.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import Field, replace
+from itertools import chain
 from os import environ
 from pathlib import Path
 from typing import Any
@@ -35,21 +35,19 @@ from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import PARTS
 from minidpo.data.truncation import describe_pair
 from minidpo.errors import UserError
+from minidpo.files import require_place
 from minidpo.logprobs import sum_by_response
 from minidpo.losses import DPO, LOSSES, PairLogps, PreferenceLoss
 from minidpo.model import load_model, read_config, response_token_logps
 from minidpo.packing import PackedBatch, pack
 from minidpo.sections import TEMPLATES
 from minidpo.settings import keys_of
-from minidpo.tools.explain_text import render, visible
+from minidpo.tools.explain_text import NUMBERS, characters, every_loss, render, visible
+from minidpo.tools.report_page import pair_article, write_page
 from minidpo.tools.sample import unescaped
 from minidpo.training.device import autocast, choose_device
 from minidpo.training.reference import require_reference
 from minidpo.training.scoring import require_finite
-
-# Besides its defaults, every loss that has one of these settings is shown with this value of it.
-VARIANTS = {"length_normalize": True, "label_smoothing": 0.1}
-NUMBERS = ("policy_logp", "reference_logp", "difference", "policy_sum", "reference_sum", "difference_sum")
 
 
 def main(arguments: list[str]) -> None:
@@ -71,13 +69,20 @@ def main(arguments: list[str]) -> None:
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--every-token", action="store_true", help="also those in the middle of long texts (--json has all)")
-    add("--json", action="store_true", help="one JSON object with unrounded numbers")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--json", action="store_true", help="one JSON object with unrounded numbers")
+    instead("--html", metavar="FILE", help="a page for a browser, with every token shaded by its log-ratio")
     options = parser.parse_args(arguments)
+    if options.html:
+        require_place("--html", options.html)
 
     loss, settings_from = _chosen_loss(options)
     explanation = explain(options, loss) | {"settings_from": settings_from}
     if options.json:
         print(json.dumps(explanation))
+    elif options.html:
+        models = f"pi: {options.model}; pi_ref: {options.reference or 'the same'}"
+        write_page(Path(options.html), "A pair, token by token", [pair_article(explanation, why=models)])
     else:
         colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
         print(render(explanation, colour, options.every_token))
@@ -98,34 +103,35 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
         others = [each.name for each in LOSSES.values() if each.responses <= pairs.responses]
         what = f"{loss.name} compares {loss.responses} responses, and the record has {pairs.responses}"
         raise UserError(f"{what}; give --loss {' or '.join(others)}")
-    batch = pack(pairs).to(device)
-    policy = reference = _token_logps(options.model, batch, device, options.dtype)  # (S,)
+    batch = pack(pairs)
+    (policy,) = (reference,) = token_logps(options.model, [batch], device, options.dtype)  # (S,)
     if options.reference:
-        reference = _token_logps(options.reference, batch, device, options.dtype)
-    lengths = batch.lengths[0].cpu()  # (K,)
-    sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
-    names = PARTS[1 : 1 + pairs.responses]
-    logps = PairLogps(*_both(sums), *_both(reference_sums), *_both(lengths))
+        (reference,) = token_logps(options.reference, [batch], device, options.dtype)
+    numbers, logps = numbers_of(ids, tokenizer, batch, policy, reference)
 
     explanation = {name: getattr(options, name) for name in ("model", "reference", "data", "index")}
-    explanation |= {name: getattr(pair, name) for name in PARTS}
-    explanation["tokens"] = _token_table(ids, tokenizer, policy.numpy(), reference.numpy())
-    for k, name in enumerate(names):
-        explanation[f"{name}_logps"] = sums[k].item()
-        explanation[f"reference_{name}_logps"] = reference_sums[k].item()
-        explanation[f"{name}_length"] = lengths[k].item()
+    explanation |= {name: getattr(pair, name) for name in PARTS} | numbers
     losses = [each for each in every_loss() if each.responses <= pairs.responses]
     explanation["loss"] = under(loss, logps)
     explanation["losses"] = [under(each, logps) for each in losses + [loss] * (loss not in losses)]
     return explanation
 
 
-def every_loss() -> Iterator[PreferenceLoss]:
-    """Each loss at its defaults, and its variants."""
-    for kind in LOSSES.values():
-        default: Any = kind()
-        yield default
-        yield from (replace(default, **{name: VARIANTS[name]}) for name in keys_of(kind) if name in VARIANTS)
+def numbers_of(
+    ids: TokenPair, tokenizer: Tokenizer, batch: PackedBatch, policy: Tensor, reference: Tensor
+) -> tuple[dict[str, Any], PairLogps]:
+    """What the log-probs (S,) of a pair's scored tokens add up to; and the same for a loss (B = 1)."""
+    lengths = batch.lengths[0]  # (K,)
+    sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
+    numbers: dict[str, Any] = {"tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy())}
+    logps: dict[str, Tensor] = {}
+    for k, name in enumerate(PARTS[1 : 1 + len(lengths)]):
+        numbers[f"{name}_logps"] = sums[k].item()
+        numbers[f"reference_{name}_logps"] = reference_sums[k].item()
+        numbers[f"{name}_length"] = lengths[k].item()
+        logps |= {name: sums[k : k + 1], f"ref_{name}": reference_sums[k : k + 1]}
+        logps[f"{name}_length"] = lengths[k : k + 1]
+    return numbers, PairLogps(**logps)
 
 
 def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:
@@ -225,16 +231,13 @@ def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tok
 
 
 @torch.no_grad()
-def _token_logps(directory: str, batch: PackedBatch, device: torch.device, dtype: str) -> Tensor:
+def token_logps(model: str, batches: list[PackedBatch], device: torch.device, dtype: str) -> list[Tensor]:
+    """Of each batch, the log-probs (S,) of its scored tokens under the model of a directory."""
+    loaded = load_model(model, device=device)
     with autocast(device, dtype):
-        logps = response_token_logps(load_model(directory, device=device), batch).float().cpu()
-    require_finite(logps, directory)
+        logps = [response_token_logps(loaded, batch.to(device)).float().cpu() for batch in batches]
+    require_finite(torch.cat(logps), model)
     return logps
-
-
-def _both(values: Tensor) -> tuple[Tensor | None, ...]:
-    """(K,) -> (1,) for chosen and for rejected, None if there is none: a pair as the losses read it (B = 1)."""
-    return (*values.split(1), None)[:2]
 
 
 def _token_table(
@@ -253,7 +256,8 @@ def _token_table(
     columns = (policy, reference, policy - reference, policy_sum, reference_sum, policy_sum - reference_sum)
     numbers = iter(np.stack(columns, axis=1).tolist())
     table = []
+    spelled = chain.from_iterable(characters(tokenizer, getattr(ids, part) or []) for part in PARTS)
     for token in tokens:
-        token["text"] = visible(tokenizer, token["id"])
+        token["text"], token["characters"] = visible(tokenizer, token["id"]), next(spelled)
         table.append(token | (dict(zip(NUMBERS, next(numbers), strict=True)) if token["scored"] else {}))
     return table

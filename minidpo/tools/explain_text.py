@@ -3,6 +3,7 @@
 import inspect
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import groupby
 from textwrap import dedent, indent
 from typing import Any
@@ -12,8 +13,12 @@ from minidpo.data import Tokenizer
 from minidpo.losses import LOSSES, PreferenceLoss
 from minidpo.settings import keys_of
 
+# Besides its defaults, every loss that has one of these settings is shown with this value of it.
+VARIANTS = {"length_normalize": True, "label_smoothing": 0.1}
 # Tokens shown at either end of a part that is clearly longer than both together.
 SHOWN = {"prompt": 4, "chosen": 20, "rejected": 20}
+# What the table of tokens has of each scored one.
+NUMBERS = ("policy_logp", "reference_logp", "difference", "policy_sum", "reference_sum", "difference_sum")
 TOKEN_WIDTH = 16
 GREEN, RED, BOLD, RESET = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
 UNMOVED, MUCH = 0.01, 1.0  # nats: there is no colour below the first, and bold from the second on
@@ -26,6 +31,20 @@ def visible(tokenizer: Tokenizer, token: int) -> str:
     if "▁" in piece:  # Decoders that write a space so strip it from the beginning of a text.
         return piece.replace("▁", " ")
     return piece if not text or "\ufffd" in text else text
+
+
+def characters(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """The text of each token in its place. Where a character is several tokens, the last one has all of it,
+    and those before have none."""
+    waiting: list[int] = []
+    for place, token in enumerate(ids, start=1):
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if "\ufffd" in text and len(waiting) < 4 and place < len(ids):  # UTF-8: at most four bytes
+            yield ""
+        else:
+            yield text if len(waiting) > 1 else visible(tokenizer, token)
+            waiting = []
 
 
 def render(explanation: dict[str, Any], colour: bool, every_token: bool = False) -> str:
@@ -119,26 +138,14 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     for name, key in keys_of(kind).items():
         yield f"  {_setting(name, loss[name])}: {key.metadata['about']}"
 
-    names = [name for name in ("chosen", "rejected") if f"{name}_logps" in e]
+    names = responses_of(e)
     difference = f"{'chosen - rejected':>20}" if len(names) == 2 else ""
     yield f"{'':50}" + "".join(f"{name:>14}" for name in names) + difference
-    values, quantity = [e[f"{name}_logps"] for name in names], "log pi(y|x)"
-    yield each(quantity, *values)
-    if kind.needs_reference:
-        of_reference = [e[f"reference_{name}_logps"] for name in names]
-        yield each("log pi_ref(y|x)", *of_reference)
-        values, quantity = (
-            [ours - theirs for ours, theirs in zip(values, of_reference, strict=True)],
-            "log-ratio",
-        )
-        yield each("log-ratio = log pi - log pi_ref", *values)
-    elif e["reference"]:
+    if e["reference"] and not kind.needs_reference:
         yield f"  ({kind.name} has no reference: that of the table is not used)"
-    lengths = [e[f"{name}_length"] for name in names]
-    yield line("|y|, scored tokens", *lengths, form="14")
-    yield each(f"{quantity} / |y|", *(value / n for value, n in zip(values, lengths, strict=True)))
-    if kind.responses == 2:
-        yield each("implicit reward r(x, y); their margin", loss["chosen_reward"], loss["rejected_reward"])
+    yield line("|y|, scored tokens", *(e[f"{name}_length"] for name in names), form="14")
+    for label, values in comparison(e):
+        yield each(label, *values)
 
     smoothed = ", smoothed" if loss.get("label_smoothing") else ""
     over = " / |y|" if loss.get("length_normalize") else ""
@@ -153,6 +160,35 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
         yield "  (smoothed, e = label_smoothing: (1-e) loss(z) + e loss(-z), (1-e) weight(z) - e weight(-z))"
 
 
+def responses_of(e: dict[str, Any]) -> list[str]:
+    return [name for name in ("chosen", "rejected") if f"{name}_logps" in e]
+
+
+def comparison(e: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
+    """What the loss compares, from the sums on: a quantity, and its value for each response."""
+    loss, kind, names = e["loss"], LOSSES[e["loss"]["name"]], responses_of(e)
+    values, quantity = [e[f"{name}_logps"] for name in names], "log pi(y|x)"
+    yield quantity, values
+    if kind.needs_reference:
+        reference = [e[f"reference_{name}_logps"] for name in names]
+        yield "log pi_ref(y|x)", reference
+        values = [ours - theirs for ours, theirs in zip(values, reference, strict=True)]
+        quantity = "log-ratio"
+        yield "log-ratio = log pi - log pi_ref", values
+    lengths = [e[f"{name}_length"] for name in names]
+    yield f"{quantity} / |y|", [value / n for value, n in zip(values, lengths, strict=True)]
+    if kind.responses == 2:
+        yield "implicit reward r(x, y); their margin", [loss["chosen_reward"], loss["rejected_reward"]]
+
+
+def every_loss() -> Iterator[PreferenceLoss]:
+    """Each loss at its defaults, and its variants."""
+    for kind in LOSSES.values():
+        default: Any = kind()
+        yield default
+        yield from (replace(default, **{name: VARIANTS[name]}) for name in keys_of(kind) if name in VARIANTS)
+
+
 def _every_loss(losses: list[dict[str, Any]]) -> Iterator[str]:
     yield "\nThe same pair under every loss, each at the settings beside it:"
     yield f"{'':76}{'gradient weight':>24}"
@@ -165,7 +201,7 @@ def _every_loss(losses: list[dict[str, Any]]) -> Iterator[str]:
         yield f"  {loss['name']:<5} {settings(LOSSES[loss['name']], loss) or 'no settings':<38}{numbers}"
 
 
-def settings(kind: type[PreferenceLoss], values: dict[str, Any]) -> str:
+def settings(kind: type, values: dict[str, Any]) -> str:
     """The settings of a loss in one line. What is off by default is shown only if it is on."""
     shown = (name for name, key in keys_of(kind).items() if values[name] or key.default)
     return ", ".join(_setting(name, values[name]) for name in shown)

@@ -1,7 +1,8 @@
 """`python -m minidpo plot`: how a run went, or how several compare, from their metrics.jsonl.
 
 Held-out values are lines with marks; training values are light lines, where they are many smoothed by a
-centred running mean. A panel is one quantity; those that no run has measured are left out.
+centred running mean. A panel is one quantity, and says what a good run shows. Quantities that no run has
+measured are left out; those that never changed are told in a line and get no axis. `report` draws the same.
 """
 
 from __future__ import annotations
@@ -18,31 +19,41 @@ from minidpo.errors import UserError
 from minidpo.files import require_file
 from minidpo.log import read_metrics
 from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, require_matplotlib
+from minidpo.training.advice import MOST_KL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Quantity and unit -> keys in metrics.jsonl. Held-out values have the same keys after "eval/".
-PANELS = {
-    "Loss": ("loss",),
-    "Preference loss, nats": ("preference_loss",),
-    "LM loss, nats per token": ("lm_loss",),
-    "Reward, nats": ("rewards/chosen", "rewards/rejected"),
-    "Mean reward, nats": ("mean_reward",),
-    "Margin of rewards, nats": ("rewards/margins", "margin"),
-    "Accuracy, share of pairs": ("rewards/accuracies", "accuracy"),
-    "KL from the reference, nats": ("kl",),
-    "Reward of samples, nats": ("reward",),
-    "Samples that win, share": ("win_rate",),
-    "Samples that ended, share": ("ended",),
-    "Sampled length, tokens": ("sample_length",),
-    "Response length (data), tokens": ("response_length/chosen", "response_length/rejected"),
-    "Learning rate": ("lr",),
-    "Gradient norm": ("grad_norm",),
-}
+
+class Panel(NamedTuple):
+    title: str  # quantity and unit
+    keys: tuple[str, ...]  # in metrics.jsonl; held-out values have the same keys after "eval/"
+    good: str  # what a run that goes well shows
+    level: float | None = None  # a value to compare with, such as chance
+
+
+# The six that matter first come first: of a policy the six after the losses, of a reward model the first five.
+PANELS = (
+    Panel("Loss", ("loss",), "falls; held out too, or it overfits"),
+    Panel("Preference loss, nats", ("preference_loss",), "falls below ln 2 = 0.69", math.log(2)),
+    Panel("Accuracy, share of pairs", ("rewards/accuracies", "accuracy"), "rises above 0.5", 0.5),
+    Panel("Margin of rewards, nats", ("rewards/margins", "margin"), "rises, held out too", 0.0),
+    Panel("Reward, nats", ("rewards/chosen", "rewards/rejected"), "apart; chosen not far below 0", 0.0),
+    Panel("KL from the reference, nats", ("kl",), f"small; below {MOST_KL:g}", MOST_KL),
+    Panel("Reward of samples, nats", ("reward",), "rises; if it falls while KL rises: too far"),
+    Panel("Samples that win, share", ("win_rate",), "rises above 0.5", 0.5),
+    Panel("Sampled length, tokens", ("sample_length",), "steady: length is not what is learnt"),
+    Panel("Samples that ended, share", ("ended",), "near 1", 1.0),
+    Panel("LM loss, nats per token", ("lm_loss",), "does not rise"),
+    Panel("Mean reward, nats", ("mean_reward",), "does not drift far from 0", 0.0),
+    Panel("Gradient norm", ("grad_norm",), "steady, without peaks"),
+    Panel("Learning rate", ("lr",), "as planned"),
+    Panel("Response length (data), tokens", ("response_length/chosen", "response_length/rejected"), "alike"),
+)
+FIRST = 6  # panels that matter first
 TRAINING: dict[str, Any] = {"linewidth": 1, "alpha": 0.5}
-FEW, MANY = 2, 16  # values of a curve: up to FEW are marked one by one, from MANY on they are smoothed
+FEW, MANY = 2, 16  # values in training: up to FEW are marked one by one, from MANY on they are smoothed
 LARGEST = 1e100  # No axis can be drawn for more.
 
 
@@ -64,50 +75,79 @@ def main(arguments: list[str]) -> None:
     require_matplotlib("plot")
     if len(options.runs) > len(COLOURS):
         raise UserError(f"{len(options.runs)} runs; at most {len(COLOURS)} can be told apart in one figure")
-    names = [path.resolve().name for path in options.runs]
-    if len(set(names)) < len(names):
-        names = list(map(str, options.runs))
-    runs = [read_run(path, name) for path, name in zip(options.runs, names, strict=True)]
+    runs = [read_run(*each) for each in zip(options.runs, names_of(options.runs), strict=True)]
     first = options.runs[0].resolve()
     files = png_and_svg(options.out or (first if len(runs) == 1 else first.parent) / "curves")
-    measured = {key.removeprefix("eval/") for run in runs for key in run.curves}
-    shown = [title for title, keys in PANELS.items() if measured & set(keys)]
-    if not shown:
+    shown, constant = panels_of(runs)
+    if not (shown or constant):
         where = " and ".join(str(path / "metrics.jsonl") for path in options.runs)
         raise UserError(f"{where}: nothing that plot draws, such as a loss, is in it; give the file of a run")
-    columns = min(4, len(shown))
+    columns = min(3, len(shown)) or 1
     rows = math.ceil(len(shown) / columns)
-    with drawing(files, 3.1 * columns, 2.1 * rows + 0.4) as figure:
+    with drawing(files, 3.4 * columns, 2.2 * rows + 0.6) as figure:
         draw(figure, runs, shown, rows, columns)
+        never = f"\nnever changed: {'; '.join(constant)}" if constant else ""
+        figure.supxlabel(f"optimizer step{never}", fontsize="small")
     print(f"wrote {files[0]} and {files[1]}")
 
 
 def read_run(directory: Path, name: str) -> Run:
     hint = "plot takes directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ in it"
     file = require_file(directory / "metrics.jsonl", hint)
+    curves = curves_of(read_metrics(file))
+    if not curves:
+        raise UserError(f"{file}: no step in it yet; plot again when the run has logged one")
+    loss = loss_of_run(directory / "final")
+    return Run(name, loss.unit if loss else "nats", curves)
+
+
+def names_of(runs: list[Path]) -> list[str]:
+    """What to call the runs: their directories' names, or their paths where names are equal."""
+    names = [path.resolve().name for path in runs]
+    return names if len(set(names)) == len(names) else list(map(str, runs))
+
+
+def curves_of(lines: list[dict[str, float]]) -> dict[str, np.ndarray]:
+    """Each key of a metrics.jsonl -> (2, n): the steps at which it is a finite number, and its values."""
     points: dict[str, list[tuple[float, float]]] = {}
-    for line in read_metrics(file):
+    for line in lines:
         for key, value in line.items():
             if isinstance(value, int | float) and abs(value) < LARGEST:  # false for NaN too
                 points.setdefault(key, []).append((line["step"], value))
-    if not points:
-        raise UserError(f"{file}: no step in it yet; plot again when the run has logged one")
-    loss = loss_of_run(directory / "final")
-    return Run(name, loss.unit if loss else "nats", {key: np.array(p, float).T for key, p in points.items()})
+    return {key: np.array(p, float).T for key, p in points.items()}
 
 
-def draw(figure: Figure, runs: list[Run], shown: list[str], rows: int, columns: int) -> None:
-    """All panels, one legend above them, one label of the steps below."""
+def panels_of(runs: list[Run]) -> tuple[list[Panel], list[str]]:
+    """The panels to draw, titles complete, and in words the quantities that never changed in any run."""
+    shown, constant = [], []
     units = " or ".join(sorted({run.unit for run in runs}))
-    for place, title in enumerate(shown, start=1):
-        axes = figure.add_subplot(rows, columns, place, title=f"Loss, {units}" if title == "Loss" else title)
+    for panel in PANELS:
+        keys = [prefix + key for key in panel.keys for prefix in ("", "eval/")]
+        values = [run.curves[key][1] for run in runs for key in keys if key in run.curves]
+        if any(np.ptp(of_key) for of_key in values) or max(map(len, values), default=0) == 1:
+            shown.append(panel._replace(title=f"Loss, {units}") if panel.title == "Loss" else panel)
+        elif values:
+            numbers = dict.fromkeys(f"{of_key[0]:.4g}" for of_key in values)
+            constant.append(f"{panel.title}: {' or '.join(numbers)}")
+    return shown, constant
+
+
+def draw(figure: Figure, runs: list[Run], shown: list[Panel], rows: int, columns: int) -> None:
+    """All panels, and one legend above them."""
+    for place, panel in enumerate(shown, start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        axes.set_title(panel.title, pad=16)
+        about: dict[str, Any] = {"fontsize": "small", "color": "#666666"}
+        axes.annotate(panel.good, (0, 1), (0, 4), "axes fraction", "offset points", **about)
         # Without a format, a power of ten would stand where the title is.
         axes.yaxis.set_major_formatter("{x:g}")
         axes.locator_params(axis="x", integer=True)
         for number, run in enumerate(runs):
-            for key in PANELS[title]:
+            for key in panel.keys:
                 draw_curves(axes, run, key, look(key, number if len(runs) > 1 else None))
-    figure.supxlabel("optimizer step", fontsize="medium")
+        low, high = axes.get_ylim()
+        if panel.level is not None and low <= panel.level <= high:  # Further off it would flatten the curves.
+            axes.axhline(panel.level, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     legend(figure, runs)
 
 
@@ -120,9 +160,7 @@ def draw_curves(axes: Axes, run: Run, key: str, style: dict[str, Any]) -> None:
         look_of_it = {"color": style["color"], "ls": style["ls"], "marker": mark} | TRAINING
         axes.plot(steps, smoothed(values), **look_of_it)
     if held_out is not None:
-        # A full line from the first to the last step would show what nobody measured.
-        line = style if held_out.shape[1] > FEW else style | {"ls": ":"}
-        axes.plot(*held_out, **line, markevery=math.ceil(held_out.shape[1] / 12))
+        axes.plot(*held_out, **style, markevery=math.ceil(held_out.shape[1] / 12))
 
 
 def look(key: str, number: int | None = None) -> dict[str, Any]:
@@ -154,7 +192,7 @@ def legend(figure: Figure, runs: list[Run]) -> None:
     for label, (part, style) in styles.items():
         if any(part in key for run in runs for key in run.curves):
             handles.append(Line2D([], [], label=label, **style))
-    keys = [key for keys in PANELS.values() for key in keys]  # of training values
+    keys = [key for panel in PANELS for key in panel.keys]  # of training values
     smooth = {run.curves[key].shape[1] >= MANY for run in runs for key in keys if key in run.curves}
     if smooth:
         how = ", smoothed" if smooth == {True} else ", partly smoothed" if True in smooth else ""

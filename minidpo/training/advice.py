@@ -3,6 +3,7 @@
 The thresholds are rules of thumb, not theorems.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,19 @@ FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 
 
 class Advice:
-    """Looks at the logged values of a run as they come, and names only settings that the run's loss has."""
+    """Looks at the logged values of a run as they come, and names only settings that the run's loss has.
 
-    def __init__(self, loss: PreferenceLoss | BradleyTerry, parameters: int, lr: float) -> None:
+    tell: where a warning goes. `report` gives another, and shows what a run has said.
+    """
+
+    def __init__(
+        self,
+        loss: PreferenceLoss | BradleyTerry,
+        parameters: int,
+        lr: float,
+        tell: Callable[[str], None] = print0,
+    ) -> None:
+        self._tell = tell
         self._given: set[str] = set()
         self._first: dict[str, float] = {}
         self._overfitted_steps = 0
@@ -104,7 +115,7 @@ class Advice:
         kind = text.translate({ord(digit): None for digit in "0123456789.%"})
         if condition and kind not in self._given:
             self._given.add(kind)
-            print0(f"warning: {text}")
+            self._tell(f"warning: {text}")
 
 
 def tell_new_schedule(config: DPOConfig | RewardConfig, step: int, steps: int, pairs: int) -> None:

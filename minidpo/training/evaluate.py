@@ -146,6 +146,7 @@ class SampledEvaluation:
         for i, text in enumerate(samples.texts):
             row = {"prompt": self._as_text[i].text, "response": text, "tokens": len(samples.ids[i])}
             row |= {"ended": bool(samples.ended[i]), "log_ratio": float(divergence[i, 0])}
+            row["kl"] = float(divergence[i, 1])
             if samples.rewards is not None:
                 row["reward"] = float(samples.rewards[i])
             rows.append(json.dumps(row, ensure_ascii=False) + "\n")

@@ -75,27 +75,45 @@ def test_curves(drawn, tmp_path):
 
 
 def test_panels(drawn, tmp_path):
-    """Every panel names its quantity and unit, and panels without data are left out."""
-    pairs, always = (
-        ["Margin of rewards, nats", "Accuracy, share of pairs"],
-        ["Learning rate", "Gradient norm"],
-    )
+    """Every panel names its quantity, its unit and what is good; panels without data are left out."""
+    pairs, length = ["Accuracy, share of pairs", "Margin of rewards, nats"], "Response length (data), tokens"
     _, dpo = drawn(write_run(tmp_path / "dpo"))
-    assert list(dpo) == ["Loss, nats", "Reward, nats", *pairs, "Response length (data), tokens", *always]
+    assert list(dpo) == ["Loss, nats", *pairs, "Reward, nats", length]
+    assert [text.get_text() for text in dpo["Accuracy, share of pairs"].texts] == ["rises above 0.5"]
     _, rm = drawn(write_run(tmp_path / "rm", RM))
-    losses = ["Loss, nats", "Preference loss, nats", "LM loss, nats per token"]
-    assert list(rm) == [*losses, "Mean reward, nats", *pairs, *always]
+    first = ["Loss, nats", "Preference loss, nats", *pairs, "LM loss, nats per token", "Mean reward, nats"]
+    assert list(rm) == first and len(first) == command.FIRST
     _, ipo = drawn(write_run(tmp_path / "ipo", ("loss",), "ipo"))
-    assert list(ipo) == ["Loss, nats²", *always]
+    assert list(ipo) == ["Loss, nats²"]
 
 
-def test_keys(drawn, config, tmp_path):
+def test_constant(drawn, tmp_path):
+    """What never changed has no axis: it is told below the panels."""
+    figure, panels = drawn(write_run(tmp_path / "run"))
+    assert "Learning rate" not in panels
+    assert figure.get_supxlabel().endswith("never changed: Gradient norm: 1; Learning rate: 0.0001")
+
+
+def test_level(drawn, tmp_path):
+    """The value to compare with is drawn where it lies among the values, and never stretches the axis."""
+    for name, values in (("near", (0.0, 12.0)), ("far", (0.0, 0.2))):
+        (tmp_path / name).mkdir()
+        lines = ({"step": step, "eval/kl": value} for step, value in enumerate(values))
+        write(tmp_path / name / "metrics.jsonl", *lines)
+        (kl,) = drawn(tmp_path / name)[1].values()
+        levels = [line.get_ydata()[0] for line in kl.lines[1:]]
+        assert levels == ([command.MOST_KL] if name == "near" else [])
+        assert kl.get_ylim()[1] < 1.1 * values[1]
+
+
+def test_keys(config, tmp_path):
     """Every plotted key is one the scripts write: the panel of a renamed metric would vanish unnoticed."""
     run_rm(config(), f"--run.out={tmp_path / 'rm'}")
     judged = f"--eval.reward_model={tmp_path / 'rm' / 'final'}"
     run_dpo(config(eval__samples=2, eval__max_new_tokens=4), judged)
-    titles = {title for run in ("rm", "out") for title in drawn(tmp_path / run)[1]}
-    assert titles == set(command.PANELS) - {"Loss"} | {"Loss, nats"}
+    runs = [command.read_run(tmp_path / name, name) for name in ("rm", "out")]
+    written = {key.removeprefix("eval/") for run in runs for key in run.curves}
+    assert all(set(panel.keys) & written for panel in command.PANELS)
 
 
 def test_compared(drawn, tmp_path):
@@ -121,11 +139,11 @@ def test_gaps(drawn, tmp_path, end):
     assert max(panels["Loss, nats"].lines[0].get_xdata()) == 10
 
 
-def test_two_evaluations(drawn, tmp_path):
-    """Two evaluations are marks with a dotted line: nobody has measured what is between them."""
+def test_held_out(drawn, tmp_path):
+    """Held-out values are a full line with a mark at each, be they two."""
     write(tmp_path / "metrics.jsonl", {"step": 0, "eval/loss": 6.4}, {"step": 900, "eval/loss": 0.5})
     (line,) = drawn(tmp_path)[1]["Loss, nats"].lines
-    assert (line.get_linestyle(), line.get_marker()) == (":", "o")
+    assert (line.get_linestyle(), line.get_marker()) == ("-", "o")
 
 
 @pytest.mark.parametrize(
@@ -136,7 +154,7 @@ def test_legend(drawn, tmp_path, counts, label):
     """It says smoothed of what is smoothed; one or two values have marks, so that they are seen."""
     for count in counts:
         (tmp_path / str(count)).mkdir()
-        lines = ({"step": step, "loss": 1.0} for step in range(count))
+        lines = ({"step": step, "loss": step} for step in range(count))
         write(tmp_path / str(count) / "metrics.jsonl", *lines)
     figure, panels = drawn(*(tmp_path / str(count) for count in counts))
     assert figure.legends[0].get_texts()[-1].get_text() == label

@@ -147,6 +147,7 @@ def test_figures(sampling, rounds, world, tmp_path, dtype):
         assert len(rows) == len({row["prompt"] for row in rows}) == 6
         assert [(row["tokens"], row["ended"]) for row in rows] == list(zip(lengths, ended, strict=True))
         assert [row["log_ratio"] for row in rows] == pytest.approx(log_ratios, rel=1e-4, abs=1e-6)
+        assert [row["kl"] for row in rows] == pytest.approx(kls, rel=1e-4, abs=1e-6)
 
 
 def test_rewards_and_wins(config, rounds, tokenizer, tmp_path):

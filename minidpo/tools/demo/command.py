@@ -4,7 +4,7 @@
 2. SFT on responses of mixed quality gives the reference, which has learnt their faults as well.
 3. A reward model is trained on noisy preferences, and compared with the best accuracy that the noise allows.
 4. DPO is trained on the same preferences.
-5. Both models respond to unseen prompts (samples.py), and the table says what changed.
+5. Both models respond to unseen prompts (samples.py), the table says what changed, and report.html shows it.
 Steps 2 to 4 are the ordinary scripts with ordinary files; each command is printed before it runs.
 """
 
@@ -26,6 +26,7 @@ from minidpo.model import load_model
 from minidpo.tools.demo.files import write_model, write_world
 from minidpo.tools.demo.samples import Samples, UnseenPrompts
 from minidpo.tools.demo.world import Judgement, ceiling_accuracy
+from minidpo.tools.report import main as write_page
 from minidpo.tools.tables import aligned
 from minidpo.training.advice import APART
 
@@ -54,6 +55,7 @@ def main(arguments: list[str]) -> None:
     train("train_rm.py", "rm", out, from_sft(out))
     train("train_dpo.py", "dpo", out, from_sft(out))
     report(out)
+    write_page([*(f"{out}/{name}" for name in ("dpo", "rm", "sft")), "--out", f"{out}/report.html"])
     print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}.")
     if out == OUT:
         print("Next: python train_dpo.py configs/demo_ipo.toml")
