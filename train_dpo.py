@@ -48,7 +48,8 @@ def main(arguments: list[str]) -> None:
 
     # --------------------------------------------------------------------------------------------------------
     # Policy and reference start with the same weights, unless reference.path is set. The reference is frozen,
-    # so its log-probs are computed once, before training, and become a column of the data.
+    # so its log-probs are computed once, before training, and become a column of the data. With lora.rank > 0
+    # only adapters are trained (minidpo/model/lora.py), and the reference is the policy with them off.
     policy = load_model(config.model.path, device=run.device, prepare=run.prepare)
     optimizer = adamw(policy, optim)
     step = run.resume(policy, optimizer, tokenizer, train, total_steps)  # 0, or that of the last checkpoint
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> None:
         return run.finish(step, policy, optimizer)
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
     if loss.needs_reference:
-        train, held_out = with_reference_logps(config, run, train, order.drawn(), held_out)
+        train, held_out = with_reference_logps(config, run, train, order.drawn(), held_out, policy)
 
     @torch.no_grad()
     def evaluate() -> None:

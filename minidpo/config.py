@@ -66,11 +66,11 @@ def load_either_config(arguments: list[str]) -> DPOConfig | RewardConfig:
 
 
 def config_of_run(model: Path) -> Path | None:
-    """The config.toml of the run whose final/ or checkpoint `model` is; None if it is neither."""
+    """The config.toml of the run whose final/, final/adapter/ or checkpoint `model` is; None if it is none."""
     model = model.resolve()  # It may be a link, or ".".
-    checkpoint = model.parent.name == "checkpoints"
-    file = model.parents[1 if checkpoint else 0] / "config.toml"
-    return file if (checkpoint or model.name == "final") and file.is_file() else None
+    below = model.parent.name == "checkpoints" or model.parts[-2:] == ("final", "adapter")
+    file = model.parents[1 if below else 0] / "config.toml"
+    return file if (below or model.name == "final") and file.is_file() else None
 
 
 def loss_of_run(model: Path) -> PreferenceLoss | None:

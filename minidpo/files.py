@@ -20,7 +20,10 @@ from safetensors.numpy import save
 
 from minidpo.errors import UserError, one_line
 
-ADAPTER = "it is an adapter: merge it first (peft's merge_and_unload, then save_pretrained)"
+ADAPTER = (
+    "it is an adapter: give the model that it belongs to, with --adapter for score, sample and explain, or merge"
+    " it first (the final/ of a run is merged; peft: merge_and_unload, then save_pretrained)"
+)
 
 
 @contextmanager
@@ -54,7 +57,7 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     mode = temporary.stat().st_mode
     try:
         yield temporary
-        for part in temporary.iterdir():
+        for part in filter(Path.is_file, temporary.rglob("*")):
             _finish(part, mode & 0o666)
         _sync(temporary)
         # A directory cannot be renamed over a full one, so the old one is renamed out of the way first. If

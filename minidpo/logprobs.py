@@ -118,8 +118,10 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         per_token = (*saved_per_token, grad_logps)  # targets, normalizers, gradients: (S,) each
         grad_hidden = torch.empty_like(hidden)
         weight = output_weight.to(hidden.dtype)
-        # Summed over chunks in float32: a sum in bf16 would lose small contributions.
-        grad_weight = torch.zeros_like(output_weight, dtype=grad_logps.dtype)
+        # Summed over chunks in float32: a sum in bf16 would lose small contributions. A frozen output matrix
+        # has no gradient, which would be as large as itself.
+        trained = ctx.needs_input_grad[1]
+        grad_weight = torch.zeros_like(output_weight, dtype=grad_logps.dtype) if trained else None
 
         # From the last chunk to the first, because the logits of the last one are there already. They are
         # overwritten below, so a second backward pass computes them again.
@@ -137,8 +139,11 @@ class _ChunkedTokenLogps(torch.autograd.Function):
                 grad_logits[rows] = few
             # The chain rule through logits = hidden @ weight.T.
             grad_hidden[chunk] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[chunk]
-        return grad_hidden, grad_weight.to(output_weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += grad_logits.T @ hidden[chunk]
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(output_weight.dtype)
+        return grad_hidden, grad_weight, None, None
 
 
 def _cache_sized(logits: Tensor) -> list[slice]:

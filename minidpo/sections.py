@@ -33,6 +33,8 @@ def _is_date(text: str) -> bool:
 
 _path = Check(bool, "the path of a directory")
 _files = Check(bool, "a list of at least one file")
+_names = Check(bool, "a list of at least one name")
+_LINEAR_LAYERS = [f"{name}_proj" for name in "q k v o gate up down".split()]
 _date = Check(_is_date, "a date as 2026-11-26, or empty")
 _seed = Check(lambda number: 0 <= number < 2**63, "from 0 to 2^63 - 1")
 _tensorboard = Check(
@@ -79,6 +81,22 @@ class EvalSection:
     max_new_tokens: int = setting(128, "tokens after which a sampled response is cut off", positive)
     reward_model: str = setting(
         "", "a reward model's directory: mean reward, and win rate against the reference"
+    )
+
+
+@dataclass
+class LoRASection:
+    rank: int = setting(0, "rank r of the adapters; 0: none, all weights are trained", not_negative)
+    alpha: float = setting(32.0, "the product of both adapters is scaled by alpha / rank", positive)
+    rank_scaled: bool = setting(False, "it is scaled by alpha / sqrt(rank) instead (rsLoRA)")
+    targets: list[str] = setting(_LINEAR_LAYERS, "the linear layers that get adapters", _names)
+    base_dtype: str = setting(
+        "auto",
+        "of the frozen weights; auto: bf16 on cuda with run.dtype = bf16, else fp32",
+        one_of("auto", "bf16", "fp32"),
+    )
+    final_dtype: str = setting(
+        "fp32", "of the merged weights in final/; bf16 rounds updates away", one_of("fp32", "bf16")
     )
 
 
@@ -144,6 +162,7 @@ class DPOConfig(Sources):
     data: DataSection = field(default_factory=DataSection)
     eval: EvalSection = field(default_factory=EvalSection)
     loss: PreferenceLoss = field(default_factory=DPO)  # any of LOSSES, by loss.name
+    lora: LoRASection = field(default_factory=LoRASection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
 
@@ -151,6 +170,11 @@ class DPOConfig(Sources):
     def reference_path(self) -> Path:
         """The frozen reference's directory: by default where the policy starts."""
         return Path(self.reference.path or self.model.path)
+
+    @property
+    def base_is_reference(self) -> bool:
+        """Whether the reference is the policy with its adapters off, and needs no memory of its own."""
+        return self.lora.rank > 0 and self.reference_path.resolve() == Path(self.model.path).resolve()
 
 
 @dataclass
@@ -160,6 +184,7 @@ class RewardConfig(Sources):
     model: ModelSection = field(default_factory=ModelSection)
     data: DataSection = field(default_factory=DataSection)
     loss: BradleyTerry = field(default_factory=BradleyTerry)
+    lora: LoRASection = field(default_factory=LoRASection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
 

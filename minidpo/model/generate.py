@@ -83,7 +83,7 @@ def _one_batch(
     for _ in range(sampling.max_new_tokens):
         hidden = model.hidden_states(tokens, positions, cache)
         # Only the last column predicts something new.
-        logits = F.linear(hidden[:, -1], model.output_weight).float()  # (R, V)
+        logits = F.linear(hidden[:, -1], model.output_weight.to(hidden.dtype)).float()  # (R, V)
         if not logits.isfinite().all():
             raise UserError(f"the model's numbers are not finite: {NOT_FINITE}")
         drawn = draw(logits, sampling, generator)  # (R,)

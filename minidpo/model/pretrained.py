@@ -3,16 +3,20 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from minidpo.distributed import rank, reshard, shard_like
 from minidpo.errors import UserError
 from minidpo.files import fingerprint, read_object, replacing_file
 from minidpo.log import print0
+from minidpo.model.adapter_files import adapter_settings, load_adapter, saves_score
 from minidpo.model.hf_config import REWARD_LABEL, format_config, read_config
+from minidpo.model.lora import adapted_layers, add_adapters, fresh_adapter, is_adapter
 from minidpo.model.reward_model import RewardModel, fresh_score
 from minidpo.model.tensors import equal_tensors, read_tensors, tensor_files, write_tensors
 from minidpo.model.transformer import Transformer
@@ -28,17 +32,36 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prepare: Prepare = lambda model: None,
+    adapter: str | Path | None = None,
 ) -> Transformer:
     """The causal language model of a Hugging Face directory, its weights cast to `dtype` on `device`.
 
-    Raises UserError for a missing file, a model family or field that is not supported, or weights that do not
-    fit the config.
+    adapter: a directory with adapters for it. Raises UserError for a missing file, a model family or field
+    that is not supported, or weights that do not fit the config.
     """
-    return _load(Transformer, Path(directory), dtype, device, prepare)
+    if adapter:
+        prepare = partial(add_adapters, lora=adapter_settings(Path(adapter)))
+    model = _load(Transformer, Path(directory), dtype, device, prepare)
+    if adapter:
+        load_adapter(model, Path(adapter), model_fingerprint(directory))
+    return model
 
 
-def load_reward_model(directory: str | Path, device: torch.device | str = "cpu") -> RewardModel:
-    """A reward model of `save_reward_model`, or transformers' sequence classification with one label."""
+def load_reward_model(
+    directory: str | Path, device: torch.device | str = "cpu", adapter: str | Path | None = None
+) -> RewardModel:
+    """A reward model of `save_reward_model`, or transformers' sequence classification with one label.
+
+    adapter: a directory with adapters for it, and maybe with the head that a language model lacks.
+    """
+    if adapter:
+        add, path = partial(add_adapters, lora=adapter_settings(Path(adapter))), Path(directory)
+        new_score = saves_score(Path(adapter))
+        if not new_score:
+            require_reward_model(path)
+        model = _load(RewardModel, path, torch.float32, device, add, lm_head=False, new_score=new_score)
+        load_adapter(model, Path(adapter), model_fingerprint(path))
+        return model
     require_reward_model(Path(directory))
     # Classification models are saved without the output matrix; only the language-modelling loss needs it.
     lm_head = HEAD in tensor_files(Path(directory))
@@ -76,26 +99,37 @@ def new_reward_model(
     )
 
 
-def save_model(model: Transformer, directory: str | Path, lm_head: bool = True) -> None:
+def save_model(
+    model: Transformer, directory: str | Path, lm_head: bool = True, dtype: torch.dtype | None = None
+) -> None:
     """Write config.json and the weights, which transformers opens unchanged. Weights keep their dtype.
 
+    Adapters are merged into the weights, which are then written in `dtype` (default: that of the adapters).
     All ranks of a run call it: rank 0 writes, the others only hand over their shards.
     """
     reshard(model)  # state_dict() would miss the sharded weights where an evaluation has left them gathered.
-    tensors = model.state_dict()
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
     if not lm_head:
         tensors.pop(HEAD, None)
-    write_tensors(Path(directory), tensors, fused=model.config.fused_projections)
+    layers = adapted_layers(model)
+    if layers and dtype is None:
+        dtype = next(iter(layers.values())).lora_A.dtype
+
+    def merged(name: str, full: Tensor) -> Tensor:
+        layer = layers.get(name.removesuffix(".weight"))
+        return layer.merge(full) if layer else full
+
+    write_tensors(Path(directory), tensors, fused=model.config.fused_projections, dtype=dtype, change=merged)
     if rank() == 0:
-        dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-        fields = format_config(model.config, isinstance(model, RewardModel), dtype)
+        kind = str(dtype or model.model.norm.weight.dtype).removeprefix("torch.")
+        fields = format_config(model.config, isinstance(model, RewardModel), kind)
         with replacing_file(Path(directory, "config.json")) as temporary:
             temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
 
 
-def save_reward_model(model: RewardModel, directory: str | Path) -> None:
+def save_reward_model(model: RewardModel, directory: str | Path, dtype: torch.dtype | None = None) -> None:
     """As `save_model`, but without the output matrix: the form of transformers' sequence classification."""
-    save_model(model, directory, lm_head=False)
+    save_model(model, directory, lm_head=False, dtype=dtype)
 
 
 def model_fingerprint(directory: str | Path) -> str:
@@ -132,6 +166,7 @@ def _load(
     prepare(model)
     expected = model.state_dict()
     score = expected.pop("score.weight") if new_score else None
+    adapters = {name: expected.pop(name) for name in [*filter(is_adapter, expected)]}
     # Of a tied pair, some programs store the other name alone.
     other_name = config.tie_word_embeddings and HEAD in files and EMBEDDING not in files
     if other_name:
@@ -147,5 +182,7 @@ def _load(
         tensors[EMBEDDING] = tensors.pop(HEAD)
     if score is not None:
         tensors["score.weight"] = shard_like(fresh_score(config.hidden_size).to(device), score)
+    for name, like in adapters.items():
+        tensors[name] = shard_like(fresh_adapter(name, like).to(device, like.dtype), like)
     model.load_state_dict(tensors, assign=True)
     return model

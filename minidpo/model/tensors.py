@@ -1,27 +1,26 @@
 """Named tensors on disk: one safetensors file, or several with an index, as Hugging Face writes large models.
 
 Tensors that are sharded over several processes are read whole, one at a time, of which each process keeps its
-part; they are gathered one at a time when they are written.
+part; they are gathered, merged with their adapters and written one at a time.
 
 Phi-3 stores the matrices of queries, keys and values as one tensor, and those of the MLP's gate and up as
 another. Outside this file every matrix has a name of its own, under which its rows alone are read.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from minidpo.distributed import full_tensor, rank, shard_like
 from minidpo.errors import UserError
 from minidpo.files import ADAPTER, replacing_file, require_file
 
-FLOATS = ("F64", "F32", "F16", "BF16")
+NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 MOST_BYTES = 5 * 10**9  # of one file
 # What is stored as one tensor, by rows from the first to the last.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
@@ -96,8 +95,8 @@ def read_tensors(
                     sizes = [len(expected[part]) for part in _parts(whole)]
                     first = sum(sizes[: _parts(whole).index(name)])
                     shape_needed = (sum(sizes), *like.shape[1:])
-                if shape != shape_needed or kind not in FLOATS:
-                    needed = f"{shape_needed}, as config.json says, in {', '.join(FLOATS)}"
+                if shape != shape_needed or kind not in NAMES.values():
+                    needed = f"{shape_needed}, as config.json says, in {', '.join(NAMES.values())}"
                     raise UserError(f"{file}: tensor {whole!r} is {shape} in {kind}; {needed} is needed")
                 values = handle.get_tensor(name) if whole == name else stored[first : first + len(like)]
                 tensor = values.to(device or like.device, like.dtype)
@@ -105,6 +104,12 @@ def read_tensors(
                 if finite and not tensor.isfinite().all():
                     raise UserError(f"{file}: tensor {name!r} holds numbers that are not finite")
                 yield name, shard_like(tensor, like)
+
+
+def read_about(file: Path) -> dict[str, str]:
+    """What the header of a file says besides names and shapes."""
+    with _open(file) as handle:
+        return handle.metadata() or {}
 
 
 def equal_tensors(files: Mapping[str, Path], names: tuple[str, str], dtype: torch.dtype) -> bool:
@@ -117,13 +122,25 @@ def equal_tensors(files: Mapping[str, Path], names: tuple[str, str], dtype: torc
 
 
 def write_tensors(
-    directory: Path, tensors: Mapping[str, Tensor], stem: str = "model", fused: bool = False
+    directory: Path,
+    tensors: Mapping[str, Tensor],
+    stem: str = "model",
+    dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] = lambda name, full: full,
+    about: Mapping[str, str] = {},
+    fused: bool = False,
 ) -> None:
     """Write STEM.safetensors, or several files of about MOST_BYTES and their index.
 
-    All ranks call it with the same names, to gather sharded tensors together; rank 0 writes. fused: whether
-    the parts of FUSED are written as one tensor.
+    All ranks call it with the same names, to gather sharded tensors together; rank 0 writes. dtype: of what
+    is written (default: as it is). change: what becomes of each whole tensor, one at a time. about: what else
+    the header says. fused: whether the parts of FUSED are written as one tensor.
     """
+
+    def whole_tensor(name: str) -> Tensor:
+        parts = [change(part, full_tensor(tensors[part].detach())) for part in stored[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     stored: dict[str, list[str]] = {}  # the name on disk -> the tensors that it consists of, in their order
     for name in tensors:
         whole = ".".join(FUSED_INTO.get(piece, piece) for piece in name.split(".")) if fused else name
@@ -132,25 +149,45 @@ def write_tensors(
     size = 0
     for whole, parts in stored.items():
         files.setdefault(size // MOST_BYTES, []).append(whole)
-        size += sum(tensors[name].nbytes for name in parts)
+        size += sum(tensors[name].numel() * (dtype or tensors[name].dtype).itemsize for name in parts)
     weight_map: dict[str, str] = {}  # tensor name -> file name
     for number, names in enumerate(files.values(), start=1):
         suffix = f"-{number:05}-of-{len(files):05}" if len(files) > 1 else ""
         weight_map |= dict.fromkeys(names, file := f"{stem}{suffix}.safetensors")
-        full = ((whole, [full_tensor(tensors[name].detach()) for name in stored[whole]]) for whole in names)
-        content = {
-            whole: (torch.cat(parts) if len(parts) > 1 else parts[0]).contiguous().cpu()
-            for whole, parts in full
-            if rank() == 0
-        }
-        if rank() == 0:
-            directory.mkdir(parents=True, exist_ok=True)
-            with replacing_file(directory / file) as path:
-                # "format" tells transformers that the tensors are laid out as PyTorch has them.
-                save_file(content, path, metadata={"format": "pt"})
+        full = map(whole_tensor, names)
+        if rank() > 0:
+            for _ in full:  # Other ranks only hand over their shards.
+                pass
+            continue
+        directory.mkdir(parents=True, exist_ok=True)
+        kinds = {}
+        for name in names:
+            first, *others = [tensors[part] for part in stored[name]]
+            rows = [len(first) + sum(map(len, others))] if others else []
+            shape = torch.Size([*rows, *first.shape[len(rows) :]])
+            kinds[name] = (dtype or first.dtype, shape)
+        with replacing_file(directory / file) as path, path.open("wb") as stream:
+            # "format" tells transformers that the tensors are laid out as PyTorch has them.
+            stream.write(_header(kinds, {"format": "pt", **about}))
+            for tensor, (kind, _) in zip(full, kinds.values(), strict=True):
+                stream.write(tensor.to("cpu", kind).contiguous().reshape(-1).view(torch.uint8).numpy().data)
     if rank() == 0 and len(files) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (directory / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _header(kinds: Mapping[str, tuple[torch.dtype, torch.Size]], about: Mapping[str, str]) -> bytes:
+    """What a safetensors file begins with, before the numbers of its tensors in this order. The library's own
+    save_file would need all of them in memory at once."""
+    fields: dict[str, object] = {"__metadata__": about}
+    start = 0
+    for name, (dtype, shape) in kinds.items():
+        end = start + shape.numel() * dtype.itemsize
+        fields[name] = {"dtype": NAMES[dtype], "shape": [*shape], "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(fields).encode()
+    text += b" " * (-len(text) % 8)  # The numbers begin at a multiple of 8.
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager

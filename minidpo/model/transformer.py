@@ -61,7 +61,7 @@ class Transformer(nn.Module):
         positions = torch.arange(tokens.shape[-1], device=tokens.device)
         # Rows padded on the right need no mask: padding comes last, and no token attends to a later one.
         hidden = self.hidden_states(tokens, positions, lambda q, k, v, layer: causal_attention(q, k, v))
-        return F.linear(hidden, self.output_weight)
+        return F.linear(hidden, self.output_weight.to(hidden.dtype))
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Final hidden states, normalised: (..., T, D), or (N, D) of one packed row (N,).

@@ -10,14 +10,9 @@ import argparse
 import json
 import sys
 from dataclasses import Field, replace
-from itertools import chain
 from os import environ
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
 
 from minidpo.config import config_of_run, date_of_model, loss_of_run
 from minidpo.data import (
@@ -33,27 +28,27 @@ from minidpo.data import (
 from minidpo.data.preferences import Unusable, pair_of, shape_of
 from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import PARTS
-from minidpo.data.truncation import describe_pair
 from minidpo.errors import UserError
 from minidpo.files import require_place
-from minidpo.logprobs import sum_by_response
-from minidpo.losses import DPO, LOSSES, PairLogps, PreferenceLoss
-from minidpo.model import load_model, read_config, response_token_logps
-from minidpo.packing import PackedBatch, pack
+from minidpo.losses import DPO, LOSSES, PreferenceLoss
+from minidpo.model import read_config
+from minidpo.model.adapter_files import HELP, with_tokenizer
+from minidpo.packing import pack
 from minidpo.sections import TEMPLATES
 from minidpo.settings import keys_of
-from minidpo.tools.explain_text import NUMBERS, characters, every_loss, render, visible
+from minidpo.tools.explain_text import every_loss, render
+from minidpo.tools.pair_numbers import numbers_of, token_logps, under
 from minidpo.tools.report_page import pair_article, write_page
 from minidpo.tools.sample import unescaped
-from minidpo.training.device import autocast, choose_device
+from minidpo.training.device import choose_device
 from minidpo.training.reference import require_reference
-from minidpo.training.scoring import require_finite
 
 
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m minidpo explain", description=__doc__)
     add = parser.add_argument
     add("--model", metavar="DIR", required=True, help="the policy")
+    add("--adapter", metavar="DIR", help=HELP)
     add("--reference", metavar="DIR", help="default: the policy itself, as when training starts")
     add("--data", metavar="FILE", help="preference file; --index says which record")
     add("--index", type=int, metavar="K", help="the record's place in the file, from 0")
@@ -91,8 +86,8 @@ def main(arguments: list[str]) -> None:
 def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]:
     """All that is printed, unrounded: float32 numbers as the model and the losses gave them."""
     device = choose_device(options.device)
-    tokenizer = Tokenizer.from_pretrained(options.model)
-    template = tokenizer.chat_template(options.template, date_of_model(Path(options.model)))
+    tokenizer = Tokenizer.from_pretrained(with_tokenizer(options.model, options.adapter))
+    template = tokenizer.chat_template(options.template, date_of_model(_trained(options)))
     pair = _read_pair(options, template)
     ids = _token_ids(options, pair, tokenizer)
 
@@ -104,55 +99,19 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
         what = f"{loss.name} compares {loss.responses} responses, and the record has {pairs.responses}"
         raise UserError(f"{what}; give --loss {' or '.join(others)}")
     batch = pack(pairs)
-    (policy,) = (reference,) = token_logps(options.model, [batch], device, options.dtype)  # (S,)
+    of_policy = token_logps(options.model, [batch], device, options.dtype, options.adapter)
+    (policy,) = (reference,) = of_policy  # (S,)
     if options.reference:
         (reference,) = token_logps(options.reference, [batch], device, options.dtype)
     numbers, logps = numbers_of(ids, tokenizer, batch, policy, reference)
 
-    explanation = {name: getattr(options, name) for name in ("model", "reference", "data", "index")}
+    names = ("model", "adapter", "reference", "data", "index")
+    explanation = {name: getattr(options, name) for name in names}
     explanation |= {name: getattr(pair, name) for name in PARTS} | numbers
     losses = [each for each in every_loss() if each.responses <= pairs.responses]
     explanation["loss"] = under(loss, logps)
     explanation["losses"] = [under(each, logps) for each in losses + [loss] * (loss not in losses)]
     return explanation
-
-
-def numbers_of(
-    ids: TokenPair, tokenizer: Tokenizer, batch: PackedBatch, policy: Tensor, reference: Tensor
-) -> tuple[dict[str, Any], PairLogps]:
-    """What the log-probs (S,) of a pair's scored tokens add up to; and the same for a loss (B = 1)."""
-    lengths = batch.lengths[0]  # (K,)
-    sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
-    numbers: dict[str, Any] = {"tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy())}
-    logps: dict[str, Tensor] = {}
-    for k, name in enumerate(PARTS[1 : 1 + len(lengths)]):
-        numbers[f"{name}_logps"] = sums[k].item()
-        numbers[f"reference_{name}_logps"] = reference_sums[k].item()
-        numbers[f"{name}_length"] = lengths[k].item()
-        logps |= {name: sums[k : k + 1], f"ref_{name}": reference_sums[k : k + 1]}
-        logps[f"{name}_length"] = lengths[k : k + 1]
-    return numbers, PairLogps(**logps)
-
-
-def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:
-    """What `loss` makes of one pair (B = 1). Rewards and the loss are the run's own.
-
-    argument: what the loss is a function of. sigmoid: of the argument, if it is the logit of a probability.
-    """
-    # In float64, because a weight of 1e-9 is still a weight.
-    precise = PairLogps(*(v.double() if v is not None and v.is_floating_point() else v for v in pair))
-    values: dict[str, Any] = {"name": loss.name} | {name: getattr(loss, name) for name in keys_of(loss)}
-    values["argument"] = loss.z(precise).item()
-    if loss.z_is_logit:
-        values["sigmoid"] = loss.z(precise).sigmoid().item()
-    if loss.responses == 2:
-        chosen, rejected = loss.rewards(pair)
-        values["chosen_reward"], values["rejected_reward"] = chosen.item(), rejected.item()
-        values["margin"] = (chosen - rejected).item()
-    values["loss"] = loss(pair).item()
-    weights = [weight.item() for weight in loss.gradient_weights(precise)]
-    values["chosen_weight"], values["rejected_weight"] = weights if loss.responses == 2 else (*weights, 0.0)
-    return values
 
 
 def _settings() -> dict[str, Field]:
@@ -166,7 +125,7 @@ def _option(setting: str) -> str:
 
 def _chosen_loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str | None]:
     """The loss that was asked for, and the configuration that its settings begin with, if there is one."""
-    of_run = loss_of_run(Path(options.model))
+    of_run = loss_of_run(_trained(options))
     name = options.loss or (of_run.name if of_run else DPO.name)
     if name not in LOSSES:
         raise UserError(f"--loss {name}: it must be one of {', '.join(LOSSES)}")
@@ -180,7 +139,12 @@ def _chosen_loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str | Non
         loss = replace(begin, **given)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return loss, str(config_of_run(Path(options.model))) if begin is of_run else None
+    return loss, str(config_of_run(_trained(options))) if begin is of_run else None
+
+
+def _trained(options: argparse.Namespace) -> Path:
+    """The directory that the policy's run has left, if a run made it."""
+    return Path(options.adapter or options.model)
 
 
 def _read_pair(options: argparse.Namespace, template: ChatTemplate) -> PreferencePair:
@@ -228,36 +192,3 @@ def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tok
         longest = len(ids.prompt) + max(map(len, ids.responses))
         require_reference(Path(options.reference), tokenizer, longest)
     return ids
-
-
-@torch.no_grad()
-def token_logps(model: str, batches: list[PackedBatch], device: torch.device, dtype: str) -> list[Tensor]:
-    """Of each batch, the log-probs (S,) of its scored tokens under the model of a directory."""
-    loaded = load_model(model, device=device)
-    with autocast(device, dtype):
-        logps = [response_token_logps(loaded, batch.to(device)).float().cpu() for batch in batches]
-    require_finite(torch.cat(logps), model)
-    return logps
-
-
-def _token_table(
-    ids: TokenPair, tokenizer: Tokenizer, policy: np.ndarray, reference: np.ndarray
-) -> list[dict[str, Any]]:
-    """One entry per token, in the order of the packed row. A response's last sums are those of `score`."""
-
-    tokens = list(describe_pair(ids, tokenizer))
-    of_chosen = sum(token["scored"] and token["response"] == "chosen" for token in tokens)
-
-    def sums(logps: np.ndarray) -> np.ndarray:  # in float64, then rounded to float32, as sum_by_response does
-        parts = np.split(logps, [of_chosen])
-        return np.concatenate([part.cumsum(dtype=np.float64) for part in parts]).astype(np.float32)
-
-    policy_sum, reference_sum = sums(policy), sums(reference)
-    columns = (policy, reference, policy - reference, policy_sum, reference_sum, policy_sum - reference_sum)
-    numbers = iter(np.stack(columns, axis=1).tolist())
-    table = []
-    spelled = chain.from_iterable(characters(tokenizer, getattr(ids, part) or []) for part in PARTS)
-    for token in tokens:
-        token["text"], token["characters"] = visible(tokenizer, token["id"]), next(spelled)
-        table.append(token | (dict(zip(NUMBERS, next(numbers), strict=True)) if token["scored"] else {}))
-    return table

@@ -61,7 +61,7 @@ def _heading(e: dict[str, Any], colour: bool) -> Iterator[str]:
     )
     if others := sum(token["role"] == "other" for token in e["tokens"]):
         lengths += f" ({others} by others, not scored)"
-    yield f"policy     {e['model']}"
+    yield f"policy     {e['model']}" + (f" with {e['adapter']}" if e["adapter"] else "")
     yield f"reference  {e['reference'] or itself}"
     if e["settings_from"]:
         yield f"loss       as {e['settings_from']} says; --loss, --beta, ... change it"

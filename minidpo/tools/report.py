@@ -95,7 +95,7 @@ def in_words(run: Finished) -> Iterator[object]:
     if not run.model or run.model.name != "final":
         yield "It is not finished: there is no final/. "
 
-    advice = Advice(loss, parameters, optim.lr, (warnings := list[str]()).append)
+    advice = Advice(loss, parameters, optim.lr, run.config.lora.rank > 0, (warnings := list[str]()).append)
     evaluations = []
     for line in run.lines:
         if held_out := {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}:

@@ -15,7 +15,7 @@ from minidpo.losses import PairLogps
 from minidpo.model import load_model, load_reward_model
 from minidpo.packing import pack
 from minidpo.sections import DPOConfig, RewardConfig
-from minidpo.tools.explain import numbers_of, token_logps, under
+from minidpo.tools.pair_numbers import numbers_of, token_logps, under
 from minidpo.tools.plot import Run
 from minidpo.tools.report_charts import Marks, chart
 from minidpo.tools.report_page import Markup, article, full_colour, pair_article, tag, text

@@ -15,6 +15,7 @@ from minidpo.errors import UserError
 from minidpo.files import require_file, require_place
 from minidpo.log import Progress, print0
 from minidpo.model import Sampling, generate, load_model
+from minidpo.model.adapter_files import HELP, with_tokenizer
 from minidpo.sections import TEMPLATES
 from minidpo.tools.best_of_n import Sample, show_all, show_best, write_pairs, write_samples
 from minidpo.training.device import choose_device
@@ -23,14 +24,15 @@ from minidpo.training.reward_scorer import RewardScorer, text_after
 
 def main(arguments: list[str]) -> None:
     options = _options(arguments)
-    tokenizer, device = Tokenizer.from_pretrained(options.model), choose_device(options.device)
+    files, device = with_tokenizer(options.model, options.adapter), choose_device(options.device)
+    tokenizer = Tokenizer.from_pretrained(files)
     as_hh = options.human is not None and tokenizer.chat_template().form is None
     kind = options.template or ("hh" if as_hh else "model")
-    template = tokenizer.chat_template(kind, date_of_model(Path(options.model)))
+    template = tokenizer.chat_template(kind, date_of_model(Path(options.adapter or options.model)))
     prompts = _prompts(options, template)
     if options.template == "chatml" and all(prompt.tail is None for prompt in prompts):
         raise UserError("--template = chatml is for messages, and the prompts are text; leave it out")
-    model = load_model(options.model, device=device)
+    model = load_model(options.model, device=device, adapter=options.adapter)
     require_fit("model", model.config, tokenizer, 1)
     scorer = RewardScorer(options.reward_model, device) if options.reward_model else None
     if scorer:
@@ -67,6 +69,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m minidpo sample", description=__doc__)
     prompt, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     add("--model", metavar="DIR", required=True, help="Hugging Face model directory")
+    add("--adapter", metavar="DIR", help=HELP)
     prompt.add_argument("--prompt", help="text to continue, exactly as given (\\n is read as a line break)")
     about = "a question, put by the model's chat template, else as \\n\\nHuman: TEXT\\n\\nAssistant:"
     prompt.add_argument("--human", metavar="TEXT", help=about)

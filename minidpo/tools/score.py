@@ -36,6 +36,7 @@ from minidpo.files import require_place, write_json_lines
 from minidpo.log import print0
 from minidpo.losses import DPO, PairLogps, PreferenceLoss
 from minidpo.model import RewardModel, Transformer, load_model, load_reward_model
+from minidpo.model.adapter_files import HELP, with_tokenizer
 from minidpo.sections import TEMPLATES
 from minidpo.settings import keys_of
 from minidpo.tools.explain_text import settings
@@ -54,15 +55,17 @@ def main(arguments: list[str]) -> None:
     loss, origin = _loss(options)
     device = choose_device(options.device)
     directory, data = Path(options.reward_model or options.model), Path(options.data)
-    model = (load_reward_model if options.reward_model else load_model)(directory, device=device)
+    load = load_reward_model if options.reward_model else load_model
+    model = load(directory, device=device, adapter=options.adapter)
     limit = model.config.max_length if options.max_length is None else options.max_length
     if limit < 2:
         raise UserError(f"--max-length {limit}; it must be at least 2")
-    tokenizer = Tokenizer.from_pretrained(directory, rewards=bool(options.reward_model))
+    files = with_tokenizer(directory, options.adapter)
+    tokenizer = Tokenizer.from_pretrained(files, rewards=bool(options.reward_model))
     require_fit("model", model.config, tokenizer, limit)
     if options.reference:
         require_reference(Path(options.reference), tokenizer, limit)
-    template = tokenizer.chat_template(options.template, date_of_model(directory))
+    template = tokenizer.chat_template(options.template, date_of_model(Path(options.adapter or directory)))
     pairs = _read_whole(data, tokenizer, limit, template)
     require_messages("--template", template, pairs, tokenizer)
     if options.reward_model and pairs.on_messages:
@@ -108,6 +111,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     which, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     which.add_argument("--model", metavar="DIR", help="a language model: log-probs of both responses")
     which.add_argument("--reward-model", metavar="DIR", help="a reward model: rewards of both responses")
+    add("--adapter", metavar="DIR", help=HELP)
     add("--reference", metavar="DIR", help="with --model: this model's log-probs too")
     add("--data", metavar="FILE", required=True, help="preference file")
     add("--out", metavar="FILE", required=True, help="for the scores, one JSON line per pair")
@@ -129,8 +133,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str]:
     """The loss whose rewards make the margins, and where its settings are from: the run that made --model,
     if its loss compares two responses; else DPO's defaults. --beta takes the place of its beta."""
-    loss: Any = loss_of_run(Path(options.model)) if options.model else None
-    origin = f"as {config_of_run(Path(options.model))} says" if loss else "the defaults"
+    trained = Path(options.adapter or options.model) if options.model else None
+    loss: Any = loss_of_run(trained) if trained else None
+    origin = f"as {config_of_run(trained)} says" if trained and loss else "the defaults"
     if not loss or loss.responses < 2:
         loss, origin = DPO(), "the defaults"
     if options.beta is None:

@@ -21,6 +21,7 @@ APART = 30.0  # nats of KL of one short response, which as a rule is then no lan
 MOST_KL = 10.0  # nats per response; beyond it, samples are seldom what the preferences were about
 FALLEN = 10.0  # nats per chosen response
 LARGE_MARGIN = 10.0  # in units of reward: a pair's gradient is then 9e-5 of what it is at 0
+OF_ADAPTERS = 10  # their best rates over those of full training (Schulman et al. 2025, "LoRA Without Regret")
 FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 
 
@@ -35,6 +36,7 @@ class Advice:
         loss: PreferenceLoss | BradleyTerry,
         parameters: int,
         lr: float,
+        adapters: bool = False,
         tell: Callable[[str], None] = print0,
     ) -> None:
         self._tell = tell
@@ -42,10 +44,11 @@ class Advice:
         self._first: dict[str, float] = {}
         self._overfitted_steps = 0
         self._lengths: list[float] = []
-        low, high = loss.usual_lr
+        low, high = (rate * (OF_ADAPTERS if adapters else 1) for rate in loss.usual_lr)
         far = not low / 10 <= lr <= high * 10
         effect = "no change" if lr < low else "a model that falls apart"
-        published = f"far from what is published for {loss.name}, {low:g} to {high:g}"
+        kind = f"{loss.name} with adapters" if adapters else loss.name
+        published = f"far from what is published for {kind}, {low:g} to {high:g}"
         has = keys_of(loss)
         # A beta pulls towards the reference where there is one, and elsewhere scales the reward.
         self._beta = ["a higher loss.beta"] * ("beta" in has and loss.needs_reference)

@@ -1,4 +1,5 @@
 """Training state on disk: OUT/checkpoints/step-N/, a model directory, optimizer.safetensors and state.json.
+With adapters it is the directory of an adapter, whose frozen base is known by its fingerprint.
 
 A checkpoint is renamed into place when it is complete, so a killed save leaves the one before. Nothing is
 pickled. There is no random state to keep: the data order is a function of (seed, step) and no layer draws
@@ -7,13 +8,16 @@ random numbers.
 
 import json
 import re
+import shutil
 from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import AdamW
 
 from minidpo.data.tokenizer_files import (
@@ -30,7 +34,9 @@ from minidpo.errors import UserError, one_line
 from minidpo.files import read_object, remove_directory, replacing_directory, writing
 from minidpo.log import print0
 from minidpo.model import RewardModel, Transformer, save_model, save_reward_model
+from minidpo.model.adapter_files import STEM, adapter_tensors, save_adapter
 from minidpo.model.tensors import read_tensors, write_tensors
+from minidpo.sections import LoRASection
 from minidpo.training.optim import load_optimizer_tensors, optimizer_tensors
 from minidpo.training.special_tokens import align_special_tokens, edit_field
 
@@ -52,6 +58,8 @@ def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[s
     free = {"epochs", "max_steps", "micro_tokens"}
     settings = {f"loss.{k}": v for k, v in config["loss"].items()}
     settings |= {f"optim.{k}": v for k, v in config["optim"].items() if k not in free}
+    if config["lora"]["rank"]:
+        settings |= {f"lora.{k}": v for k, v in config["lora"].items() if k != "final_dtype"}
     return settings | {f"run.{k}": config["run"][k] for k in ("seed", "dtype")} | fingerprints
 
 
@@ -86,11 +94,14 @@ class Checkpoints:
     files: dict[str, bytes]  # the `tokenizer_files` of the model that the run started from
     template: str | None  # the chat template, where it is not among `files`
     on_messages: bool = True  # whether a chat template wrote any of the pairs to train on
+    lora: LoRASection = field(default_factory=LoRASection)
+    base: str = ""  # the directory of the weights that adapters leave frozen
 
     def save(self, step: int, model: Transformer, optimizer: AdamW) -> Path:
         """Write OUT/checkpoints/step-N, then delete the oldest ones."""
         path = self.out / "checkpoints" / f"step-{step}"
-        with self._model_directory(path, save_model, model) as directory:
+        save = self._save_adapter if self.lora.rank else save_model
+        with self._model_directory(path, save, model) as directory:
             write_tensors(directory, optimizer_tensors(model, optimizer), "optimizer")
             if rank() == 0:
                 state = {"step": step, "identity": self.identity}
@@ -100,10 +111,18 @@ class Checkpoints:
         return path
 
     def save_final(self, model: Transformer) -> Path:
-        """Write OUT/final, which transformers or the next script opens."""
-        save = save_reward_model if isinstance(model, RewardModel) else save_model
-        with self._model_directory(self.out / "final", save, model):
-            return self.out / "final"
+        """Write OUT/final, which transformers or the next script opens; adapters are merged, and in adapter/
+        too."""
+        save: Callable[..., None] = save_reward_model if isinstance(model, RewardModel) else save_model
+        if self.lora.rank and self.lora.final_dtype == "bf16":
+            save = partial(save, dtype=torch.bfloat16)
+        with self._model_directory(self.out / "final", save, model) as directory:
+            if self.lora.rank:
+                self._save_adapter(model, directory / "adapter")
+                for name in (*self.files, CHAT_TEMPLATE) if rank() == 0 else ():
+                    if (directory / name).is_file() and "/" not in name:
+                        shutil.copy(directory / name, directory / "adapter" / name)
+        return self.out / "final"
 
     def resume(self, model: Transformer, optimizer: AdamW) -> int:
         """Load the newest complete checkpoint into model and optimizer; returns its step, 0 without one.
@@ -149,7 +168,9 @@ class Checkpoints:
         # In place, because a second copy may not fit in memory. If the files turn out to be torn, the
         # checkpoint before overwrites all that was read, or the run ends.
         moments = optimizer_tensors(model, optimizer)
-        for stem, tensors in (("model", model.state_dict()), ("optimizer", moments)):
+        weights = adapter_tensors(model) if self.lora.rank else model.state_dict()
+        of_model = STEM if self.lora.rank else "model"
+        for stem, tensors in ((of_model, weights), ("optimizer", moments)):
             # Numbers that are not finite would stop the run in training, too.
             for name, value in read_tensors(path, tensors, stem=stem, finite=True):
                 tensors[name].copy_(value)
@@ -174,9 +195,12 @@ class Checkpoints:
                 edit_field(directory / CONFIG, "chat_template", None)  # Some programs look there first.
             if isinstance(model, RewardModel) and not self.on_messages:
                 edit_field(directory / "config.json", "reward_read_at", "EOS of text")
-            if "tokenizer.json" in self.files:
+            if "tokenizer.json" in self.files and (directory / "config.json").is_file():
                 align_special_tokens(directory, rewards=isinstance(model, RewardModel))
             yield directory
+
+    def _save_adapter(self, model: Transformer, directory: Path) -> None:
+        save_adapter(model, directory, self.lora, self.base, self.identity["model"])
 
     def _saved(self, last: float = float("inf")) -> list[Path]:
         """The checkpoints up to step `last`, oldest first; complete, unless more than a kill spoilt them."""

@@ -35,8 +35,10 @@ from minidpo.files import replacing_file, writing
 from minidpo.log import Progress
 from minidpo.logprobs import at_least_float32, sum_by_response, tokens_per_chunk
 from minidpo.model import Sampling, Transformer, generate, hidden_states
+from minidpo.model.lora import adapters_off, add_adapters
 from minidpo.packing import PackedBatch
-from minidpo.training.reference import load_reference
+from minidpo.sections import LoRASection
+from minidpo.training.reference import reference_or_policy
 from minidpo.training.reward_scorer import RewardScorer, mean_and_error, text_after
 from minidpo.training.run import Run
 from minidpo.training.scoring import MICRO_TOKENS, values_of_every_prompt
@@ -70,7 +72,7 @@ class SampledEvaluation:
     def __init__(
         self, config: DPOConfig, run: Run, held_out: PairTokens, tokenizer: Tokenizer, policy: Transformer
     ) -> None:
-        self._run, self._tokenizer, self._reference_path = run, tokenizer, config.reference_path
+        self._run, self._tokenizer, self._config = run, tokenizer, config
         self._sampling = Sampling(config.eval.max_new_tokens)
         self._scorer = (
             RewardScorer(config.eval.reward_model, run.device) if config.eval.reward_model else None
@@ -91,14 +93,16 @@ class SampledEvaluation:
 
     def __call__(self, policy: Transformer, step: int) -> dict[str, float]:
         """Figures of this step, under names without "eval/"; the samples go to OUT/samples/step-N.jsonl."""
-        # The reference is read anew each time, so that between evaluations the policy has its memory.
+        # The reference is read anew each time, so that between evaluations the policy has its memory. With
+        # adapters it is the policy, with its adapters off.
         device, seed = self._run.device, self._run.seed
-        reference = load_reference(self._reference_path, device, "fp32")
+        policy = _in_float32(policy, device, self._run.dtype, self._config.lora)
+        reference = reference_or_policy(self._config, policy, device, "fp32")
         if self._of_reference is None:
             # With the policy's seed, both would say the same as long as they are much alike, and mostly tie.
-            self._of_reference = self._sample(reference, "sampling, reference", seed + ranks())
+            with adapters_off(reference):
+                self._of_reference = self._sample(reference, "sampling, reference", seed + ranks())
         base = self._of_reference
-        policy = _in_float32(policy, device, self._run.dtype)
         samples = self._sample(policy, "sampling", seed)
         divergence = divergences(policy, reference, self._prompts, samples.ids, device, "fp32")
         del policy, reference
@@ -174,13 +178,14 @@ class SampledEvaluation:
             )
 
 
-def _in_float32(policy: Transformer, device: torch.device, dtype: str) -> Transformer:
+def _in_float32(policy: Transformer, device: torch.device, dtype: str, lora: LoRASection) -> Transformer:
     """The same weights in a model whose layers are gathered in float32, where `shard` has them in bf16."""
     if ranks() == 1 or dtype == "fp32":
         return policy
     reshard(policy)
     with torch.device("meta"):
         view = Transformer(policy.config)
+    add_adapters(view, lora)
     shard(view, device, "fp32")
     view.load_state_dict(policy.state_dict(), assign=True)
     return view
@@ -204,14 +209,19 @@ def divergences(
 def divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) -> Tensor:
     """Both estimates for the one response of each prompt of a packed row: (P, 2)."""
     # The hidden states before every scored token, (S, D) each
-    ours, theirs = (hidden_states(model, batch)[batch.predictor] for model in (policy, reference))
+    ours = hidden_states(policy, batch)[batch.predictor]
+    with adapters_off(reference):  # It may be the policy itself.
+        theirs = hidden_states(reference, batch)[batch.predictor]
     ratios, kls = [], []
     chunk = tokens_per_chunk(policy.config.vocab_size, torch.float32)
     for h, h_reference, target in zip(
         ours.split(chunk), theirs.split(chunk), batch.targets.split(chunk), strict=True
     ):
-        logps = at_least_float32(F.linear(h, policy.output_weight)).log_softmax(-1)  # (chunk, V)
-        logratios = logps - at_least_float32(F.linear(h_reference, reference.output_weight)).log_softmax(-1)
+        logps, reference_logps = (
+            at_least_float32(F.linear(h, model.output_weight.to(h.dtype))).log_softmax(-1)  # (chunk, V)
+            for h, model in ((h, policy), (h_reference, reference))
+        )
+        logratios = logps - reference_logps
         ratios.append(logratios.gather(-1, target[:, None]).squeeze(-1))
         kls.append((logps.exp() * logratios).sum(-1))
     each = (torch.cat(ratios).double(), torch.cat(kls).double())

@@ -5,13 +5,14 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minidpo.model.lora import trained_parameters
 from minidpo.sections import OptimSection
 
 _STATE = ("exp_avg", "exp_avg_sq", "step")  # m, v and t in the equations below
 
 
 def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
-    """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019), of all parameters.
+    """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019), of what is trained.
 
         m <- beta1 m + (1 - beta1) g
         v <- beta2 v + (1 - beta2) g^2
@@ -19,10 +20,12 @@ def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
 
     g: the gradient of a parameter w; t: the number of the step, from 1.
     """
-    # Matrices only: the weights of norms are scales around 1, and would be drawn to 0.
+    # Matrices only: the weights of norms are scales around 1, and would be drawn to 0. Adapters are matrices:
+    # their decay draws W + B A to the frozen W, not to 0.
+    trained = trained_parameters(model).values()
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     # Fused: one kernel per step instead of several per parameter, on CPU as on CUDA.
     return torch.optim.AdamW(groups, optim.lr, (optim.beta1, optim.beta2), optim.eps, fused=True)
@@ -41,12 +44,12 @@ def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The state of the optimizer: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every parameter NAME.
+    """The state of the optimizer: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every NAME that is trained.
 
     A parameter that has not taken a step yet has fresh zeros, so that the names are always the same.
     """
     tensors: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         moments = {
             "exp_avg": parameter,
             "exp_avg_sq": parameter,
@@ -61,5 +64,5 @@ def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]
 ) -> None:
     """Make `tensors`, named as by `optimizer_tensors`, the state that the next step goes on from."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained_parameters(model).items():
         optimizer.state[parameter] = {key: tensors[f"{name}/{key}"] for key in _STATE}

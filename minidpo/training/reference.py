@@ -20,6 +20,7 @@ from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint, read_arrays, replacing_file, write_arrays, writing
 from minidpo.log import print0
 from minidpo.model import Transformer, load_model, read_config
+from minidpo.model.lora import adapters_off
 from minidpo.training.run import Run
 from minidpo.training.scoring import all_logps, require_finite
 
@@ -44,31 +45,52 @@ def load_reference(directory: str | Path, device: torch.device, dtype: str) -> T
     return load_model(directory, device=device, prepare=prepare).requires_grad_(False)
 
 
+def reference_or_policy(
+    config: DPOConfig, policy: Transformer | None, device: torch.device, dtype: str
+) -> Transformer:
+    """The reference. Where it is the frozen base of a policy with adapters, it is the policy: whoever uses it
+    turns its adapters off, and no second model is in memory."""
+    if policy is not None and config.base_is_reference:
+        return policy
+    return load_reference(config.reference_path, device, dtype)
+
+
 def with_reference_logps(
-    config: DPOConfig, run: Run, train: PairTokens, drawn: np.ndarray, held_out: PairTokens
+    config: DPOConfig,
+    run: Run,
+    train: PairTokens,
+    drawn: np.ndarray,
+    held_out: PairTokens,
+    policy: Transformer | None = None,
 ) -> tuple[PairTokens, PairTokens]:
     """Both sets with the reference's log-probs as their column `ref_logps` (n, K), kept in
     OUT/reference.safetensors.
 
-    drawn: the rows of `train` that the run draws; the others, which no step reads, are NaN.
+    drawn: the rows of `train` that the run draws; the others, which no step reads, are NaN. policy: it gives
+    the numbers, with its adapters off, where the reference is what they were added to.
     """
     file = run.out / "reference.safetensors"
+    precision = run.dtype
+    if policy is not None and config.base_is_reference:
+        precision += f" over {config.lora.base_dtype}"
     sets: Sets = {"train": (train, drawn), "held_out": (held_out, np.arange(len(held_out)))}
     names = {
-        name: fingerprint(run.fingerprints["reference"], run.dtype, pairs.fingerprint())
+        name: fingerprint(run.fingerprints["reference"], precision, pairs.fingerprint())
         for name, (pairs, _) in sets.items()
     }
     logps = broadcast(_read(file, names, sets) if rank() == 0 else {})
     missing = [name for name in sets if name not in logps]
     if missing:
-        reference = load_reference(config.reference_path, run.device, run.dtype)
+        reference = reference_or_policy(config, policy, run.device, run.dtype)
         for name in missing:
             pairs, rows = sets[name]
             logps[name] = np.full((len(pairs), pairs.responses), np.nan, dtype=np.float32)
             micro_tokens, label = config.optim.micro_tokens, f"reference log-probs, {name}"
             if len(rows):
                 selected = pairs.select(rows)
-                logps[name][rows] = all_logps(reference, selected, micro_tokens, run.device, run.dtype, label)
+                with adapters_off(reference):
+                    of_rows = all_logps(reference, selected, micro_tokens, run.device, run.dtype, label)
+                logps[name][rows] = of_rows
                 require_finite(logps[name][rows], config.reference_path)
         del reference
         gc.collect()  # Sharded modules refer to one another, so their memory would stay taken.

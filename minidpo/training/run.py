@@ -1,8 +1,8 @@
 """What happens to a run, as opposed to a model: its processes, directory, checkpoints, log lines and stop
 signals.
 
-`Run` never calls the model, the loss or the optimizer, and has no hooks: the training loop is in the two
-scripts.
+`Run` never calls the model, the loss or the optimizer while it trains, and has no hooks: the training loop is
+in the two scripts.
 """
 
 import math
@@ -22,7 +22,9 @@ from minidpo.distributed import any_rank, leave, rank, ranks, shard
 from minidpo.errors import STOPPED, RunStopped, silence_closed_pipes
 from minidpo.log import MetricsFile, Progress, console_line, print0
 from minidpo.model import Transformer, model_fingerprint, read_config
+from minidpo.model.lora import add_adapters, trained_parameters
 from minidpo.sections import naming_key
+from minidpo.training.adapters import settle_lora, tell_rounding
 from minidpo.training.advice import Advice, tell_new_schedule
 from minidpo.training.checkpoint import Checkpoints, run_identity, tokenizer_files
 from minidpo.training.device import choose_device, describe, slowdown_of_threads
@@ -42,7 +44,8 @@ class Run:
         self.out, self.seed, self.dtype = Path(settings.out), settings.seed, settings.dtype
         require_parts(self.out)
         self.device = choose_device(settings.device, settings.threads)
-        torch.manual_seed(self.seed)  # for a new reward head
+        settle_lora(config, self.device)
+        torch.manual_seed(self.seed)  # for a new reward head and new adapters
         self._stop_requested = False
         self._last_save = (-1, self.out)  # step and directory of the newest checkpoint of this process
         self._tokens, self._seconds = 0, 0.0  # of the steps since the last line of the log
@@ -51,9 +54,10 @@ class Run:
     # --- where it computes --------------------------------------------------------------------------------
 
     def prepare(self, model: Transformer) -> None:
-        """Split a model over torchrun's processes if there are several, and say what of it is compiled or
-        computed again in backward. The model has no weights yet, so that no process ever holds all of a large
-        one."""
+        """Add adapters if there are any, split the model over torchrun's processes if there are several, and
+        say what of it is compiled or computed again in backward. The model has no weights yet, so that no
+        process ever holds all of a large one."""
+        add_adapters(model, self.config.lora)
         shard(model, self.device, self.dtype)
         model.activation_checkpointing = self.settings.activation_checkpointing
         if self.settings.compile:
@@ -99,7 +103,8 @@ class Run:
         identity = run_identity(to_dict(config), self.fingerprints)
         template = tokenizer.chat_template(config.data.template).to_keep
         keep, files = self.settings.keep_checkpoints, self._tokenizer_files
-        self._checkpoints = Checkpoints(self.out, identity, keep, files, template, train.on_messages)
+        lora = config.lora, config.model.path
+        self._checkpoints = Checkpoints(self.out, identity, keep, files, template, train.on_messages, *lora)
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
         tell_new_schedule(config, step, steps, len(train))
@@ -107,7 +112,8 @@ class Run:
         self.first_step = step
         self._metrics = MetricsFile(self.out / "metrics.jsonl", step, self.settings.tensorboard)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._advice = Advice(config.loss, self.parameters, optim.lr)
+        self.trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        self._advice = Advice(config.loss, self.parameters, optim.lr, adapters=config.lora.rank > 0)
         if optim.warmup_steps > steps:
             print0(
                 f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}:"
@@ -130,9 +136,11 @@ class Run:
 
     def announce(self, train: PairTokens, held_out: PairTokens) -> None:
         """The line with which training begins."""
+        self._some_pairs = held_out if len(held_out) else train
         batch, where = self.config.optim.batch_size, describe(self.device, self.settings)
+        trained = f"{self.trained:,} trained of " if self.trained < self.parameters else ""
         print0(
-            f"{self.config.loss.name}: {self.parameters:,} parameters, {len(train)} pairs to train on,"
+            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} pairs to train on,"
             f" {len(held_out)} held out, {self.steps} steps of {batch} pairs on {where}"
         )
         if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
@@ -156,6 +164,7 @@ class Run:
             leave(STOPPED)
         # Written again even if it was there: somebody may have moved it away since.
         final = self._checkpoints.save_final(model)
+        tell_rounding(self.config, model, self._some_pairs, self.device)
         nothing_left = f"nothing left to do: step {step} of {self.steps} is done, {final}"
         print0(nothing_left if step == self.first_step else f"done: {final}")
         if self.stop_requested():  # Nothing is lost, but whoever pressed Ctrl-C wants nothing more to run.

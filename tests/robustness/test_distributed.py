@@ -77,12 +77,15 @@ def require_same_run(one: Path, other: Path) -> None:
         (train_dpo, 2, "--run.eval_every=10"),
         (train_dpo, 4, "--run.activation_checkpointing=true"),
         (train_rm, 3, "--run.eval_every=10"),
+        (train_dpo, 2, "--lora.rank=3 --run.save_every=10"),
+        (train_rm, 3, "--lora.rank=2 --run.activation_checkpointing=true"),
     ],
 )
 def test_same_run(settings, tmp_path, script, processes, keys):
     """Several processes train what one does."""
-    script.main([*settings, keys, f"--run.out={tmp_path / 'one'}"])
-    output(processes, f"{script.__name__}.py", *settings, keys, f"--run.out={tmp_path / 'several'}")
+    settings += keys.split()
+    script.main([*settings, f"--run.out={tmp_path / 'one'}"])
+    output(processes, f"{script.__name__}.py", *settings, f"--run.out={tmp_path / 'several'}")
     require_same_run(tmp_path / "several", tmp_path / "one")
 
 
@@ -99,11 +102,13 @@ def test_families(settings, world, tmp_path, family):
 
 
 @pytest.mark.slow
-def test_bf16(settings, tmp_path):
+@pytest.mark.parametrize("keys", ["", "--lora.rank=3 --lora.base_dtype=bf16 --lora.final_dtype=bf16"])
+def test_bf16(settings, tmp_path, keys):
     """Sharded weights are rounded when they are gathered, the embedding too: losses differ by what bf16
     rounds."""
-    train_rm.main([*settings, "--run.dtype=bf16", f"--run.out={tmp_path / 'one'}"])
-    output(2, "train_rm.py", *settings, "--run.dtype=bf16", f"--run.out={tmp_path / 'two'}")
+    settings += ["--run.dtype=bf16", *keys.split()]
+    train_rm.main([*settings, f"--run.out={tmp_path / 'one'}"])
+    output(2, "train_rm.py", *settings, f"--run.out={tmp_path / 'two'}")
     one, two = ([line["loss"] for line in metrics(tmp_path / n) if "loss" in line] for n in ("one", "two"))
     assert len(one) == 20 and two == pytest.approx(one, rel=0.01)
 
@@ -130,11 +135,13 @@ def test_killed_process(settings, tmp_path):
 
 
 @pytest.mark.slow
-def test_sampling(settings, tmp_path):
+@pytest.mark.parametrize(
+    "keys", ["", "--lora.rank=4 --run.dtype=bf16 --lora.base_dtype=bf16 --optim.lr=1e-2"]
+)
+def test_sampling(settings, tmp_path, keys):
     """Processes that share out the prompts say what all have sampled."""
-    output(
-        2, "train_dpo.py", *settings, "--optim.max_steps=2", "--eval.samples=5", "--eval.max_new_tokens=12"
-    )
+    settings += ["--optim.max_steps=2", "--eval.samples=5", "--eval.max_new_tokens=12", *keys.split()]
+    output(2, "train_dpo.py", *settings)
     first, *_, last = (line for line in metrics(tmp_path / "out") if "eval/kl" in line)
     lines = [json.loads(line) for line in (tmp_path / "out/samples/step-2.jsonl").read_text().splitlines()]
     assert len(lines) == 5 and len({line["prompt"] for line in lines}) == 5

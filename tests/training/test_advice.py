@@ -96,6 +96,13 @@ def test_rate(loss, lr, size, warned, warnings):
     assert [f"optim.lr = {lr:g}" in line for line in lines] == [True] * warned
 
 
+@pytest.mark.parametrize(("lr", "warned"), [(1e-5, False), (5e-5, False), (2e-3, True), (1e-8, True)])
+def test_rate_of_adapters(capsys, lr, warned):
+    """Adapters take ten times the rates of full training."""
+    Advice(DPO(), LARGE, lr, adapters=True)
+    assert ("published for dpo with adapters, 5e-06 to 0.0001" in capsys.readouterr().out) == warned
+
+
 @pytest.mark.parametrize(
     ("schedule", "steps", "says"),
     [("linear", 8, "lr is 0.0005 at the next step, where 0 was"), ("linear", 4, ""), ("constant", 8, "")],

@@ -1,0 +1,81 @@
+"""What a run with adapters does besides: it settles their precision, and tells what final/ in bf16 costs."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minidpo.config import DPOConfig, RewardConfig
+from minidpo.data import PairTokens
+from minidpo.distributed import reshard
+from minidpo.errors import UserError
+from minidpo.files import read_object
+from minidpo.log import print0
+from minidpo.model import RewardModel, Transformer
+from minidpo.model.lora import adapted_layers, adapters_off
+from minidpo.sections import LoRASection
+from minidpo.settings import keys_of
+from minidpo.training.scoring import all_logps, all_rewards
+
+FEW = 16  # pairs on which the cost of rounding is measured
+
+
+def settle_lora(config: DPOConfig | RewardConfig, device: torch.device) -> None:
+    """Decide what lora.base_dtype = "auto" means on `device`, and say what is not read or is rounded.
+
+    Raises UserError for frozen weights in bf16 where products are in float32: each product would make a
+    float32 copy of its weights and keep it for the backward pass.
+    """
+    lora, dtype = config.lora, config.run.dtype
+    if not lora.rank:
+        given = [name for name in keys_of(lora) if getattr(lora, name) != getattr(LoRASection(), name)]
+        if given:
+            print0(f"lora.rank is 0, so all weights are trained: {', '.join(given)} of [lora] is not read")
+    elif lora.base_dtype == "bf16" and dtype == "fp32":
+        name = config.named("lora.base_dtype")
+        raise UserError(f'{name} = "bf16" needs run.dtype = "bf16"; with run.dtype = "fp32" give "fp32"')
+    elif lora.base_dtype == "auto":
+        half = dtype == "bf16" and device.type == "cuda"
+        config.lora = replace(lora, base_dtype="bf16" if half else "fp32")
+    fields = read_object(Path(config.model.path, "config.json"))
+    of_file = fields.get("dtype") or fields.get("torch_dtype")
+    if lora.rank and config.lora.base_dtype == "bf16" and of_file == "float32":
+        what = f"the float32 weights of {config.model.path} are held in bf16, and are rounded in final/ too"
+        print0(f"lora.base_dtype: {what}; fp32 keeps them as they are, in twice the memory")
+
+
+@torch.no_grad()
+def tell_rounding(
+    config: DPOConfig | RewardConfig, model: Transformer, pairs: PairTokens, device: torch.device
+) -> None:
+    """If final/ was merged in bf16, say how far it is from the adapters, on the first few `pairs`.
+
+    It merges and rounds in place, because two models may not fit in memory: nothing is left of the adapters.
+    """
+    if not config.lora.rank or config.lora.final_dtype != "bf16":
+        return
+    few, micro_tokens = pairs.select(np.arange(min(FEW, len(pairs)))), config.optim.micro_tokens
+
+    def values() -> np.ndarray:
+        if isinstance(model, RewardModel):
+            return all_rewards(model, few, micro_tokens, device, "fp32")
+        return all_logps(model, few, micro_tokens, device, "fp32")
+
+    before = values()
+    reshard(model)  # What is gathered now is a copy.
+    for layer in adapted_layers(model).values():
+        layer.weight.copy_((layer.weight + layer.scale * (layer.lora_B @ layer.lora_A)).bfloat16())
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+    with adapters_off(model):
+        change = np.abs(values() - before)
+    where = f"on {len(few)} pairs, and nothing with lora.final_dtype = fp32"
+    if isinstance(model, RewardModel):
+        return print0(f"final/ in bf16 changes a reward by {change.mean():.2g} on average, {where}")
+    # Of models that are much alike, KL is half the mean square of the difference of log-probs.
+    kl = (change**2).mean() / 2
+    print0(
+        f"final/ in bf16 changes log pi(response) by {change.mean():.2g} nats on average, a KL of about"
+        f" {kl:.2g} nats, {where}"
+    )

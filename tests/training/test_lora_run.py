@@ -1,0 +1,223 @@
+"""Runs with adapters: what is trained and kept, what the reference is, and what the other commands make of it."""
+
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from minidpo.errors import UserError
+from minidpo.model import load_model
+from minidpo.model.lora import fresh_adapter
+from minidpo.tools.explain import main as explain
+from minidpo.tools.sample import main as sample
+from minidpo.tools.score import main as score
+from minidpo.training import reference
+from padded import saved_weights
+from record_files import read
+from runs import final, run_dpo, run_rm, steps
+
+LORA = ["--lora.rank=4", "--optim.lr=1e-2"]
+BF16 = ["--run.dtype=bf16", "--lora.base_dtype=bf16"]
+SAMPLES = ["--eval.samples=3", "--eval.max_new_tokens=6"]
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("precision", [[], BF16], ids=["fp32", "bf16"])
+def test_start(config, precision):
+    """The first loss is ln 2 and sampled KL is 0: policy and reference are the same frozen weights."""
+    first, *_, last = run_dpo(config(run__eval_every=4), *LORA, *SAMPLES, *precision)
+    assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["eval/kl"] == first["eval/rewards/margins"] == 0.0
+    assert last["eval/loss"] < math.log(2) - 0.01 and last["eval/kl"] > 0.01
+
+
+def test_no_second_model(config, world, tmp_path, monkeypatch):
+    """The reference is never loaded, unless reference.path names another one."""
+    loaded, real = [], reference.load_reference
+
+    def load_reference(*arguments):
+        loaded.append(arguments[0])
+        return real(*arguments)
+
+    monkeypatch.setattr(reference, "load_reference", load_reference)
+    run_dpo(config(), *LORA, *SAMPLES, f"--reference.path={world}/../{world.name}/model")
+    assert loaded == []
+    run_dpo(config(), *LORA, f"--reference.path={world / 'other'}", f"--run.out={tmp_path / 'other'}")
+    assert loaded == [world / "other"]
+
+
+@pytest.mark.parametrize(("run", "head"), [(run_dpo, 0), (run_rm, 32)])
+def test_trained(config, world, tmp_path, capsys, run, head):
+    """Adapters and a reward head are trained, and counted; final/ has W + s B A, and all else as it was."""
+    run(config(), *LORA, "--lora.targets=q_proj,down_proj", "--run.activation_checkpointing=true")
+    count = 2 * 4 * (32 + 32 + 48 + 32) + head  # two layers, r = 4, in + out of each target
+    assert f": {count:,} trained of " in capsys.readouterr().out
+    before, after, out = saved_weights(world / "model"), final(tmp_path / "out"), tmp_path / "out"
+    adapter = tensors(out / "final" / "adapter")
+    assert sum(value.numel() for value in adapter.values()) == count
+    for name, weight in before.items():
+        if name in after:  # A reward model has no output matrix.
+            a, b = (
+                adapter.get(f"base_model.model.{name}".replace("weight", f"lora_{x}.weight")) for x in "AB"
+            )
+            change = torch.zeros_like(weight) if a is None else 32 / 4 * b @ a
+            torch.testing.assert_close(after[name], weight + change)
+            assert torch.equal(after[name], weight) == (a is None)
+
+
+def test_drawn(config, tmp_path):
+    """A begins at U(-1, 1) / sqrt(in), by run.seed: a rate of nearly 0 leaves it there."""
+    run_dpo(config(), "--lora.rank=4", "--optim.lr=1e-30", "--optim.max_steps=1", "--run.seed=5")
+    adapter = tensors(tmp_path / "out" / "final" / "adapter")
+    torch.manual_seed(5)
+    for kind in "qk":
+        value = adapter[f"base_model.model.model.layers.0.self_attn.{kind}_proj.lora_A.weight"]
+        assert torch.equal(value, fresh_adapter("lora_A", value))
+        assert 0.8 < value.abs().max() * 32**0.5 < 1
+
+
+@pytest.mark.parametrize("run", [run_dpo, run_rm])
+def test_resume(config, tmp_path, run):
+    """A checkpoint holds adapters and their moments alone, and a run goes on from it as if nothing had been."""
+    same = [*LORA, "--optim.schedule=constant", "--run.save_every=2"]
+    whole = run(config(), *same, f"--run.out={tmp_path / 'whole'}")
+    run(config(), *same, "--optim.max_steps=2")
+    checkpoint = tmp_path / "out" / "checkpoints" / "step-2"
+    trained = tensors(checkpoint)
+    moments = load_file(checkpoint / "optimizer.safetensors")
+    assert not list(checkpoint.glob("model*")) and len(moments) == 3 * len(trained)
+    resumed = run(config(), *same)
+    assert [line | {"tokens_per_s": 0} for line in steps(resumed)] == [
+        line | {"tokens_per_s": 0} for line in steps(whole)
+    ]
+    one, other = (tensors(tmp_path / out / "final" / "adapter") for out in ("out", "whole"))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def test_another_run(config, world, tmp_path):
+    """Another base, other adapters and a run without them are told."""
+    run_dpo(config(), *LORA)
+    other = shutil.copytree(world / "model", tmp_path / "model")
+    weights = saved_weights(other)
+    weights["model.norm.weight"][0] += 1
+    save_file(weights, other / "model.safetensors")
+    for override, says in (
+        (f"model.path={other}", "model = '"),
+        ("lora.rank=3", "lora.rank = 4, now it is 3"),
+        ("lora.targets=q_proj", "lora.targets = "),
+        ("lora.rank=0", "lora.alpha = 32.0, now it is None"),
+    ):
+        with pytest.raises(UserError, match=f"step-4 was made with {re.escape(says)}"):
+            run_dpo(config(), *LORA, f"--{override}")
+    run_dpo(config(), *LORA, "--lora.final_dtype=bf16")  # This may change.
+
+
+def test_identity_without_adapters(config, tmp_path):
+    """A run without adapters is known by what it always was, so that older ones can be resumed."""
+    run_dpo(config())
+    state = json.loads((tmp_path / "out" / "checkpoints" / "step-4" / "state.json").read_text())
+    assert not [name for name in state["identity"] if name.startswith("lora")]
+
+
+@pytest.mark.parametrize("run", [run_dpo, run_rm])
+def test_final_in_bf16(config, world, tmp_path, capsys, run):
+    """It says what rounding the merged weights costs: by how much final/ differs from its adapter."""
+    pairs = str(world / "pairs.jsonl.gz")
+    run(config(data__eval=f'["{pairs}"]'), *LORA, "--lora.final_dtype=bf16")
+    said = re.search(r"final/ in bf16 changes .* by (\S+) .*on 16 pairs", capsys.readouterr().out)
+    out = tmp_path / "out"
+    assert {value.dtype for value in final(out).values()} == {torch.bfloat16}
+    option, columns = ("--model", "logps") if run is run_dpo else ("--reward-model", "reward")
+    values = []
+    for model in ([str(out / "final")], [str(world / "model"), "--adapter", str(out / "final" / "adapter")]):
+        score([option, *model, "--data", pairs, "--out", str(tmp_path / "scores.jsonl")])
+        rows = read(tmp_path / "scores.jsonl")[:16]
+        values.append(
+            np.array([[row[f"{name}_{columns}"] for name in ("chosen", "rejected")] for row in rows])
+        )
+    assert float(said[1]) == pytest.approx(np.abs(values[0] - values[1]).mean(), rel=0.06)
+
+
+@pytest.mark.parametrize("adapter", ["final/adapter", "checkpoints/step-4"])
+def test_score(config, world, tmp_path, capsys, adapter):
+    """A base with its adapter scores as final/ does, by the settings of the run."""
+    run_dpo(config(), *LORA, "--loss.beta=0.37")
+    run_rm(config(), *LORA, f"--run.out={tmp_path / 'rm'}")
+    data = ["--data", str(world / "pairs.jsonl.gz"), "--out", str(tmp_path / "scores.jsonl")]
+    for kind, out in (("--model", "out"), ("--reward-model", "rm")):
+        rows = []
+        for model in (
+            [kind, str(tmp_path / out / "final")],
+            [kind, str(world / "model"), "--adapter", str(tmp_path / out / adapter)],
+        ):
+            extra = ["--reference", str(world / "model")] if kind == "--model" else []
+            score([*model, *data, *extra])
+            said = capsys.readouterr().out
+            assert kind != "--model" or f"beta 0.37 (as {tmp_path / 'out'}/config.toml says)" in said
+            rows.append(read(tmp_path / "scores.jsonl"))
+        for merged, apart in zip(*rows, strict=True):
+            assert apart == pytest.approx(merged, rel=1e-4, abs=1e-4)
+
+
+def test_sample_and_explain(config, world, tmp_path, capsys):
+    """They too ask a base with its adapter, by the chat template that the run has left with it."""
+    run_dpo(config(), *LORA, "--data.template=hh")
+    adapter = ["--model", str(world / "model"), "--adapter", str(tmp_path / "out" / "final" / "adapter")]
+    merged = ["--model", str(tmp_path / "out" / "final")]
+    said = []
+    for model in (adapter, merged):
+        capsys.readouterr()
+        sample([*model, "--human", "a cat?", "--max-new-tokens", "8", "--temperature", "0"])
+        explain([*model, "--prompt", "a cat?", "--chosen", " yes", "--rejected", " no", "--json"])
+        text, table = capsys.readouterr().out.rsplit("\n{", 1)
+        said.append((text, json.loads("{" + table)["chosen_logps"]))
+    assert said[0][0] == said[1][0] and said[0][1] == pytest.approx(said[1][1], abs=1e-4)
+
+
+def test_adapter_for_a_model(config, tmp_path):
+    """A checkpoint of adapters is no model, and one line says what to give."""
+    run_dpo(config(), *LORA)
+    with pytest.raises(
+        UserError, match="it is an adapter: give the model that it belongs to, with --adapter"
+    ):
+        load_model(tmp_path / "out" / "checkpoints" / "step-4")
+    with pytest.raises(UserError, match="it is an adapter"):
+        run_dpo(config(), f"--model.path={tmp_path / 'out' / 'final' / 'adapter'}")
+
+
+def test_refused(config, tmp_path):
+    """Settings that do not go together, and targets that are no layers, are told before anything is written."""
+    for overrides, says in (
+        (["--lora.base_dtype=bf16"], '--lora.base_dtype = "bf16" needs run.dtype = "bf16"'),
+        (["--lora.targets=c_attn"], "lora.targets: no linear layer is called 'c_attn'; there are q_proj,"),
+        (["--lora.targets="], "--lora.targets = []; it must be a list of at least one name"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            run_dpo(config(), *LORA, *overrides)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_not_read(config, capsys):
+    """Without adapters, settings of theirs are named."""
+    run_dpo(config(optim__max_steps=1), "--lora.alpha=8")
+    assert (
+        "lora.rank is 0, so all weights are trained: alpha of [lora] is not read" in capsys.readouterr().out
+    )
+
+
+def test_rounded_base(config, world, tmp_path, capsys):
+    """Float32 weights that are held in bf16 are rounded, in final/ too, and the run says so."""
+    run_dpo(config(optim__max_steps=1), *LORA, *BF16)
+    assert f"the float32 weights of {world / 'model'} are held in bf16, and are" in capsys.readouterr().out
+    name = "model.norm.weight"
+    before, after = saved_weights(world / "model")[name], final(tmp_path / "out")[name]
+    assert torch.equal(after, before.bfloat16().float()) and not torch.equal(after, before)
