@@ -1,4 +1,5 @@
-"""Train a language model on preference pairs: DPO, IPO or SimPO; or on the chosen responses alone: SFT.
+"""Train a language model on preference pairs: DPO, IPO, SimPO or ORPO; on labelled responses: KTO; or on the
+chosen responses alone: SFT.
 
     python train_dpo.py configs/demo_dpo.toml --loss.beta=0.05
     torchrun --nproc_per_node=8 train_dpo.py configs/hh_dpo.toml
@@ -20,6 +21,7 @@ from minidpo.errors import exit_on_user_error
 from minidpo.log import Means
 from minidpo.model import load_model
 from minidpo.training import (
+    ReferencePoint,
     Run,
     SampledEvaluation,
     adamw,
@@ -59,6 +61,9 @@ def main(arguments: list[str]) -> None:
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
     if loss.needs_reference:
         train, held_out = with_reference_logps(config, run, train, order.drawn(), held_out, policy)
+    reference_point = None  # KTO's z0
+    if loss.needs_z0:
+        reference_point = ReferencePoint(config, run, train, order, held_out, policy)
 
     @torch.no_grad()
     def evaluate() -> None:
@@ -66,9 +71,10 @@ def main(arguments: list[str]) -> None:
         if not len(held_out):
             return
         totals = Means()
+        z0 = reference_point.of_held_out(policy) if reference_point else None
         # indices: the numbers of the pairs of one micro-batch
         for indices in run.micro_batches(held_out_token_counts, label="evaluating"):
-            logps = pair_logps(policy, held_out, indices, loss, run.device, run.dtype)
+            logps = pair_logps(policy, held_out, indices, loss, run.device, run.dtype, z0)
             totals.add(loss.metrics(logps, loss(logps)))
         metrics = totals.all_reduce().means()
         run.log_evaluation(step, metrics | (sampled(policy, step) if sampled else {}))
@@ -84,12 +90,17 @@ def main(arguments: list[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
+            # KTO only: a pass without gradients over responses to other prompts. Their mean log-ratio over
+            # the whole batch is a constant of this step's loss, so it has to be there before the first
+            # micro-batch.
+            z0 = reference_point.of_step(policy, step) if reference_point else None
+
             # Forward and backward pass, one micro-batch after the other. backward() adds to the gradients,
             # and each micro-batch divides by the size of the whole batch. So the result is the gradient of
             # the batch's mean loss, however the batch is cut and spread over processes.
             batch, totals = order[step], Means()  # batch: the numbers of the pairs that this step draws
             for indices in run.micro_batches(train_token_counts, batch):
-                logps = pair_logps(policy, train, indices, loss, run.device, run.dtype)
+                logps = pair_logps(policy, train, indices, loss, run.device, run.dtype, z0)
                 losses = loss(logps)  # (B,)
                 (losses.sum() / len(batch)).backward()
                 totals.add(loss.metrics(logps, losses))

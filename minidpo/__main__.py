@@ -7,7 +7,9 @@ from minidpo.errors import UserError, exit_on_user_error
 COMMANDS = {
     "demo": "a small world, a reward model and DPO from nothing, in minutes on a CPU",
     "exact": "every loss trained to its analytic optimum in a world small enough to list",
-    "frontier": "true reward against KL for DPO, IPO and SimPO: the DPO paper's Figure 2, on a CPU",
+    "verify": "the proofs, asked of every loss here or of a function of yours",
+    "vectors": "test vectors of every loss, for programs in any language",
+    "frontier": "true reward against KL for five losses: the DPO paper's Figure 2, on a CPU",
     "report": "a page to open in a browser: curves, pairs token by token, samples before and after",
     "plot": "how a run went, or how several compare, as a figure",
     "data": "what a run would be trained on: read, dropped and why, truncated, lengths",

@@ -25,28 +25,27 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._count: Any = 0  # a tensor once it is summed over processes
+        self._counts: dict[str, Any] = {}  # tensors once they are summed over processes
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """values: quantity -> one number per pair, (B,)."""
-        count = 0
+        """values: quantity -> one number per pair, (B,), or for those pairs alone that have one."""
         for name, value in values.items():
-            count = len(value)
             total = value.detach().double().sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-        self._count += count
+            self._counts[name] = self._counts.get(name, 0) + len(value)
 
     def all_reduce(self) -> "Means":
         """These sums and counts, added up over the processes of the run."""
         device = next(iter(self._sums.values())).device
-        count = torch.full((), self._count, dtype=torch.float64, device=device)
-        *sums, self._count = all_reduce_sum(torch.stack([*self._sums.values(), count])).unbind()
-        self._sums = dict(zip(self._sums, sums, strict=True))
+        counts = torch.tensor([*self._counts.values()], dtype=torch.float64, device=device)
+        sums, counts = all_reduce_sum(torch.stack([torch.stack([*self._sums.values()]), counts]))
+        self._sums, self._counts = (dict(zip(self._sums, both, strict=True)) for both in (sums, counts))
         return self
 
     def means(self) -> dict[str, float]:
-        means = torch.stack([*self._sums.values()]) / self._count
-        return dict(zip(self._sums, means.tolist(), strict=True))
+        """A quantity that no pair has is left out."""
+        sums, counts = torch.stack([*self._sums.values()]).tolist(), map(float, self._counts.values())
+        return {name: sum_ / n for name, sum_, n in zip(self._sums, sums, counts, strict=True) if n}
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -53,8 +53,9 @@ def check_fields(owner: str, settings: Any) -> None:
 
 
 def keys_of(settings: Any) -> dict[str, Field]:
-    """Name -> field, of a dataclass or an object of one; empty for None."""
-    return {key.name: key for key in fields(settings)} if settings is not None else {}
+    """Name -> field, of a dataclass or an object of one; empty for None. Keyword-only fields come last."""
+    keys = sorted(fields(settings), key=lambda key: bool(key.kw_only)) if settings is not None else ()
+    return {key.name: key for key in keys}
 
 
 def help_lines(settings: Any, indent: str = "  ") -> list[str]:

@@ -36,7 +36,9 @@ def blocks(text: str, language: str) -> list[str]:
 # --- commands -----------------------------------------------------------------------------------------------
 
 # Not run here: installing and downloading, and what has tests of its own.
-ELSEWHERE = r"pip install|hf download|pytest -n 2|torchrun|python -m minidpo (demo|exact|frontier|bench)"
+ELSEWHERE = (
+    r"pip install|hf download|pytest -n 2|torchrun|python -m minidpo (demo|exact|verify|frontier|bench)"
+)
 TEXTS = " --data.max_length=64 --data.max_prompt_length=40 --data.eval_pairs=8"
 STEPS = " --optim.max_steps=2 --optim.warmup_steps=0 --optim.micro_tokens=256 --run.device=cpu"
 # Added to a command so that it takes seconds. A later --section.key=value overrides an earlier one.
@@ -99,18 +101,28 @@ def test_help(command, capsys):
 
 
 EQUATIONS = re.findall(r"^\| .* \| `(.*)` \| `(\w+\(.*\))` \|$", README, re.MULTILINE)
-assert len(EQUATIONS) == 6
+assert len(EQUATIONS) == 12
 
 
 @pytest.mark.parametrize(("equation", "code"), EQUATIONS)
 def test_equations(equation, code):
     """An equation of the README and the code beside it have the same value."""
     torch.manual_seed(0)
-    names = {name: torch.randn(5, dtype=torch.float64) for name in "pi_w pi_l ref_w ref_l r_w r_l".split()}
+    names = {
+        name: -9 * torch.rand(5, dtype=torch.float64) for name in "pi_w pi_l ref_w ref_l r_w r_l".split()
+    }
     names |= {"n_w": torch.arange(3, 8), "n_l": torch.arange(9, 4, -1), "beta": 0.3, "gamma": 0.7, "e": 0.1}
+    names |= {"weight": 0.4, "z0": torch.full((5,), 0.2, dtype=torch.float64)}
+    for y in "wl":
+        p = (names[f"pi_{y}"] / names[f"n_{y}"]).exp()
+        names[f"odds_{y}"] = torch.log(p / (1 - p))
     names["z"] = names["beta"] * ((names["pi_w"] - names["ref_w"]) - (names["pi_l"] - names["ref_l"]))
     names["logps"] = losses.PairLogps(*(names[n] for n in "pi_w pi_l ref_w ref_l n_w n_l".split()))
-    expected = eval(equation, {"log": torch.log, "sigmoid": torch.sigmoid}, names)
+    liked = torch.ones(5, dtype=torch.bool)
+    names["labelled"] = losses.PairLogps(
+        names["pi_w"], ref_chosen=names["ref_w"], label=liked, z0=names["z0"]
+    )
+    expected = eval(equation, {"log": torch.log, "sigmoid": torch.sigmoid, "relu": torch.relu}, names)
     torch.testing.assert_close(eval(code, dict(vars(losses)), names), expected)
 
 
@@ -126,7 +138,18 @@ def test_python(page):
 
 def test_textbook():
     """The README shows minidpo/textbook.py as it is."""
-    assert blocks(README, "python") == [(ROOT / "minidpo/textbook.py").read_text(encoding="utf-8")]
+    assert blocks(README, "python")[0] == (ROOT / "minidpo/textbook.py").read_text(encoding="utf-8")
+
+
+def test_report(capsys):
+    """The report that the README shows of another program's loss is printed by the code above it."""
+    exec(blocks(README, "python")[1], {})
+    shown = README[README.index("    my_dpo claims") :].split("\n\n")[0].splitlines()
+
+    def lines(text: list[str]) -> set[str]:  # without the rounding errors, which processors make differently
+        return {re.sub(r"\de-\d+", "", line).strip() for line in text} - {"..."}
+
+    assert len(shown) > 4 and lines(shown) <= lines(capsys.readouterr().out.splitlines())
 
 
 # --- names and numbers --------------------------------------------------------------------------------------

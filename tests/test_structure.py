@@ -88,11 +88,16 @@ def test_no_circles():
 
 
 @pytest.mark.parametrize(
-    "name", ["logprobs.py", "textbook.py", "model/transformer.py", "losses/preference.py"]
+    "name",
+    ["logprobs.py", "textbook.py", "model/transformer.py", "losses/preference.py", "losses/log_ratios.py"],
 )
 def test_core(name):
     """What a student reads first imports PyTorch alone; the losses their settings, the decoder its config."""
-    ours = {"minidpo.losses.inputs", "minidpo.settings"} if "losses" in name else set()
+    ours = (
+        {"minidpo.losses.inputs", "minidpo.losses.preference", "minidpo.settings"}
+        if "losses" in name
+        else set()
+    )
     ours |= {"minidpo.model.model_config", "minidpo.model.rotary"} if "transformer" in name else set()
     for module in imported(ROOT / "minidpo" / name) - ours:
         assert module.split(".")[0] in {"torch", *sys.stdlib_module_names}, module

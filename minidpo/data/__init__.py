@@ -15,6 +15,7 @@ from minidpo.data.dataset import (
     load_pairs,
     longest_pair,
     require_fit,
+    require_labels,
     require_margins,
     require_messages,
     split_by_prompt,

@@ -131,6 +131,16 @@ def require_margins(pairs: PairTokens) -> None:
         raise UserError(f"{what}; give each record `margin`, or `score_chosen` and `score_rejected`")
 
 
+def require_labels(pairs: PairTokens, name: str) -> None:
+    """Raises `UserError` unless the loss `name`, which reads labelled responses, can read `pairs`: they have
+    labels, or are preference pairs."""
+    if len(pairs) and pairs.label is None and pairs.bounds.shape[1] < 4:
+        records = pairs.records(np.arange(len(pairs))[:5])
+        raise UserError(
+            f"loss.name = {name}: no record has a label ({records}); give each `label`, true or false"
+        )
+
+
 def require_messages(
     key: str, template: ChatTemplate, pairs: PairTokens, tokenizer: Tokenizer, records: str = "the records"
 ) -> None:

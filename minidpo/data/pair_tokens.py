@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -157,6 +157,7 @@ class PairTokens:
             chosen,
             rejected,
             int(self.index[row]),
+            margin=None if self.margin is None or np.isnan(self.margin[row]) else float(self.margin[row]),
             file=0 if self.file is None else int(self.file[row]),
             label=None if self.label is None else bool(self.label[row]),
             unscored=tuple(unscored),
@@ -165,6 +166,41 @@ class PairTokens:
     def select(self, indices: np.ndarray) -> Self:
         """The pairs at `indices` (numbers, or a mask), over the same token array."""
         return replace(self, **{name: values[indices] for name, values in self.columns().items()})
+
+    def unpaired(self) -> Self:
+        """2n records of one labelled response: the chosen ones, which are desirable, and then the
+        rejected."""
+        rows = np.tile(np.arange(len(self)), 2)
+        single = self.with_responses(rows, rows, np.repeat([0, 1], len(self)))
+        return replace(single, label=np.repeat([True, False], len(self)))
+
+    def mismatched(self, batches: Iterable[np.ndarray], max_length: int) -> Self:
+        """Of every batch of rows: each prompt with the first response of the row before it, the first prompt
+        with that of the last. A response is cut where its text would exceed max_length tokens."""
+        batches = list(batches)
+        before = np.concatenate([np.roll(batch, 1) for batch in batches])
+        return self.with_responses(np.concatenate(batches), before, np.zeros_like(before), max_length)
+
+    def with_responses(
+        self, rows: np.ndarray, others: np.ndarray, which: np.ndarray, max_length: int | None = None
+    ) -> Self:
+        """K = 1: the prompts of `rows` (numbers, (m,)) with response `which`, from 0, of the rows
+        `others`."""
+        prompts = self.bounds[rows, :2]
+        responses = np.stack([self.bounds[others, 1 + which], self.bounds[others, 2 + which]], axis=1)
+        if max_length is not None:
+            room = max_length - (prompts[:, 1] - prompts[:, 0])
+            responses[:, 1] = np.minimum(responses[:, 1], responses[:, 0] + room)
+        parts = np.stack([prompts, responses], axis=1).reshape(-1, 2)  # each where it starts and ends in ids
+        columns = self.columns()
+        per_token: dict[str, Any] = {
+            name: np.concatenate([values[:0], *(values[start:end] for start, end in parts.tolist())])
+            for name, values in vars(self).items()
+            if isinstance(values, np.ndarray) and name not in columns
+        }
+        ends = (parts[:, 1] - parts[:, 0]).cumsum().reshape(-1, 2)  # of each prompt, and of its response
+        bounds = np.column_stack([np.r_[0, ends[:-1, 1]][: len(ends)], ends])
+        return replace(self.select(rows), bounds=bounds, ref_logps=None, **per_token)
 
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays there are with one entry per pair, by name."""

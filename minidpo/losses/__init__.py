@@ -1,20 +1,34 @@
-"""The losses. Start with preference.py: DPO, IPO, SimPO, SFT and the table LOSSES. reward.py has the reward
+"""The losses. Start with preference.py, then log_ratios.py, which begins with DPO. reward.py has the reward
 model's loss, inputs.py the tensors that losses read."""
 
 from minidpo.losses.inputs import PairLogps, Rewards
-from minidpo.losses.preference import DPO, IPO, LOSSES, SATURATED, SFT, PreferenceLoss, SimPO, logistic
+from minidpo.losses.kto import KTO
+from minidpo.losses.log_ratios import DPO, IPO, APOZero, Hinge, RobustDPO
+from minidpo.losses.preference import SATURATED, PairLoss, PreferenceLoss, logistic
 from minidpo.losses.reward import BradleyTerry, bradley_terry
+from minidpo.losses.without_reference import ORPO, SFT, SimPO
+
+# The one place where the name of a loss is looked up.
+LOSSES: dict[str, type[PreferenceLoss]] = {
+    loss.name: loss for loss in (DPO, IPO, SimPO, ORPO, KTO, RobustDPO, Hinge, APOZero, SFT)
+}
 
 __all__ = [
     "DPO",
     "IPO",
+    "KTO",
     "LOSSES",
+    "ORPO",
     "SATURATED",
     "SFT",
+    "APOZero",
     "BradleyTerry",
+    "Hinge",
     "PairLogps",
+    "PairLoss",
     "PreferenceLoss",
     "Rewards",
+    "RobustDPO",
     "SimPO",
     "bradley_terry",
     "logistic",

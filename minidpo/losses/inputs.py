@@ -16,10 +16,10 @@ class _PairFields(NamedTuple):
     # |y|: how many tokens were summed, integers >= 1.
     chosen_length: Tensor | None = None
     rejected_length: Tensor | None = None
-    # For losses of your own. No loss here reads these, and train_dpo.py leaves them None.
-    margin: Tensor | None = None  # the record's
-    label: Tensor | None = None  # KTO's: desirable or not
-    z0: Tensor | None = None  # KTO's reference point
+    # What single losses read besides.
+    margin: Tensor | None = None  # by how much the chosen response is better, according to the record
+    label: Tensor | None = None  # bool: whether a single response is desirable (KTO)
+    z0: Tensor | None = None  # the reference point, nats: one number, given for every pair (KTO)
 
 
 class PairLogps(_PairFields):
@@ -101,6 +101,8 @@ def _checked(first: Tensor, name: str, value: Tensor | None) -> Tensor | None:
             raise ValueError(f"{name} holds {value.min().item()}; every response has at least 1 scored token")
         return value
     if name == "label":
+        if value.dtype != torch.bool:
+            raise ValueError(f"label is {value.dtype}; it says whether a response is desirable: torch.bool")
         return value
     # Mixed dtypes would be promoted silently.
     if not value.is_floating_point() or value.dtype != first.dtype:

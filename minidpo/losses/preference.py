@@ -1,4 +1,5 @@
-"""The preference losses, one class each, and LOSSES, the table that the rest of minidpo reads.
+"""What every preference loss has. The losses themselves: log_ratios.py (DPO, IPO and others that compare with
+a reference), without_reference.py (SimPO, ORPO, SFT) and kto.py; __init__.py has their table, LOSSES.
 
 Notation (paper symbol -> here), everything in nats:
     x, y_w, y_l          prompt, chosen response, rejected response
@@ -11,19 +12,19 @@ A loss is an object. Its fields are its hyperparameters, which are also the keys
 Calling it on the log-probs of B pairs returns B losses and not their mean: a batch is cut into micro-batches
 of unequal size, so only the training loop can divide by the size of the whole batch.
 
-To add a loss, write its class below, put it into LOSSES and export it in __init__.py. The configuration,
---help, `explain`, the plots and train_dpo.py need no other change. Its tests are a file like
-tests/losses/test_ipo.py and an entry in tests/training/test_applied_gradients.py.
+To add a loss of pairs, write a subclass of PairLoss with `rewards` and `preference`, put it into LOSSES in
+__init__.py, and write what you claim of it into minidpo/verify/claims/NAME.py, where the tests find it. The
+configuration, --help, `explain`, the plots and train_dpo.py need no other change.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minidpo.losses.inputs import PairLogps, given
-from minidpo.settings import check_fields, not_negative, positive, setting, smoothing
+from minidpo.settings import check_fields, not_negative, setting
 
 # At a logistic loss this small, the gradient of a pair is less than a thousandth of what it is at z = 0.
 SATURATED = 5e-4
@@ -38,7 +39,7 @@ def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 class PreferenceLoss:
-    """What every loss has. DPO below is an example.
+    """What every loss has. DPO, in log_ratios.py, is an example.
 
     The class attributes say what training computes for the loss (needs_reference, responses), and describe it
     to --help, `explain`, the plots, the warnings of a run and the comparison with TRL. `explain` also prints
@@ -51,6 +52,9 @@ class PreferenceLoss:
     # What it reads of a pair.
     needs_reference = False
     responses = 2  # 1: only the chosen response
+    margin_from_data = False  # whether it reads the record's margin; a setting where a loss can do either
+    unpaired = False  # whether it reads labelled responses one by one; a pair is then two of them
+    needs_z0 = False  # whether it reads z0, for which training makes a pass over mismatched responses
     # What its values mean.
     unit = "nats"
     z_is_logit = False  # whether sigma(z) is the modelled probability that y_w is preferred (Bradley & Terry)
@@ -119,122 +123,33 @@ class PreferenceLoss:
 
 
 @dataclass(frozen=True)
-class DPO(PreferenceLoss):
-    """Direct preference optimisation. Rafailov et al. 2023, Eq. 7.
+class PairLoss(PreferenceLoss):
+    """What every loss that compares two responses has: `preference`, and beside it an SFT term.
 
-        loss = -log sigma(z),    z = beta [ log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x) ]
+        loss = preference(y_w, y_l) + sft_weight * -log pi(y_w|x) / |y_w|
 
-    At the start policy and reference are equal, so z = 0 and the loss is ln 2 = 0.6931. The loss depends only
-    on the difference, so both log-probs may fall while it improves: watch logps/chosen. With label_smoothing
-    it is conservative DPO (Mitchell 2023); robust DPO (Chowdhury et al. 2024) is another loss.
+    A preference may be learnt while both responses become less likely; the second term holds the chosen one
+    up. Pang et al. 2024 and RPO, Liu et al. 2024, add it to DPO, and ORPO has it by definition.
     """
 
-    name, trl, needs_reference, saturates, z_is_logit = "dpo", "sigmoid", True, True, True
-    equation, gradient = "-log sigma(z)", "beta * sigma(-z)"
+    _: KW_ONLY  # so that it comes after the settings of the losses
+    sft_weight: float = setting(0.0, "weight of the SFT loss on the chosen response", not_negative)
 
-    beta: float = setting(0.1, "strength of the pull towards the reference", positive)
-    label_smoothing: float = setting(0.0, "assumed share of swapped labels", smoothing)
-    length_normalize: bool = setting(False, "log-ratios per token instead of summed")
+    def preference(self, logps: PairLogps) -> Tensor:
+        """The loss without its SFT term, (B,)."""
+        raise NotImplementedError
 
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        # r_hat(x, y) = beta log pi(y|x)/pi_ref(y|x), known up to a constant per prompt, which cancels in z.
-        chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
-        return self.beta * chosen, self.beta * rejected
-
-    def __call__(self, logps: PairLogps) -> Tensor:
-        return logistic(self.z(logps), self.label_smoothing)
-
-
-@dataclass(frozen=True)
-class IPO(PreferenceLoss):
-    """Identity preference optimisation. Azar et al. 2023, Eq. 17; beta is the paper's tau.
-
-        loss = (h - 1/(2 beta))^2,    h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)
-
-    DPO's loss falls with every increase of h; IPO pulls h to 1/(2 beta), and so the margin that is logged,
-    beta h, to 0.5. At the start h = 0 and the loss is 1/(4 beta^2). The equation has log-probs summed over
-    tokens; the authors ran it with means per token (length_normalize), which need another beta.
-    """
-
-    name, trl, needs_reference, unit = "ipo", "ipo", True, "nats²"
-    equation, gradient = "(h - 1/(2 beta))^2", "2 (1/(2 beta) - h)"
-
-    beta: float = setting(0.1, "tau: the difference of log-ratios is pulled to 1/(2 beta)", positive)
-    length_normalize: bool = setting(False, "log-ratios per token instead of summed")
-
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        # The paper defines no reward. With beta, these compare with DPO's in the log.
-        chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
-        return self.beta * chosen, self.beta * rejected
-
-    def z(self, logps: PairLogps) -> Tensor:
-        # h. In the paper's equation beta is in the target and not in front of the log-ratios.
-        chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
-        return chosen - rejected
+    def sft(self, logps: PairLogps) -> Tensor:
+        """-log pi(y_w|x) / |y_w|, (B,), as in the loss SFT."""
+        return -logps.chosen / given("chosen_length", logps.chosen_length)
 
     def __call__(self, logps: PairLogps) -> Tensor:
-        return (self.z(logps) - 1 / (2 * self.beta)).square()
-
-
-@dataclass(frozen=True)
-class SimPO(PreferenceLoss):
-    """Simple preference optimisation. Meng et al. 2024, Eq. 6.
-
-        loss = -log sigma(z),    z = beta log pi(y_w|x)/|y_w| - beta log pi(y_l|x)/|y_l| - gamma
-
-    The reward is beta times the average log-prob of a token. There is no reference, so only a small learning
-    rate keeps the policy near its start. gamma is the target margin. As in the paper, it is not multiplied by
-    beta; code that asks for gamma_beta_ratio means gamma / beta.
-    """
-
-    name, trl, usual_lr = "simpo", "simpo (CPOTrainer, cpo_alpha=0)", (3e-7, 5e-6)
-    saturates = z_is_logit = True
-    equation, gradient = "-log sigma(z)", "beta * sigma(-z) / |y|"
-
-    beta: float = setting(2.0, "scale of the reward, which is an average log-prob", positive)
-    gamma: float = setting(1.0, "target margin: by how much the chosen reward must be larger", not_negative)
-    label_smoothing: float = setting(0.0, "assumed share of swapped labels", smoothing)
-
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        # A mean and not a sum, so that a response gains nothing by being short.
-        chosen, rejected = logps.mean_logps()
-        return self.beta * chosen, self.beta * rejected
-
-    def z(self, logps: PairLogps) -> Tensor:
-        # By how much the margin of the rewards exceeds the target margin.
-        return super().z(logps) - self.gamma
-
-    @property
-    def margin_is_logit(self) -> bool:
-        return self.gamma == 0  # Else the probabilities of y over y' and of y' over y do not add up to 1.
-
-    def __call__(self, logps: PairLogps) -> Tensor:
-        return logistic(self.z(logps), self.label_smoothing)
-
-
-@dataclass(frozen=True)
-class SFT(PreferenceLoss):
-    """Supervised fine-tuning on the chosen response: the reference that the other losses start from.
-
-        loss = -log pi(y_w|x) / |y_w|
-
-    The mean is taken over each response's tokens first, so that every response counts alike, long or short.
-    """
-
-    name, responses, unit, usual_lr = "sft", 1, "nats per token", (1e-6, 5e-5)
-    equation, gradient = "-log pi(y_w|x) / |y_w|", "1 / |y|"
-
-    def z(self, logps: PairLogps) -> Tensor:
-        return logps.chosen / given("chosen_length", logps.chosen_length)
-
-    def __call__(self, logps: PairLogps) -> Tensor:
-        return -self.z(logps)
+        losses = self.preference(logps)
+        # A weight of 0 leaves the term out, so that the lengths need not be known.
+        return losses + self.sft_weight * self.sft(logps) if self.sft_weight else losses
 
     def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Tensor]:
-        # No rewards and no accuracy, because the rejected response is not computed.
-        length = given("chosen_length", logps.chosen_length)
-        return {"loss": losses, "logps/chosen": logps.chosen, "response_length/chosen": length}
-
-
-# The one place where the name of a loss is looked up.
-LOSSES: dict[str, type[PreferenceLoss]] = {loss.name: loss for loss in (DPO, IPO, SimPO, SFT)}
+        values = super().metrics(logps, losses)
+        if self.sft_weight:  # each term by itself
+            values |= {"preference_loss": self.preference(logps), "sft_loss": self.sft(logps)}
+        return values

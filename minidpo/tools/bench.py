@@ -46,6 +46,8 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         config = config_of(options, Path(temporary))
+        if getattr(config.loss, "needs_z0", False) or config.loss.margin_from_data:
+            raise UserError(f"bench has neither z0 nor margins, which {config.loss} reads")
         if options.against in MODES:
             require_trl(options.against, config.loss)
         elif options.against and config.loss != DPO(beta=getattr(config.loss, "beta", 0.1)):
@@ -76,7 +78,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     which.add_argument("--model", metavar="DIR", help="a model directory")
     which.add_argument("--config", metavar="FILE", help="a run's configuration: its model, data and settings")
     parser.add_argument("--data", metavar="FILE", action="append", help="preferences; default: random pairs")
-    parser.add_argument("--loss", choices=(*LOSSES, RM), help=f"default {DPO.name}")
+    parser.add_argument(
+        "--loss", choices=(*(n for n in LOSSES if not LOSSES[n].needs_z0), RM), help=f"default {DPO.name}"
+    )
     parser.add_argument("--steps", type=int, default=10, help="steps measured (default 10)")
     parser.add_argument("--against", choices=("textbook", *MODES), help="another's steps in turn with ours")
     for key in KEYS:

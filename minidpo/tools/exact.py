@@ -16,13 +16,12 @@ from torch import Tensor
 
 from minidpo.errors import UserError
 from minidpo.files import require_regular
-from minidpo.losses import DPO, IPO, SimPO
+from minidpo.losses import DPO, IPO, ORPO, PairLogps, RobustDPO, SimPO
 from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, require_matplotlib
 from minidpo.verify.exact_train import Trained, train_reward_model, train_rlhf, train_to_convergence
 from minidpo.verify.exact_world import (
     World,
     beats_sampler,
-    best_scores,
     divergence,
     expected_reward,
     ipo_minimum,
@@ -32,6 +31,7 @@ from minidpo.verify.exact_world import (
     rlhf_maximum,
     total_variation,
 )
+from minidpo.verify.optima import best_of_odds, best_scores, best_with_sft
 
 TOLERANCE = 1e-5  # total variation; what has converged is some 1e-13 away
 
@@ -67,6 +67,19 @@ def claims(world: World, strength: float = 1.0) -> list[Claim]:
         return Claim(name, partial(train_to_convergence, world, loss), minimum, policy)
 
     rlhf, reward_model = partial(train_rlhf, world, 0.5 * s), partial(train_reward_model, world)
+    mixed, odds, robust = (
+        DPO(0.5 * s, sft_weight=0.5),
+        ORPO(lambda_or=1.0 / s),
+        RobustDPO(0.5 * s, flip_rate=0.1),
+    )
+    mixed_policy, mixed_minimum = best_with_sft(world, mixed.beta, mixed.sft_weight)
+    odds_policy, odds_minimum = best_of_odds(world, odds.lambda_or)
+
+    def swapped(logps: PairLogps) -> Tensor:
+        """The robust loss of labels that are swapped as often as it assumes."""
+        other = PairLogps(logps.rejected, logps.chosen, logps.ref_rejected, logps.ref_chosen)
+        return (1 - robust.flip_rate) * robust(logps) + robust.flip_rate * robust(other)
+
     ipo, ipo_averages = IPO(0.2 * s), IPO(0.5 * s, length_normalize=True)
     return [
         row("DPO", DPO(0.5 * s), entropy, rewards),
@@ -78,6 +91,13 @@ def claims(world: World, strength: float = 1.0) -> list[Claim]:
         row("IPO, averages", ipo_averages, ipo_minimum(world, ipo_averages.beta), wins, lengths),
         row("SimPO, gamma 0", SimPO(2.0 * s, gamma=0.0), entropy, rewards, lengths, no_reference),
         row("SimPO, gamma 1", SimPO(2.0 * s, gamma=1.0), stretched_minimum, stretched, lengths, no_reference),
+        Claim(
+            "robust DPO, 10 % swapped", partial(train_to_convergence, world, swapped), entropy, best(rewards)
+        ),
+        Claim(
+            "DPO, SFT weight 0.5", partial(train_to_convergence, world, mixed), mixed_minimum, mixed_policy
+        ),
+        Claim("ORPO", partial(train_to_convergence, world, odds), odds_minimum, odds_policy),
     ]
 
 
@@ -153,8 +173,9 @@ def plot_frontier(world: World, trained: list[Tensor], file: Path) -> None:
 
     with drawing([file], 8, 5.5) as figure:
         axes = figure.subplots()
-        for row, (colour, mark) in enumerate(zip(COLOURS, MARKS, strict=True)):
-            name = curves[0][row].name
+        for row, name in enumerate(claim.name for claim in curves[0]):
+            # The colours come again before a pair of colour and mark does.
+            colour, mark = COLOURS[row % len(COLOURS)], MARKS[(row + row // len(COLOURS)) % len(MARKS)]
             axes.plot(*coordinates([c[row].policy for c in curves]), color=colour, linewidth=1)
             ends = [c[row].to_policy(c[row].train().values) for c in points]
             look: dict[str, Any] = {"color": colour, "markerfacecolor": "none", "markersize": 8}

@@ -103,6 +103,10 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
     (policy,) = (reference,) = of_policy  # (S,)
     if options.reference:
         (reference,) = token_logps(options.reference, [batch], device, options.dtype)
+    if loss.margin_from_data and pair.margin is None:
+        raise UserError(
+            f"{loss.name} with margin_from_data reads the record's margin, and this pair has none"
+        )
     numbers, logps = numbers_of(ids, tokenizer, batch, policy, reference)
 
     names = ("model", "adapter", "reference", "data", "index")
@@ -126,9 +130,14 @@ def _option(setting: str) -> str:
 def _chosen_loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str | None]:
     """The loss that was asked for, and the configuration that its settings begin with, if there is one."""
     of_run = loss_of_run(_trained(options))
+    of_run = None if of_run and of_run.needs_z0 else of_run  # It is shown under the default loss.
     name = options.loss or (of_run.name if of_run else DPO.name)
     if name not in LOSSES:
         raise UserError(f"--loss {name}: it must be one of {', '.join(LOSSES)}")
+    if LOSSES[name].needs_z0:
+        raise UserError(
+            f"--loss {name}: it compares with z0, a mean over a whole batch; one pair does not explain it"
+        )
     # A loss other than the run's begins at its own defaults.
     begin: Any = of_run if of_run and of_run.name == name else LOSSES[name]()
     given = {key: value for key in _settings() if (value := getattr(options, key)) is not None}

@@ -149,6 +149,10 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
 
     smoothed = ", smoothed" if loss.get("label_smoothing") else ""
     over = " / |y|" if loss.get("length_normalize") else ""
+    if loss.get("margin_from_data"):
+        smoothed += ", z less the record's margin"
+    if loss.get("sft_weight") and not keys_of(kind)["sft_weight"].default:
+        smoothed += f", and {loss['sft_weight']:g} times the SFT loss"
     yield "\n" + line("z or h, what the loss is a function of", loss["argument"])
     if "sigmoid" in loss:
         yield line("sigma(z)", loss["sigmoid"])
@@ -156,7 +160,7 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     weights = [loss[f"{name}_weight"] for name in names]
     yield line(f"gradient weight = {kind.gradient}{over}{smoothed}", *weights, form="+z14.6f")
     yield "  (-d loss / d log pi(y|x): how hard the pair pulls on each response, + up and - down)"
-    if smoothed:
+    if loss.get("label_smoothing"):
         yield "  (smoothed, e = label_smoothing: (1-e) loss(z) + e loss(-z), (1-e) weight(z) - e weight(-z))"
 
 
@@ -182,8 +186,8 @@ def comparison(e: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
 
 
 def every_loss() -> Iterator[PreferenceLoss]:
-    """Each loss at its defaults, and its variants."""
-    for kind in LOSSES.values():
+    """Each loss that one pair explains, at its defaults, and its variants."""
+    for kind in (kind for kind in LOSSES.values() if not kind.needs_z0):
         default: Any = kind()
         yield default
         yield from (replace(default, **{name: VARIANTS[name]}) for name in keys_of(kind) if name in VARIANTS)
@@ -193,12 +197,12 @@ def _every_loss(losses: list[dict[str, Any]]) -> Iterator[str]:
     yield "\nThe same pair under every loss, each at the settings beside it:"
     yield f"{'':76}{'gradient weight':>24}"
     numbers = f"{'z or h':>11}{'sigma(z)':>9}{'loss':>11}{'chosen':>11}{'rejected':>12}"
-    yield f"  {'loss':<5} {'settings':<38}{numbers}"
+    yield f"{'loss':<8} {'settings':<37}{numbers}"
     for loss in losses:
         sigmoid = f"{loss['sigmoid']:z.4f}" if "sigmoid" in loss else ""
         weights = f"{loss['chosen_weight']:>+z11.6f}{loss['rejected_weight']:>+z12.6f}"
         numbers = f"{loss['argument']:>z11.4f}{sigmoid:>9}{loss['loss']:>z11.4f}{weights}"
-        yield f"  {loss['name']:<5} {settings(LOSSES[loss['name']], loss) or 'no settings':<38}{numbers}"
+        yield f"{loss['name']:<8} {settings(LOSSES[loss['name']], loss) or 'no settings':<37}{numbers}"
 
 
 def settings(kind: type, values: dict[str, Any]) -> str:

@@ -1,10 +1,10 @@
 """`python -m minidpo frontier`: what reward each loss buys for its KL, where the true reward is known.
 
-The DPO paper's Figure 2, in the demo's world: runs with DPO, IPO and SimPO at several settings start from one
-SFT model; at several steps of each, responses to unseen prompts are sampled and judged by rule. The figure
-has the reward upwards and the distance from the reference to the right: up and to the left is the better
-bargain. Runs share learning rate and batch size; only the loss differs. The same command run again goes on
-from what is done.
+The DPO paper's Figure 2, in the demo's world: runs with DPO, IPO, SimPO, ORPO and KTO at several settings
+start from one SFT model; at several steps of each, responses to unseen prompts are sampled and judged by
+rule. The figure has the reward upwards and the distance from the reference to the right: up and to the left
+is the better bargain. Runs share learning rate and pairs per step; only the loss differs. The same command
+run again goes on from what is done.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from minidpo.errors import UserError
 from minidpo.files import fingerprint, remove_directory, replacing_file, require_regular, writing
-from minidpo.losses import DPO, IPO, SFT, PreferenceLoss, SimPO
+from minidpo.losses import DPO, IPO, KTO, ORPO, SFT, PreferenceLoss, SimPO
 from minidpo.model import load_model, model_fingerprint
 from minidpo.tools.demo.command import OUT, REPOSITORY, fit_reference, from_sft, run_script
 from minidpo.tools.demo.samples import UnseenPrompts
@@ -47,6 +47,8 @@ FULL = Scale(
         *(DPO(beta=beta) for beta in (0.03, 0.1, 0.3, 1.0)),
         *(IPO(beta=beta) for beta in (0.05, 0.2, 1.0)),
         *(SimPO(beta=beta, gamma=gamma) for beta, gamma in ((2.0, 0.0), (2.0, 1.0), (10.0, 3.0))),
+        *(ORPO(lambda_or=weight) for weight in (0.1, 1.0)),
+        *(KTO(beta=beta) for beta in (0.1, 0.3)),
     ),
     every=50,
     samples=2,
@@ -54,15 +56,27 @@ FULL = Scale(
     sizes={},
 )
 QUICK = Scale(
-    (DPO(beta=0.1), IPO(beta=0.2), SimPO(beta=2.0, gamma=1.0)),
+    (DPO(beta=0.1), IPO(beta=0.2), SimPO(beta=2.0, gamma=1.0), ORPO(lambda_or=1.0), KTO(beta=0.1)),
     every=2,
     samples=1,
     best_samples=4,
     sizes={"sft_records": 300, "train_pairs": 64, "test_pairs": 16, "test_prompts": 8},
 )
+NUMBERS = ("beta", "gamma", "lambda_or")
+# Where the numbers of a run stand beside its end, by the kind of its loss: below, above, right, left, far
+# below.
+PLACES = (
+    ((0, -17), "center"),
+    ((0, 10), "center"),
+    ((8, -3), "left"),
+    ((-8, -3), "right"),
+    ((0, -26), "center"),
+)
 SAME_FOR_ALL = {
     "optim.lr": "1e-4",
-    "optim.batch_size": "16",
+    "optim.batch_size": "16",  # pairs
+    "optim.warmup_steps": "10",
+    "optim.weight_decay": "0.0",
     "run.keep_checkpoints": "1000",
     "eval.samples": "0",  # The checkpoints are judged afterwards, with many more.
 }
@@ -96,8 +110,8 @@ def main(arguments: list[str]) -> None:
 
 
 def numbers(loss: PreferenceLoss) -> dict[str, float]:
-    """The hyperparameters that the runs differ in: beta, and gamma where the loss has one."""
-    return {name: getattr(loss, name) for name in ("beta", "gamma") if hasattr(loss, name)}
+    """The hyperparameters that the runs differ in, of those that the loss has."""
+    return {name: getattr(loss, name) for name in NUMBERS if hasattr(loss, name)}
 
 
 def run_name(loss: PreferenceLoss) -> str:
@@ -142,6 +156,8 @@ def config_of(loss: PreferenceLoss) -> str:
 def train(loss: PreferenceLoss, directory: Path, scale: Scale, settings: dict[str, str]) -> dict[int, Path]:
     """Train with one loss by the ordinary script; returns its checkpoints by step."""
     of_loss = {f"loss.{name}": str(number) for name, number in numbers(loss).items()}
+    if loss.unpaired:  # A pair is two of its records.
+        of_loss["optim.batch_size"] = str(2 * int(SAME_FOR_ALL["optim.batch_size"]))
     run_script("train_dpo.py", config_of(loss), settings | of_loss | {"run.out": str(directory)})
     paths = (directory / "checkpoints").glob("step-*")
     return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
@@ -159,14 +175,12 @@ def save(file: Path, found: dict[str, Any]) -> None:
 
 def table(start: Point, runs: dict[PreferenceLoss, list[Point]]) -> str:
     """The last point of each run: the mean of what its responses earn, and what they cost."""
-    rows = [["loss", "beta", "gamma", "true reward, nats", "KL, nats", "words"]]
+    rows = [["loss", *NUMBERS, "true reward, nats", "KL, nats", "words"]]
     for loss, point in [(SFT(), start), *((loss, points[-1]) for loss, points in runs.items())]:
-        beta, gamma = (
-            f"{numbers(loss)[name]:g}" if name in numbers(loss) else "" for name in ("beta", "gamma")
-        )
+        own = [f"{numbers(loss)[name]:g}" if name in numbers(loss) else "" for name in NUMBERS]
         reward = f"{point.reward:.2f} +- {point.reward_error:.2f}"
         kl = f"{point.kl:.2f} +- {point.kl_error:.2f}"
-        rows.append([type(loss).__name__, beta, gamma, reward, kl, f"{point.length:.1f}"])
+        rows.append([type(loss).__name__, *own, reward, kl, f"{point.length:.1f}"])
     legend = "+-: one standard error over prompts. KL: of the next token, summed along sampled responses."
     return aligned(rows, width=5) + "\n" + legend
 
@@ -206,13 +220,13 @@ def draw(
 def draw_run(axes: Axes, loss: PreferenceLoss, points: list[Point], kind: int) -> None:
     """A thin line from the reference on, a small mark per point, and then a large one with standard errors.
 
-    Beside the end stand the loss's numbers, on a side that belongs to its kind: below, above or right.
+    Beside the end stand the loss's numbers, at a place that belongs to its kind.
     """
     look: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKS[kind]}
     kls, rewards, end = [point.kl for point in points], [point.reward for point in points], points[-1]
     axes.plot(kls, rewards, lw=0.8, ms=3.5, alpha=0.5, markevery=slice(1, -1), **look)
     axes.errorbar(end.kl, end.reward, end.reward_error, end.kl_error, ms=8, mec="white", elinewidth=1, **look)
-    offset, alignment = (((0, -17), "center"), ((0, 10), "center"), ((8, -3), "left"))[kind]
+    offset, alignment = PLACES[kind]
     text = ", ".join(f"{number:g}" for number in numbers(loss).values())
     place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": alignment}
     axes.annotate(text, (end.kl, end.reward), color=COLOURS[kind], **place)

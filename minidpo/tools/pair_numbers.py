@@ -39,7 +39,7 @@ def numbers_of(
     lengths = batch.lengths[0]  # (K,)
     sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
     numbers: dict[str, Any] = {"tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy())}
-    logps: dict[str, Tensor] = {}
+    logps: dict[str, Tensor] = {} if ids.margin is None else {"margin": sums.new_tensor([ids.margin])}
     for k, name in enumerate(PARTS[1 : 1 + len(lengths)]):
         numbers[f"{name}_logps"] = sums[k].item()
         numbers[f"reference_{name}_logps"] = reference_sums[k].item()

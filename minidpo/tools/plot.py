@@ -45,7 +45,7 @@ PANELS = (
     Panel("Samples that win, share", ("win_rate",), "rises above 0.5", 0.5),
     Panel("Sampled length, tokens", ("sample_length",), "steady: length is not what is learnt"),
     Panel("Samples that ended, share", ("ended",), "near 1", 1.0),
-    Panel("LM loss, nats per token", ("lm_loss",), "does not rise"),
+    Panel("LM loss, nats per token", ("lm_loss", "sft_loss"), "does not rise"),
     Panel("Mean reward, nats", ("mean_reward",), "does not drift far from 0", 0.0),
     Panel("Gradient norm", ("grad_norm",), "steady, without peaks"),
     Panel("Learning rate", ("lr",), "as planned"),

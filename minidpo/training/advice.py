@@ -53,6 +53,7 @@ class Advice:
         # A beta pulls towards the reference where there is one, and elsewhere scales the reward.
         self._beta = ["a higher loss.beta"] * ("beta" in has and loss.needs_reference)
         self._smoothing = ["loss.label_smoothing"] * ("label_smoothing" in has)
+        self._sft = ["loss.sft_weight above 0"] * (getattr(loss, "sft_weight", 1.0) == 0)
         self._by_length = ["loss.length_normalize", "SimPO"] * ("length_normalize" in has)
         self._logistic = getattr(loss, "saturates", True)
         self._warn(far and parameters >= FEW_PARAMETERS, f"optim.lr = {lr:g} is {published}: expect {effect}")
@@ -98,7 +99,8 @@ class Advice:
         self._warn(
             fallen > FALLEN and watched["rewards/margins"] > self._first["rewards/margins"],
             f"chosen responses are {fallen:.1f} nats less likely than at the start while margins rise: both"
-            f" responses fall, the rejected one faster; try {_any_of(*self._beta, 'a lower optim.lr')}",
+            " responses fall, the rejected one faster;"
+            f" try {_any_of(*self._sft, *self._beta, 'a lower optim.lr')}",
         )
         self._warn(
             values.get("ended") == 0.0,

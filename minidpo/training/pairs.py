@@ -10,6 +10,7 @@ from minidpo.data import (
     load_pairs,
     longest_pair,
     require_fit,
+    require_labels,
     require_margins,
     require_messages,
 )
@@ -52,9 +53,16 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         if longest > config.optim.micro_tokens:
             given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
             raise UserError(f"{given}, but one pair has {longest} tokens; it must be at least that")
-        if isinstance(config, RewardConfig) and config.loss.margin_from_data:
-            require_margins(train)
-            require_margins(held_out)
+        for pairs in (train, held_out):
+            if config.loss.margin_from_data:
+                require_margins(pairs)
+            if isinstance(config, DPOConfig) and config.loss.unpaired:
+                require_labels(pairs, config.loss.name)
+        if isinstance(config, DPOConfig) and config.loss.needs_z0 and config.optim.batch_size < 2:
+            given, name = config.named("optim.batch_size"), config.loss.name
+            raise UserError(
+                f"{given} = 1, but {name} compares with the other responses of a batch; give 2 or more"
+            )
 
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
         out = Path(config.run.out)
@@ -62,7 +70,20 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         data = replace(config.data, date=config.data.date or date_of_run(out))
         train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check)
         config.data.date = train.date or held_out.date or config.data.date
-        return train, held_out
+    if isinstance(config, DPOConfig) and config.loss.unpaired:
+        return _unpaired(train, config), _unpaired(held_out, config)
+    return train, held_out
+
+
+def _unpaired(pairs: PairTokens, config: DPOConfig) -> PairTokens:
+    """Labelled responses as they are, pairs as two of them."""
+    if pairs.label is not None or not len(pairs):
+        return pairs
+    print0(
+        f"{config.loss.name} reads responses one by one: {len(pairs)} pairs are {len(pairs)} desirable"
+        f" responses (chosen) and {len(pairs)} undesirable ones (rejected); batch_size counts responses"
+    )
+    return pairs.unpaired()
 
 
 def _check_evaluation(config: DPOConfig) -> None:

@@ -69,11 +69,20 @@ def with_reference_logps(
     drawn: the rows of `train` that the run draws; the others, which no step reads, are NaN. policy: it gives
     the numbers, with its adapters off, where the reference is what they were added to.
     """
-    file = run.out / "reference.safetensors"
+    sets: Sets = {"train": (train, drawn), "held_out": (held_out, np.arange(len(held_out)))}
+    logps = reference_logps(config, run, sets, "reference.safetensors", policy)
+    return replace(train, ref_logps=logps["train"]), replace(held_out, ref_logps=logps["held_out"])
+
+
+def reference_logps(
+    config: DPOConfig, run: Run, sets: Sets, name: str, policy: Transformer | None = None
+) -> dict[str, np.ndarray]:
+    """The reference's log-probs (n, K) of the rows of each set that are needed, NaN elsewhere; they are kept
+    in the file OUT/`name`. policy: see `with_reference_logps`."""
+    file = run.out / name
     precision = run.dtype
     if policy is not None and config.base_is_reference:
         precision += f" over {config.lora.base_dtype}"
-    sets: Sets = {"train": (train, drawn), "held_out": (held_out, np.arange(len(held_out)))}
     names = {
         name: fingerprint(run.fingerprints["reference"], precision, pairs.fingerprint())
         for name, (pairs, _) in sets.items()
@@ -97,7 +106,7 @@ def with_reference_logps(
         if rank() == 0:
             with writing(file), replacing_file(file) as temporary:
                 write_arrays(temporary, logps, names)
-    return replace(train, ref_logps=logps["train"]), replace(held_out, ref_logps=logps["held_out"])
+    return logps
 
 
 def _read(file: Path, names: dict[str, str], sets: Sets) -> dict[str, np.ndarray]:

@@ -138,10 +138,11 @@ class Run:
         """The line with which training begins."""
         self._some_pairs = held_out if len(held_out) else train
         batch, where = self.config.optim.batch_size, describe(self.device, self.settings)
+        records = "responses" if train.responses == 1 else "pairs"  # one response each, or two
         trained = f"{self.trained:,} trained of " if self.trained < self.parameters else ""
         print0(
-            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} pairs to train on,"
-            f" {len(held_out)} held out, {self.steps} steps of {batch} pairs on {where}"
+            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} {records} to train on,"
+            f" {len(held_out)} held out, {self.steps} steps of {batch} {records} on {where}"
         )
         if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
             print0(

@@ -21,8 +21,10 @@ def pair_logps(
     loss: PreferenceLoss,
     device: torch.device,
     dtype: str,
+    z0: Tensor | None = None,
 ) -> PairLogps:
-    """The log-probs that `loss` reads about the pairs numbered `indices`. dtype: "bf16" or "fp32"."""
+    """What `loss` reads about the pairs numbered `indices`. dtype: "bf16" or "fp32"; z0: one number, if the
+    loss has a reference point."""
     # One forward pass over one packed row. A loss that reads only the chosen response leaves out the others.
     batch = pack(pairs, indices, loss.responses).to(device)
     with autocast(device, dtype):
@@ -39,7 +41,20 @@ def pair_logps(
             # Without them the loss would compare with nothing, which is another loss.
             raise ValueError(f"{loss.name} compares with a reference, and the pairs have no ref_logps")
         reference = columns(to_device(torch.from_numpy(pairs.ref_logps[indices]), device))
-    return PairLogps(*columns(logps), *reference, *columns(batch.lengths))
+    return PairLogps(
+        *columns(logps),
+        *reference,
+        *columns(batch.lengths),
+        margin=_margins(pairs, indices, device) if loss.margin_from_data else None,
+        label=None if pairs.label is None else to_device(torch.from_numpy(pairs.label[indices]), device),
+        z0=None if z0 is None else z0.to(logps.dtype).expand(len(indices)),
+    )
+
+
+def _margins(pairs: PairTokens, indices: np.ndarray, device: torch.device) -> Tensor | None:
+    """(B,): the target margins that the records of `indices` give; None if they give none."""
+    margins = pairs.margins(indices)
+    return None if margins is None else to_device(margins, device)
 
 
 def pair_rewards(
@@ -55,8 +70,6 @@ def pair_rewards(
     batch = pack(pairs, indices, scored=1 if loss.lm_weight else 0).to(device)
     with autocast(device, dtype):
         rewards, logps = model.forward_packed(batch)  # (B, 2); (B, 1), None if nothing is scored
-    # The target margin of each pair, where the records have one and the loss asks for it.
-    margin = pairs.margins(indices) if loss.margin_from_data else None
-    margin = None if margin is None else to_device(margin, device)
+    margin = _margins(pairs, indices, device) if loss.margin_from_data else None
     chosen_logps = None if logps is None else logps[:, 0]
     return Rewards(rewards[:, 0], rewards[:, 1], margin, chosen_logps, batch.lengths[:, 0])

@@ -13,23 +13,25 @@ The words are 1, 2, ..., and EOS is 0. A response is up to T-1 words and EOS, or
 text that was cut is scored without one. These are the leaves of the tree that sampling T tokens walks down,
 so their probabilities sum to one exactly, for any transformer whose vocabulary is EOS and the words.
 
-Every loss here sees a policy through one score per response, and its optimum has the form
+The losses of this table see a policy through one score per response, and their optima have the form
 
     log pi(y|x) = base(y) + n(y) (s(y) / beta + c)                                                  (1)
 
                         base          n        s
     DPO, RLHF           log pi_ref    1        r*                    Rafailov et al. 2023 Eq. 4
     DPO, averages       log pi_ref    |y|      r*
-    DPO, smoothed       log pi_ref    1        s_e, see `best_scores`
+    DPO, smoothed       log pi_ref    1        s_e, see optima.py
     IPO                 log pi_ref    1        p*(y beats mu), see `beats_sampler`
     IPO, averages       log pi_ref    |y|      p*(y beats mu)
     SimPO, gamma = 0    0             |y|      r*
-    SimPO, gamma > 0    0             |y|      s_gamma, see `best_scores`
+    SimPO, gamma > 0    0             |y|      s_gamma, see optima.py
+    robust DPO          log pi_ref    1        r*, if the labels are swapped as often as it assumes
 
 For the logistic losses with neither smoothing nor gamma: the population loss is an average of
 -p log sigma(z) - (1-p) log sigma(-z), z = s(y) - s(y'), each least at z = logit p = r*(y) - r*(y'). All pairs
 can be at their least at once, by s = r* + a constant, which c absorbs. What is left is the entropy of the
-labels.
+labels. DPO with an SFT term and ORPO have optima of another form (optima.py). KTO, APO-zero
+and the hinge loss have none that training reaches (docs/derivation.md).
 """
 
 import itertools
@@ -37,7 +39,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minidpo.data import PairTokens
@@ -184,51 +185,6 @@ def rlhf_maximum(world: World, beta: float) -> float:
     Since E_pi r* - beta KL(pi, pi_ref) = beta log Z - beta KL(pi, pi*) with pi* = pi_ref exp(r*/beta) / Z.
     """
     return (beta * (world.reference_logps + world.rewards / beta).logsumexp(-1)).mean().item()
-
-
-def best_scores(world: World, label_smoothing: float = 0.0, gamma: float = 0.0) -> tuple[Tensor, float]:
-    """The best scores (X, Y) for a logistic loss with smoothing or a margin, and its minimum.
-
-        phi(z) = -q log sigma(z - gamma) - (1-q) log sigma(-z - gamma)
-        q = (1-e) p + e (1-p),  z = s(y) - s(y')
-
-    Smoothing e: a label is taken to be swapped with probability e, so p becomes q, and a lone pair goes to
-    z = logit q: at most log((1-e)/e), however clear the preference.
-
-    Margin gamma: phi' = 0 reads p/(1-p) = sigma(z + gamma) / sigma(gamma - z). With u = exp(z),
-    k = exp(-gamma) and R = exp(r*(y) - r*(y')) that is k u^2 + (1 - R) u - R k = 0, whose positive root at
-    gamma = 0 gives z = r* - r*'. Differences near 0 grow (1 + exp(gamma)) / 2 times (implicit derivative at u
-    = R = 1), great ones by gamma.
-
-    Neither z is a difference of scores across three or more responses, so no closed form survives there. phi
-    is convex in z, hence the sum over pairs in s; its Hessian is a graph Laplacian, blind to a constant,
-    which `pinv` leaves out. Newton's method finds the scores; the code shares nothing with minidpo.losses.
-    """
-    q = (1 - label_smoothing) * world.preferences + label_smoothing * (1 - world.preferences)
-    meetings = world.meetings
-    scores = world.rewards.clone()
-
-    def value(scores: Tensor) -> float:
-        z = scores[:, :, None] - scores[:, None, :]
-        phi = -q * F.logsigmoid(z - gamma) - (1 - q) * F.logsigmoid(-z - gamma)
-        return (meetings * phi).sum().item()
-
-    for _ in range(100):
-        z = scores[:, :, None] - scores[:, None, :]
-        up, down = torch.sigmoid(z + gamma), torch.sigmoid(gamma - z)
-        # Twice, because a pair is drawn from both ends, with the same slope and bend.
-        slope = (2 * meetings * ((1 - q) * up - q * down)).sum(-1, keepdim=True)
-        bend = 2 * meetings * ((1 - q) * up * (1 - up) + q * down * (1 - down))
-        laplacian = torch.diag_embed(bend.sum(-1)) - bend
-        step = torch.linalg.pinv(laplacian, hermitian=True) @ slope  # (X, Y, 1)
-        gain = (slope * step).sum().item()
-        size = 1.0
-        while value(scores - size * step.squeeze(-1)) > value(scores) + 1e-15:
-            size /= 2
-        scores = scores - size * step.squeeze(-1)
-        if gain < 1e-18:  # the error that there was is squared by the step just taken
-            return scores, value(scores)
-    raise RuntimeError(f"no optimum found for label_smoothing {label_smoothing}, gamma {gamma}")
 
 
 # --- how far apart, how good --------------------------------------------------------------------------------

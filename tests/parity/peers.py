@@ -40,7 +40,7 @@ def make_world(directory: Path, reward: Path) -> SimpleNamespace:
 def trainer(world, out: Path, kind: str, records=None, pad_is_eos=False, **settings):
     """TRL's DPOTrainer, CPOTrainer or RewardTrainer: float32, pairs in file order, AdamW, no clipping."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    trl = pytest.importorskip("trl.experimental.cpo" if kind == "CPO" else "trl")
+    trl = pytest.importorskip(f"trl.experimental.{kind.lower()}" if kind in ("CPO", "ORPO") else "trl")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -49,7 +49,7 @@ def trainer(world, out: Path, kind: str, records=None, pad_is_eos=False, **setti
     if pad_is_eos:
         tokenizer.pad_token = tokenizer.eos_token
     ours = AutoModelForCausalLM.from_pretrained(files["reference"])
-    reference = {"ref_model": ours} if kind == "DPO" else {}
+    reference = {"ref_model": ours} if kind in ("DPO", "KTO") else {}
     common = dict(
         output_dir=str(out),
         use_cpu=True,

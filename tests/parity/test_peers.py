@@ -5,6 +5,7 @@ Where TRL means something else by a name, the test says what, and holds the conv
 """
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,19 @@ import torch
 from peers import assert_logged, gradient_norm, make_world, our_pair, our_rewards, trainer, trl_logs
 
 from minidpo.data import PairTokens
-from minidpo.losses import DPO, IPO, SFT, BradleyTerry, PairLogps, Rewards, SimPO
+from minidpo.losses import (
+    DPO,
+    IPO,
+    KTO,
+    ORPO,
+    APOZero,
+    BradleyTerry,
+    Hinge,
+    PairLogps,
+    Rewards,
+    RobustDPO,
+    SimPO,
+)
 from minidpo.model import load_model, load_reward_model, response_logps
 from minidpo.packing import pack
 
@@ -40,12 +53,6 @@ def test_ids_and_logps(peers, tmp_path):
     torch.testing.assert_close(ours, logps, rtol=1e-5, atol=1e-5)
 
 
-def robust_dpo(pair: PairLogps, e: float = 0.2) -> torch.Tensor:
-    """Chowdhury et al. 2024 from two DPO losses: ((1-e) loss(y_w, y_l) - e loss(y_l, y_w)) / (1-2e)."""
-    swapped = PairLogps(pair.rejected, pair.chosen, pair.ref_rejected, pair.ref_chosen)
-    return ((1 - e) * DPO(BETA)(pair) - e * DPO(BETA)(swapped)) / (1 - 2 * e)
-
-
 # TRL's trainer, what it is told, and minidpo's loss.
 LOSSES = {
     "dpo is sigmoid": ("DPO", dict(loss_type="sigmoid"), DPO(BETA)),
@@ -56,7 +63,18 @@ LOSSES = {
         DPO(BETA, length_normalize=True),
     ),
     "sigmoid ignores label_smoothing": ("DPO", dict(loss_type="sigmoid", label_smoothing=0.2), DPO(BETA)),
-    "robust is made of two dpo losses": ("DPO", dict(loss_type="robust", label_smoothing=0.2), robust_dpo),
+    "robust is robust": (
+        "DPO",
+        dict(loss_type="robust", label_smoothing=0.2),
+        RobustDPO(BETA, flip_rate=0.2),
+    ),
+    "hinge is hinge": ("DPO", dict(loss_type="hinge"), Hinge(BETA)),
+    "apo_zero is apo_zero": ("DPO", dict(loss_type="apo_zero"), APOZero(BETA)),
+    "sft_weight is a second loss, sft": (
+        "DPO",
+        dict(loss_type=["sigmoid", "sft"], loss_weights=[1.0, 0.3]),
+        DPO(BETA, sft_weight=0.3),
+    ),
     # With z the scaled margin and l = -log sigma(z): conservative = l + e z, robust = l - e z / (1-2e).
     "smoothed dpo is (2-2e) sigmoid - (1-2e) robust": (
         "DPO",
@@ -70,7 +88,7 @@ LOSSES = {
     ),
     "simpo is simpo with cpo_alpha 0": ("CPO", SIMPO, SimPO(2.0, 0.7)),
     "simpo, smoothed": ("CPO", SIMPO | dict(label_smoothing=0.2), SimPO(2.0, 0.7, label_smoothing=0.2)),
-    "cpo_alpha 1 adds sft": ("CPO", SIMPO | dict(cpo_alpha=1.0), lambda p: SimPO(2.0, 0.7)(p) + SFT()(p)),
+    "cpo_alpha 1 adds sft": ("CPO", SIMPO | dict(cpo_alpha=1.0), SimPO(2.0, 0.7, sft_weight=1.0)),
 }
 
 
@@ -98,6 +116,65 @@ def test_ipo_on_sums(peers, tmp_path):
     """TRL's `ipo` has per-token means; the paper's equation has sums."""
     for index, record in enumerate(trl_logs(peers, tmp_path, "DPO", beta=BETA, loss_type="ipo")):
         assert abs(IPO(BETA)(our_pair(peers, index)).item() - record["loss"]) > 0.1
+
+
+def test_orpo(peers, tmp_path):
+    """Odds ratios and their part of the loss equal those of TRL's ORPOTrainer, pair by pair. Its other part, the
+    SFT loss, is over prompt and response, where the paper and minidpo have the response alone."""
+    for index, record in enumerate(trl_logs(peers, tmp_path, "ORPO", beta=0.3)):
+        pair, loss = our_pair(peers, index), ORPO(lambda_or=0.3, sft_weight=0.0)
+        chosen, rejected = pair.mean_logps()
+        expected = {"log_odds_chosen": loss.z(pair), "log_odds_ratio": -loss(pair) / 0.3}
+        assert_logged(record, expected | {"logps/chosen": chosen, "logps/rejected": rejected})
+        np.testing.assert_allclose(
+            record["loss"] - record["nll_loss"], loss(pair).item(), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_kto(peers, tmp_path):
+    """The loss, z0, rewards and gradient norms of batches equal those of TRL's KTOTrainer. Its prompts, too, meet
+    the response of the record before."""
+    files = peers.directories | dict(
+        policy=peers.directories["reference"], reference=peers.directories["policy"]
+    )
+    swapped = dict(directories=files, policy=peers.reference, reference=peers.policy)  # so that z0 is not 0
+    peers = SimpleNamespace(**vars(peers) | swapped)
+    labels = [True, False, False, True, True, False]
+    both = zip(peers.records, labels, strict=False)
+    records = [
+        dict(prompt=r["prompt"], completion=r["chosen" if liked else "rejected"], label=liked)
+        for r, liked in both
+    ]
+    settings = dict(beta=BETA, desirable_weight=1.5, undesirable_weight=2.0, max_steps=2)
+    logs = trl_logs(peers, tmp_path, "KTO", records, per_device_train_batch_size=3, **settings)
+    assert any(record["kl"] > 0.1 for record in logs)  # Else z0 would not matter here.
+    single = PairTokens.from_pairs(peers.pairs[:6]).unpaired()
+    single = single.select(
+        np.array([row if liked else len(labels) + row for row, liked in enumerate(labels)])
+    )
+    for step, record in enumerate(logs):
+        rows, loss = np.arange(3 * step, 3 * step + 3), KTO(BETA, lambda_d=1.5, lambda_u=2.0)
+        own, other = pack(single, rows), pack(single.mismatched([rows], 512))
+        with torch.no_grad():
+            z0 = (
+                (response_logps(peers.policy, other) - response_logps(peers.reference, other))
+                .mean()
+                .clamp(min=0)
+            )
+            reference = response_logps(peers.reference, own)[:, 0]
+        pairs = PairLogps(
+            response_logps(peers.policy, own)[:, 0],
+            ref_chosen=reference,
+            chosen_length=own.lengths[:, 0],
+            label=torch.from_numpy(single.label[rows]),
+            z0=z0.expand(3),
+        )
+        losses = loss(pairs)
+        expected = {
+            name: value.mean() for name, value in loss.metrics(pairs, losses).items() if "rewards" in name
+        }
+        norm = gradient_norm(peers.policy, losses.mean())
+        assert_logged(record, expected | dict(loss=losses.mean(), kl=z0, grad_norm=norm))
 
 
 @pytest.mark.parametrize(("margin", "center"), [(0.0, None), (0.4, None), (0.4, 0.3)])

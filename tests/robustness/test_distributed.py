@@ -76,6 +76,7 @@ def require_same_run(one: Path, other: Path) -> None:
     [
         (train_dpo, 2, "--run.eval_every=10"),
         (train_dpo, 4, "--run.activation_checkpointing=true"),
+        (train_dpo, 2, "--loss.name=kto"),
         (train_rm, 3, "--run.eval_every=10"),
         (train_dpo, 2, "--lora.rank=3 --run.save_every=10"),
         (train_rm, 3, "--lora.rank=2 --run.activation_checkpointing=true"),

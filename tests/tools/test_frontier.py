@@ -74,18 +74,19 @@ def test_figure_and_numbers(quick):
     assert (quick / "frontier.png").read_bytes()[:4] == b"\x89PNG"
     assert "</svg>" in (quick / "frontier.svg").read_text()
     found = json.loads((quick / "frontier.json").read_text())
-    assert list(found["runs"]) == RUNS == ["dpo-0.1", "ipo-0.2", "simpo-2-1"]
+    assert list(found["runs"]) == RUNS == ["dpo-0.1", "ipo-0.2", "simpo-2-1", "orpo-1", "kto-0.1"]
     assert found["reference"]["kl"] == pytest.approx(0, abs=1e-6)
     for points in found["runs"].values():
         assert [point["step"] for point in points] == [2, 4]
         for point in points:
             assert point["kl"] > 0 and point["reward_error"] > 0 and 0 < point["length"] < 40
     runs = [tomllib.loads((quick / name / "config.toml").read_text()) for name in RUNS]
-    for key in ("lr", "batch_size", "schedule", "warmup_steps", "epochs", "beta2"):
+    for key in ("lr", "schedule", "warmup_steps", "epochs", "beta2", "weight_decay"):
         assert len({run["optim"][key] for run in runs}) == 1, key
     assert len({run["model"]["path"] for run in runs}) == 1
-    losses = [(run["loss"]["name"], run["loss"]["beta"]) for run in runs]
-    assert losses == [("dpo", 0.1), ("ipo", 0.2), ("simpo", 2.0)]
+    assert [run["optim"]["batch_size"] for run in runs] == [16] * 4 + [32]  # KTO's are half a pair each
+    numbers = [(run["loss"]["name"], run["loss"].get("beta", run["loss"].get("lambda_or"))) for run in runs]
+    assert numbers == [("dpo", 0.1), ("ipo", 0.2), ("simpo", 2.0), ("orpo", 1.0), ("kto", 0.1)]
 
 
 @pytest.mark.slow
@@ -105,7 +106,7 @@ def test_work_is_done_once(quick, monkeypatch, capsys):
     before = file.read_text()
     frontier.main(command)
     assert not ran and file.read_text() == before
-    assert {"SFT", "DPO", "IPO", "SimPO"} <= {*capsys.readouterr().out.split()}
+    assert {"SFT", "DPO", "IPO", "SimPO", "ORPO", "KTO"} <= {*capsys.readouterr().out.split()}
     found = json.loads(before)
     lost = found["runs"].pop(RUNS[-1])
     file.write_text(json.dumps(found))

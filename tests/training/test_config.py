@@ -60,7 +60,7 @@ def test_command_line(tmp_path, override, value):
         ("loss.beta = 0", "", "loss.beta in FILE = 0.0; it must be > 0"),
         ("", "--loss.beta=inf", "--loss.beta = inf; it must be > 0"),
         ("", "--loss.label_smoothing=0.5", "it must be in [0, 0.5)"),
-        ('loss.name = "kto"', "", 'loss.name in FILE = "kto"; it must be one of ' + ", ".join(LOSSES)),
+        ('loss.name = "cpo"', "", 'loss.name in FILE = "cpo"; it must be one of ' + ", ".join(LOSSES)),
         ("", "--optim.schedule=step", "one of cosine, linear, constant"),
         ("", "--run.seed=9223372036854775808", "--run.seed = 9223372036854775808; it must be from 0"),
         (

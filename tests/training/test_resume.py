@@ -30,6 +30,8 @@ def require_same_weights(one: Path, other: Path) -> None:
         (run_dpo, "--loss.name=ipo", 2),
         (run_dpo, "--loss.name=simpo", 2),
         (run_dpo, "--loss.name=sft", 2),
+        (run_dpo, "--loss.name=orpo", 2),
+        (run_dpo, "--loss.name=kto", 2),
         (run_rm, "--loss.margin=0.5", 2),
     ],
 )

@@ -7,9 +7,15 @@ import pytest
 import torch
 
 from minidpo.errors import UserError
-from minidpo.losses import DPO, IPO, SimPO
+from minidpo.losses import DPO, IPO, KTO, Hinge, PairLogps, RobustDPO, SimPO
 from minidpo.tools import exact
-from minidpo.verify.exact_train import Trained, label_weights, rlhf_loss, train_to_convergence
+from minidpo.verify.exact_train import (
+    Trained,
+    label_weights,
+    rlhf_loss,
+    train_to_convergence,
+    winners_and_losers,
+)
 from minidpo.verify.exact_world import (
     beats_sampler,
     divergence,
@@ -18,6 +24,7 @@ from minidpo.verify.exact_world import (
     optimal_policy,
     total_variation,
 )
+from minidpo.verify.optima import best_policy, best_scores, newton
 
 torch.set_num_threads(1)  # matrices this small are faster so
 WORLD = make_world(seed=0, prompts=2, words=2, max_tokens=2, hidden_size=8)  # seven responses to each prompt
@@ -82,10 +89,66 @@ def test_frontier():
         assert reward <= min(within) + 1e-12, claim.name
 
 
+def test_offset():
+    """With the same margin for all pairs, ODPO's offset is SimPO's gamma on DPO's reward."""
+    odpo = DPO(0.5, margin_from_data=True)
+    trained = train_to_convergence(WORLD, lambda p: odpo(p._replace(margin=torch.full_like(p.chosen, 0.7))))
+    best = optimal_policy(WORLD.reference_logps, best_scores(WORLD, gamma=0.7)[0], 0.5)
+    assert total_variation(trained.values, best) < 1e-5
+
+
+@pytest.mark.parametrize("loss", [DPO(0.5), IPO(0.3), SimPO(2.0), RobustDPO(0.5, flip_rate=0.01)], ids=repr)
+def test_sft_term(loss):
+    """Beside any loss of pairs, with any weight, training ends where Newton's method finds the minimum."""
+    mixed = replace(loss, sft_weight=0.3)
+
+    def losses(logps):
+        tables = (logps, WORLD.reference_logps, WORLD.lengths)
+        return mixed(PairLogps(*(x for table in tables for x in winners_and_losers(table)))).reshape(2, 7, 7)
+
+    policy, least = best_policy(WORLD, losses)
+    trained = train_to_convergence(WORLD, mixed)
+    assert total_variation(trained.values, policy) < 1e-5 and trained.objective == pytest.approx(
+        least, abs=1e-12
+    )
+    assert total_variation(trained.values, train_to_convergence(WORLD, loss).values) > 0.01
+
+
+def test_newton():
+    """A minimum is certified: at a saddle the step goes downhill, and where there is no bottom it says so."""
+    table, least = newton(
+        lambda x: ((x**2 - 1) ** 2).sum() + 2, torch.tensor([[0.1, -0.2]], dtype=torch.float64)
+    )
+    assert table.tolist() == [[pytest.approx(1), pytest.approx(-1)]] and least == pytest.approx(2)
+    with pytest.raises(RuntimeError, match="no minimum"):
+        newton(lambda x: -x.sum() - x.square().sum(), torch.zeros(1, 2, dtype=torch.float64))
+
+
 def test_kink():
-    """A hinge has no second derivative at its optimum, so it is refused."""
+    """The hinge loss has no second derivative at its optimum, so it is refused."""
     with pytest.raises(RuntimeError, match="kink|not converged"):
-        train_to_convergence(SMALL, lambda pairs: torch.relu(1 - DPO(0.5).z(pairs)))
+        train_to_convergence(SMALL, Hinge(0.5))
+
+
+def test_kto_has_no_optimum():
+    """Moving all probability from what is undesirable more often than not lowers the loss further and further."""
+    wins = (WORLD.sampler * beats_sampler(WORLD))[:, :, None]  # how often y is seen, and seen as desirable
+    seen = torch.cat((wins, WORLD.sampler[:, :, None] - wins), dim=2) / 2  # (X, Y, 2), mean over 2 prompts
+    bad = beats_sampler(WORLD) < 0.5
+    assert bad.any(1).all() and not bad.all(1).any()
+
+    def loss(share: float) -> float:
+        """KTO's, of a policy that has moved this share of the probability of bad responses to good ones."""
+        p = WORLD.reference_logps.exp()
+        moved = torch.where(bad, share * p, 0.0).sum(1, keepdim=True)
+        p = torch.where(bad, (1 - share) * p, p + moved / (~bad).sum(1, keepdim=True))
+        logps, ref = (x[:, :, None].expand(seen.shape).flatten() for x in (p.log(), WORLD.reference_logps))
+        label = torch.tensor([True, False]).expand(seen.shape).flatten()
+        records = PairLogps(logps, ref_chosen=ref, label=label, z0=torch.full_like(ref, 0.1))
+        return (seen.flatten() * KTO(0.5)(records)).sum().item()
+
+    losses = [loss(share) for share in (0.0, 0.5, 0.9, 0.99, 0.999, 0.9999)]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == 6
 
 
 def difference(table: torch.Tensor) -> float:

@@ -1,13 +1,12 @@
 """The reward model's loss: Bradley-Terry, margins, label smoothing, language modelling and centring."""
 
-import pytest
-from loss_checks import CHECKS, Claims, check_unmoved, logistic_loss, sigma
-
-from minidpo.losses import BradleyTerry, Rewards
+from minidpo.losses import Rewards
+from minidpo.verify.claims import Claims, logistic_loss, shifted, sigma
 
 APART = dict(chosen=1.5, rejected=0.5, margin=0.25, chosen_logps=-10, chosen_length=4)
 ALIKE = APART | dict(chosen=-3, rejected=-3)
 NO_LM = dict(lm_weight=0.0)
+EVERYTHING = dict(lm_weight=0.5, margin=0.5, margin_from_data=True, center_weight=0.5, label_smoothing=0.1)
 POINTS = [
     (NO_LM, APART, 0.3132616875),  # z = 1.5 - 0.5 = 1; ln(1 + exp(-1)) = ln 1.3678794412
     (NO_LM, ALIKE, 0.6931471806),  # z = 0; ln 2
@@ -19,6 +18,8 @@ POINTS = [
     (NO_LM | dict(center_weight=1.0), ALIKE, 36.6931471806),  # (-3 - 3)^2 = 36 more
     (dict(), APART, 2.8132616875),  # -(-10) / 4 = 2.5 more, because lm_weight = 1 by default
     (dict(lm_weight=0.5), APART, 1.5632616875),  # 0.5 * 2.5 = 1.25 more
+    # z = 1 - 0.25 - 0.5 = 0.25: 0.5759394199, and e z = 0.025, 2 and 1.25 more
+    (EVERYTHING, APART, 3.8509394199),
 ]
 
 
@@ -50,23 +51,11 @@ def metrics(p, s):
 
 CLAIMS = Claims(
     POINTS,
-    optimum="a reward and not a policy: tests/verify/test_exact.py trains it",
+    optimum="a reward and not a policy: `python -m minidpo exact` trains it",
     twin=twin,
     gradient=gradient,
     metrics=metrics,
+    unmoved={"the same number added to both rewards": (NO_LM, shifted("chosen", "rejected"))},
+    direction=NO_LM,
     fields=Rewards,
 )
-PLAIN = BradleyTerry(lm_weight=0.0)
-EVERYTHING = BradleyTerry(0.7, margin=0.5, margin_from_data=True, center_weight=0.01, label_smoothing=0.1)
-
-
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("loss", [PLAIN, BradleyTerry(), EVERYTHING], ids=str)
-def test_claims(loss, check):
-    """The check of loss_checks.py finds them true."""
-    check(loss, CLAIMS)
-
-
-def test_shift():
-    """The same number added to both rewards does not matter: rewards may drift unless they are centred."""
-    check_unmoved(PLAIN, CLAIMS, lambda p: dict(chosen=p.chosen + 8.0, rejected=p.rejected + 8.0))

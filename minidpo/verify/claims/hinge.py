@@ -1,0 +1,40 @@
+"""The hinge loss of SLiC, Zhao et al. 2023, on the margin of DPO."""
+
+import numpy as np
+
+from minidpo.verify.claims import (
+    OF_THE_DIFFERENCE,
+    PAIR,
+    START,
+    Claims,
+    log_ratios,
+    of_log_ratios,
+    pair_metrics,
+    with_sft,
+)
+
+POINTS = [
+    (dict(), PAIR, 0.6),  # z = 0.1 * (3 - -1) = 0.4; 1 - 0.4
+    (dict(beta=0.3), PAIR, 0.0),  # z = 1.2, beyond 1
+    (dict(), START, 1.0),  # z = 0
+    (dict(sft_weight=0.5), PAIR, 1.85),  # 0.5 * 10 / 4 = 1.25 more than the first
+]
+
+
+def z(p, s):
+    chosen, rejected = log_ratios(p)
+    return s.beta * (chosen - rejected)
+
+
+CLAIMS = with_sft(
+    Claims(
+        POINTS,
+        optimum="the expected loss is made of straight lines, so its least value lies at a kink: gradient"
+        " descent steps to and fro across it, and second derivatives are 0 or not there",
+        twin=lambda p, s: np.maximum(0, 1 - z(p, s)),
+        gradient=lambda p, s: of_log_ratios(p, np.where(z(p, s) < 1, -s.beta, 0.0)),
+        metrics=lambda p, s: pair_metrics(p, *(s.beta * ratio for ratio in log_ratios(p))),
+        mirror=lambda p, s: np.maximum(0, 1 + z(p, s)) - np.maximum(0, 1 - z(p, s)),
+        unmoved=OF_THE_DIFFERENCE,
+    )
+)

@@ -1,0 +1,72 @@
+"""KTO's data: pairs as labelled responses, and responses to other prompts. Its gradients: test_applied_gradients.py."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minidpo.data import PairTokens, TokenPair, require_labels
+from minidpo.errors import UserError
+from runs import run_dpo, steps
+
+PAIRS = PairTokens.from_pairs(
+    [TokenPair([1, 10], [11, 2], [12, 13, 2], 5), TokenPair([1], [21, 22, 23, 2], [2], 7, margin=1.5)]
+)
+
+
+def texts(pairs: PairTokens) -> list[list[list[int]]]:
+    """Of each row its prompt and its responses."""
+    return [
+        [pairs.ids[a:b].tolist() for a, b in zip(row, row[1:], strict=False)] for row in pairs.bounds.tolist()
+    ]
+
+
+def test_unpaired():
+    """Of two pairs four records: first the chosen responses, desirable, and then the rejected ones."""
+    single = PAIRS.unpaired()
+    assert texts(single) == [[[1, 10], [11, 2]], [[1], [21, 22, 23, 2]], [[1, 10], [12, 13, 2]], [[1], [2]]]
+    assert single.label.tolist() == [True, True, False, False] and single.index.tolist() == [5, 7, 5, 7]
+    assert texts(single.select(np.array([3, 0]))) == [[[1], [2]], [[1, 10], [11, 2]]]
+
+
+def test_mismatched():
+    """In each batch a prompt meets the response of the row before, the first that of the last; a text that becomes
+    longer than max_length is cut."""
+    single = PAIRS.unpaired()
+    other = single.mismatched([np.array([0, 1]), np.array([3, 2, 0]), np.array([1])], max_length=4)
+    of_first, of_second = (
+        [[[1, 10], [21, 22]], [[1], [11, 2]]],
+        [[[1], [11, 2]], [[1, 10], [2]], [[1, 10], [12, 13]]],
+    )
+    assert texts(other) == [*of_first, *of_second, [[1], [21, 22, 23]]]
+
+
+def test_labels():
+    """Records of one response need a label each; pairs are their own."""
+    single = PAIRS.unpaired()
+    for fine in (PAIRS, single):
+        require_labels(fine, "kto")
+    with pytest.raises(UserError, match=r"loss.name = kto: no record has a label \(records \[5, 7, 5, 7\]\)"):
+        require_labels(replace(single, label=None), "kto")
+    assert replace(single, label=~single.label).fingerprint() != single.fingerprint()
+
+
+def test_log(config, capsys):
+    """The means of rewards are over desirable responses and over the others; what is made of the pairs is said."""
+    first, *_ = steps(run_dpo(config(optim__batch_size=6), "--loss.name=kto"))
+    assert first["loss"] == 0.5 and first["accuracy"] == first["z0"] == 0
+    assert {"rewards/chosen", "rewards/rejected"} <= first.keys() and "rewards/margins" not in first
+    assert "kto reads responses one by one: 32 pairs are 32 desirable responses" in capsys.readouterr().out
+
+
+def test_one_label(config):
+    """A batch without an undesirable response logs no mean over them, and no NaN."""
+    lines = run_dpo(config(optim__batch_size=2, optim__max_steps=6), "--loss.name=kto")
+    named = {frozenset({"rewards/chosen", "rewards/rejected"} & line.keys()) for line in steps(lines)}
+    assert {len(names) for names in named} == {1, 2}
+
+
+def test_one_response(config):
+    """A batch of one has no response to another prompt."""
+    with pytest.raises(UserError, match="optim.batch_size = 1, but kto compares with the other responses"):
+        run_dpo(config(), "--loss.name=kto", "--optim.batch_size=1")

@@ -1,0 +1,69 @@
+"""The test vectors in docs/vectors are those that the command writes today."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from minidpo.errors import UserError
+from minidpo.tools.vectors import main as command
+from minidpo.verify.claims import claims_of, every_loss
+
+FILE = Path(__file__).parents[2] / "docs/vectors/vectors.json"
+VECTORS = json.loads(FILE.read_text())
+
+
+def same(found, expected) -> bool:
+    """Equal in all but the last digits of floats, which processors round differently."""
+    if isinstance(expected, dict):
+        return found.keys() == expected.keys() and all(same(found[key], expected[key]) for key in expected)
+    if isinstance(expected, list):
+        return len(found) == len(expected) and all(map(same, found, expected))
+    if isinstance(expected, float):
+        return math.isclose(found, expected, rel_tol=1e-12, abs_tol=1e-15)
+    return found == expected
+
+
+def test_copy(tmp_path, capsys):
+    """The command writes the file that is in docs/vectors, of a modest size."""
+    command(["--out", str(tmp_path / "vectors.json")])
+    assert "cases" in capsys.readouterr().out
+    assert same(json.loads((tmp_path / "vectors.json").read_text()), VECTORS)
+    assert FILE.stat().st_size < 300_000
+
+
+def test_points():
+    """Every loss is there, and every point with the value computed by hand."""
+    assert {case["loss"] for case in VECTORS["losses"]} == set(every_loss())
+    for name, loss in every_loss().items():
+        hand = [case for case in VECTORS["losses"] if case["loss"] == name and case["kind"] == "hand"]
+        for settings, pair, value in claims_of(loss).points:
+            (case,) = (case for case in hand if case["settings"] == vars(loss(**settings)))
+            rows = [
+                dict(zip(case["inputs"], row, strict=True))
+                for row in zip(*case["inputs"].values(), strict=True)
+            ]
+            assert case["losses"][rows.index(pair)] == pytest.approx(value, abs=1e-9)
+
+
+def test_kinds():
+    """Each case is what its kind says."""
+    for case in VECTORS["losses"]:
+        lengths = [x for name, x in case["inputs"].items() if name.endswith("_length")]
+        if case["kind"] == "length 1":
+            assert all(set(x) == {1} for x in lengths)
+        if case["kind"] == "tie" and "rejected" in case["inputs"]:
+            assert case["inputs"]["chosen"][0] == case["inputs"]["rejected"][0]
+    assert {case["kind"] for case in VECTORS["gatherer"]} < {case["kind"] for case in VECTORS["losses"]}
+
+
+def test_gathered_by_hand():
+    """ln 1/2 + ln 1/4 = -2.0794415417, and a certain token beside an impossible one: 0 - 20,000."""
+    sums = {case["kind"]: case["sums"] for case in VECTORS["gatherer"]}
+    assert sums["hand"] == pytest.approx([-2.0794415417]) and sums["extreme"] == [-20_000.0]
+
+
+def test_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be written"):
+        command(["--out", str(tmp_path)])

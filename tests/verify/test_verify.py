@@ -1,0 +1,217 @@
+"""verify: losses of other programs, as functions, are held to the claims of ours."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import logsigmoid
+
+from minidpo.errors import UserError
+from minidpo.losses import DPO, BradleyTerry, SimPO
+from minidpo.tools.verify import main as command
+from minidpo.verify import Claims, verify
+from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR
+
+ALL_BUT_EXACT = "points twin gradient gradcheck alone mirror unmoved direction far bf16".split()
+
+
+def margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps):
+    return policy_chosen_logps - policy_rejected_logps - (reference_chosen_logps - reference_rejected_logps)
+
+
+def right(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, beta=0.1
+):
+    names = (policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    return -logsigmoid(beta * margin(*names))
+
+
+def of_margin(form):
+    def loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+        return form(margin(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps), beta)
+
+    return loss
+
+
+# Mistakes of functions, and the checks that must find them.
+WRONG = {
+    "mean of the margins": (lambda m, beta: -logsigmoid(beta * m.mean()), {"alone"}),
+    "sum over the batch": (lambda m, beta: -logsigmoid(beta * m).sum(), {"alone"}),
+    "log of sigmoid": (lambda m, beta: -torch.sigmoid(beta * m).log(), {"far"}),
+    "exp in bf16": (lambda m, beta: (1 + (-beta * m).exp()).log(), {"far", "bf16"}),
+    "responses swapped": (lambda m, beta: -logsigmoid(-beta * m), {"points", "twin", "direction", "mirror"}),
+    "beta ignored": (lambda m, beta: -logsigmoid(0.1 * m), {"points", "twin"}),
+    "hinge": (lambda m, beta: torch.relu(1 - beta * m), {"points", "twin", "gradient"}),
+    "kept in float32": (lambda m, beta: -logsigmoid(beta * m.float()), {"twin"}),
+    "two columns": (lambda m, beta: -logsigmoid(beta * m)[:, None], {"twin", "far"}),
+    "cut off": (lambda m, beta: -logsigmoid(beta * m.detach()), {"twin", "gradcheck"}),
+    "an exception": (lambda m, beta: m.no_such_method(), set(ALL_BUT_EXACT)),
+}
+
+
+@pytest.mark.parametrize("returns", [lambda losses: losses, lambda losses: (losses, 0), torch.mean], ids=str)
+def test_right(returns):
+    """A function that is DPO passes, whether it returns losses, a tuple that begins with them or their
+    mean."""
+    report = verify(of_margin(lambda m, beta: returns(-logsigmoid(beta * m))), DPO(), checks=ALL_BUT_EXACT)
+    assert {verdict.verdict for verdict in report.verdicts} == {"holds"}, report
+
+
+def test_exact():
+    """The exact world is asked too, where the function has the settings for it."""
+    for form, verdict in ((lambda m, beta: beta * m, "holds"), (lambda m, beta: 0.1 * m, "refuted")):
+        report = verify(of_margin(lambda m, b, z=form: -logsigmoid(z(m, b))), DPO(), checks=["exact"])
+        assert report.verdicts[0].verdict == verdict, report
+
+
+@pytest.mark.parametrize("mistake", WRONG)
+def test_wrong(mistake):
+    """Each check that must refute the mistake does, with a counterexample."""
+    form, must = WRONG[mistake]
+    report = verify(of_margin(form), DPO(), checks=must)
+    assert set(report.refuted) == must, report
+    assert all(verdict.counterexample for verdict in report.verdicts)
+
+
+def test_counterexample():
+    """It has the numbers of one pair: what is and what should be."""
+    report = str(verify(of_margin(WRONG["responses swapped"][0]), DPO(), checks=["points"]))
+    # z = 0.4 in place of -0.4: ln(1 + exp(0.4)) = ln 2.4918246976
+    assert "loss(): the loss is 0.9130152524 and not 0.5130152524, at chosen -10, rejected -20," in report
+
+
+def test_not_asked():
+    """What its settings cannot express is not asked: beta is fixed, so nothing is claimed at another one."""
+    report = verify(
+        lambda pi_w, pi_l, ref_w, ref_l: -logsigmoid(0.3 * margin(pi_w, pi_l, ref_w, ref_l)), DPO(0.3)
+    )
+    verdicts = {verdict.check: verdict.verdict for verdict in report.verdicts}
+    assert verdicts["points"] == verdicts["exact"] == "not asked" and verdicts["twin"] == "holds"
+
+
+def test_own_claims():
+    """Claims of one's own need no loss of ours: a squared hinge, where z = 0.1 * (3 - -1) = 0.4 on PAIR."""
+    z = lambda p, s: s.beta * (p.chosen - p.ref_chosen - p.rejected + p.ref_rejected)  # noqa: E731
+    claims = Claims(
+        points=[(dict(), PAIR, 0.36), (dict(beta=0.2), PAIR, 0.04)],  # (1 - 0.4)^2, (1 - 0.8)^2
+        twin=lambda p, s: np.maximum(0, 1 - z(p, s)) ** 2,
+        unmoved=OF_THE_DIFFERENCE,
+    )
+    right = of_margin(lambda m, beta: torch.relu(1 - beta * m).square())
+    asked = ["points", "twin", "gradcheck", "alone", "unmoved", "far", "bf16"]
+    report = verify(right, claims=claims)
+    assert [v.check for v in report.verdicts if v.verdict == "holds"] == asked, report
+    wrong = verify(right, claims=replace(claims, mirror=lambda p, s: z(p, s), twin=lambda p, s: z(p, s) ** 2))
+    assert wrong.refuted == ["twin", "mirror", "far"], wrong
+
+
+def test_reference_ignored():
+    """A number added to policy and reference alike must not matter."""
+
+    def no_reference(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1):
+        return -logsigmoid(beta * (chosen_logps - rejected_logps))
+
+    report = verify(no_reference, DPO(), checks=["unmoved"])
+    assert "same number added to chosen and ref_chosen" in report.verdicts[0].counterexample
+
+
+def test_not_independent():
+    """A loss that compares with the batch says so, and is not asked whether a pair is the same alone."""
+    centred = of_margin(lambda m, beta: -logsigmoid(beta * (m - m.mean())))
+    for independent, verdict in ((True, "refuted"), (False, "not asked")):
+        report = verify(centred, claims=Claims(independent=independent), checks=["alone"])
+        assert report.verdicts[0].verdict == verdict
+
+
+def test_arguments():
+    """What names do not tell is told: here averages under the names of sums, and beta as tau."""
+
+    def loss(policy_chosen_logps, policy_rejected_logps, tau, kind, gamma=1.0):
+        return -logsigmoid(tau * (policy_chosen_logps - policy_rejected_logps) - gamma * kind)
+
+    averages = dict(
+        policy_chosen_logps=lambda p: p.mean_logps()[0], policy_rejected_logps=lambda p: p.mean_logps()[1]
+    )
+    report = verify(
+        loss, SimPO(), arguments=averages, settings=dict(tau="beta", kind=1), checks=ALL_BUT_EXACT
+    )
+    assert not report.refuted and report.verdicts[0].figure.startswith("3 points"), report
+    assert verify(
+        loss, SimPO(), arguments=averages, settings=dict(tau="beta", kind=2), checks=["twin"]
+    ).refuted
+
+
+def test_rewards():
+    """A reward model's loss, an nn.Module as in OpenRLHF."""
+
+    class PairWise(torch.nn.Module):
+        def forward(self, chosen_reward, reject_reward, margin=None):
+            return -logsigmoid(chosen_reward - reject_reward).mean()
+
+    assert not verify(PairWise(), BradleyTerry(lm_weight=0.0)).refuted
+
+
+@pytest.mark.parametrize(
+    ("loss", "told", "says"),
+    [
+        (lambda x, y: x, {}, r"what is its argument 'x'\? Say it with arguments"),
+        (lambda x: x, dict(arguments=dict(x="chosn")), "'x' cannot be 'chosn'; there are chosen, rejected"),
+        (right, dict(arguments=dict(z="chosen")), "no argument 'z'; it has policy_chosen_logps"),
+        (lambda beta=0.1: beta, {}, "none of its arguments"),
+        (DPO(), dict(arguments=dict(chosen="chosen")), "a loss object is given arguments or settings"),
+        (right, dict(checks=["twins"]), "no check twins; there are points, twin"),
+    ],
+)
+def test_refused(loss, told, says):
+    """A description that says too little, or what is not there, is one line."""
+    with pytest.raises(UserError, match=says):
+        verify(loss, **told)
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A file of the user's with two losses."""
+    (tmp_path / "mine.py").write_text(
+        "def plain(chosen_logps, beta=1.0): return -chosen_logps / beta\n"
+        "def wrong(chosen_logps): return (-chosen_logps).sum()\n"
+        "number = 1\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_command(module, capsys):
+    """It prints a table for each loss; where one is refuted, the exit status is 1."""
+    command(["sft", "mine:plain", "--checks", "gradcheck", "alone"])
+    printed = capsys.readouterr().out
+    assert (
+        "SFT()" in printed
+        and "plain, of which nothing is claimed" in printed
+        and "nothing is refuted" in printed
+    )
+    with pytest.raises(SystemExit) as end:
+        command(["mine:wrong", "mine:plain", "--like", "dpo", "beta=0.3", "--checks", "alone", "twin"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 1 and "wrong claims to be DPO(beta=0.3)" in printed
+    assert printed.endswith("refuted: wrong, plain\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("dpi", "no loss 'dpi'; there are dpo, ipo"),
+        ("dpo --like ipo", "dpo has claims of its own"),
+        ("mine:plain --like ipo gamma=1", "no key 'gamma'; ipo has beta, length_normalize"),
+        ("mine:plain --like ipo beta=x", "'x' is no value for beta"),
+        ("mine:plain --like ipo beta=-1", r"ipo: beta is -1.0; it must be > 0"),
+        ("mine:other", "module mine has no 'other'"),
+        ("mine:number", "is int; a function of tensors is needed"),
+        ("nowhere:loss", "module nowhere cannot be imported"),
+    ],
+)
+def test_refused_command(module, arguments, says):
+    with pytest.raises(UserError, match=says):
+        command(arguments.split())
