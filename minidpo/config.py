@@ -5,10 +5,10 @@ names.
 """
 
 import dataclasses
-import tomllib
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from minidpo.arguments import Typed, Values, file_of, read_toml, read_value, typed
 from minidpo.distributed import rank
 from minidpo.errors import UserError
 from minidpo.files import write_file, writing
@@ -17,7 +17,6 @@ from minidpo.sections import COMMAND_LINE, DPOConfig, RewardConfig, named_key
 from minidpo.settings import fault, help_lines, keys_of, one_of, setting, toml
 
 Config = TypeVar("Config", DPOConfig, RewardConfig)
-Values = dict[str, dict[str, Any]]  # section -> key -> value
 
 
 @dataclasses.dataclass
@@ -31,19 +30,22 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
         if rank() == 0:
             print(describe(kind))
         raise SystemExit(0)
-    file, of_file = _file_of(arguments)
-    typed = _typed([argument for argument in arguments if argument.startswith("--")])
+    file, of_file = file_of(arguments)
+    from_command_line = typed([argument for argument in arguments if argument.startswith("--")])
     if kind is DPOConfig:
-        _drop_keys_of_another_loss(of_file, typed, file)
+        _drop_keys_of_another_loss(of_file, from_command_line, file)
 
-    sections = _section_types(kind, file, of_file, typed)
+    sections = _section_types(kind, file, of_file, from_command_line)
     values: Values = {section: {} for section in sections}
     sources: dict[str, str] = {}
-    for where, given in ((file, of_file), (COMMAND_LINE, typed)):
+    for where, given in ((file, of_file), (COMMAND_LINE, from_command_line)):
         for section, settings in given.items():
             for name, value in settings.items():
                 key = _key(sections, section, name, where)
-                values[section][name] = _value(section, key, value, where)
+                value = _value(section, key, value, where)
+                # The command line changes single entries of a table.
+                former = values[section].get(name)
+                values[section][name] = former | value if isinstance(former, dict) else value
                 sources[f"{section}.{name}"] = where
     if kind is DPOConfig:
         values["loss"].pop("name", None)  # It has chosen the class of the section.
@@ -57,7 +59,7 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
 def load_either_config(arguments: list[str]) -> DPOConfig | RewardConfig:
     """As `load_config`, for the configuration of either script: train_rm.py's if [loss] has a key only it
     knows."""
-    _, of_file = _file_of(arguments)
+    _, of_file = file_of(arguments)
     of_losses = {name for loss in LOSSES.values() for name in keys_of(loss)}
     of_reward_model = keys_of(get_type_hints(RewardConfig)["loss"]).keys() - of_losses
     if of_reward_model & of_file.get("loss", {}).keys():
@@ -66,7 +68,7 @@ def load_either_config(arguments: list[str]) -> DPOConfig | RewardConfig:
 
 
 def config_of_run(model: Path) -> Path | None:
-    """The config.toml of the run whose final/, final/adapter/ or checkpoint `model` is; None if it is none."""
+    """The config.toml of the run whose final/, final/adapter/ or checkpoint `model` is; else None."""
     model = model.resolve()  # It may be a link, or ".".
     below = model.parent.name == "checkpoints" or model.parts[-2:] == ("final", "adapter")
     file = model.parents[1 if below else 0] / "config.toml"
@@ -76,7 +78,7 @@ def config_of_run(model: Path) -> Path | None:
 def loss_of_run(model: Path) -> PreferenceLoss | None:
     """The loss of the run that wrote `model`; None if no run of train_dpo.py did."""
     file = config_of_run(model)
-    given = _read_toml(file).get("loss", {}) if file else {}
+    given = read_toml(file).get("loss", {}) if file else {}
     cls = LOSSES.get(given.pop("name", ""))
     if cls is None:
         return None
@@ -84,10 +86,10 @@ def loss_of_run(model: Path) -> PreferenceLoss | None:
     return cls(**{name: _value("loss", keys[name], value, str(file)) for name, value in given.items()})
 
 
-def date_of_run(out: Path) -> str:
-    """The data.date of the run in the directory `out`; empty if there is none."""
+def data_of_run(out: Path, key: str) -> str:
+    """A text in [data] of the run in the directory `out`; empty if there is none."""
     try:
-        return str(_read_toml(out / "config.toml").get("data", {}).get("date", ""))
+        return str(read_toml(out / "config.toml").get("data", {}).get(key, ""))
     except UserError:  # There is no such file, or a spoilt one that is about to be written again.
         return ""
 
@@ -95,7 +97,13 @@ def date_of_run(out: Path) -> str:
 def date_of_model(model: Path) -> str:
     """The data.date of the run whose final/ or checkpoint `model` is; empty if there is none."""
     file = config_of_run(model)
-    return date_of_run(file.parent) if file else ""
+    return data_of_run(file.parent, "date") if file else ""
+
+
+def text_of_model(model: Path) -> str:
+    """The data.text of the run whose final/ or checkpoint `model` is; empty if there is none."""
+    file = config_of_run(model)
+    return data_of_run(file.parent, "text") if file else ""
 
 
 def to_dict(config: DPOConfig | RewardConfig) -> Values:
@@ -134,43 +142,6 @@ def describe(kind: type[DPOConfig] | type[RewardConfig]) -> str:
         for name, loss in LOSSES.items():
             lines += [f"  with name = {toml(name)}, {loss.equation}:", *help_lines(loss, indent="    ")]
     return "\n".join(lines)
-
-
-def _file_of(arguments: list[str]) -> tuple[str, Values]:
-    """The one configuration file among the arguments, and what it says."""
-    files = [argument for argument in arguments if not argument.startswith("--")]
-    if len(files) != 1:
-        extra = f" ({', '.join(files)}; settings are written --section.key=value, with =)" if files else ""
-        raise UserError(f"one configuration file is needed, {len(files)} given{extra}; --help lists the keys")
-    return files[0], _read_toml(Path(files[0]))
-
-
-def _read_toml(path: Path) -> Values:
-    try:
-        sections = tomllib.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such configuration file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as TOML ({error})") from None
-    for section, values in sections.items():
-        if not isinstance(values, dict):
-            raise UserError(f"{path}: {section!r} stands outside any [section]")
-    return sections
-
-
-class _Typed(str):
-    """A value from the command line: the type of its key decides how the text is read."""
-
-
-def _typed(arguments: list[str]) -> Values:
-    sections: Values = {}
-    for argument in arguments:
-        name, equals, text = argument[2:].partition("=")
-        section, dot, name = name.partition(".")
-        if not (equals and dot):
-            raise UserError(f"{argument}: command-line settings have the form --section.key=value")
-        sections.setdefault(section, {})[name] = _Typed(text)
-    return sections
 
 
 def _drop_keys_of_another_loss(of_file: Values, typed: Values, file: str) -> None:
@@ -215,33 +186,24 @@ def _key(sections: dict[str, Any], section: str, name: str, where: str) -> datac
 
 def _value(section: str, key: dataclasses.Field, value: Any, where: str) -> Any:
     """`value` for the setting `key`, of its type and allowed."""
-    if isinstance(value, _Typed):
-        value = _read(key, str(value))
+    if isinstance(value, Typed):
+        value = read_value(key, str(value))
     if key.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if key.type == list[str]:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    elif key.type == dict[str, str]:
+        fits = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     else:
         fits = type(value) is key.type
     if not fits:
         wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-        needed = wanted.get(key.type, "a list of texts")  # type: ignore[arg-type]
+        tables = {list[str]: "a list of texts", dict[str, str]: "a table of texts"}
+        needed = (wanted | tables)[key.type]  # type: ignore[index]
         raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {value!r}; {needed} is needed")
     if wrong := fault(key, value):
         raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {toml(value)}; {wrong}")
     return value
-
-
-def _read(key: dataclasses.Field, text: str) -> Any:
-    """Text from the command line: texts need no quotes there, lists are separated by commas."""
-    if key.type is str:
-        return text
-    if key.type == list[str] and not text.startswith("["):
-        return [part for part in text.split(",") if part]
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text  # which has the wrong type, and `_value` says so
 
 
 def _check(config: DPOConfig | RewardConfig) -> None:
@@ -254,6 +216,10 @@ def _check(config: DPOConfig | RewardConfig) -> None:
     if (Path(config.run.out) / "config.json").is_file():
         holds = f"{config.named('run.out')} = {config.run.out} holds a model (config.json)"
         raise UserError(f"{holds}; a run needs a directory of its own")
+    if config.optim.warmup_steps and config.optim.warmup_ratio:
+        steps = f"{config.named('optim.warmup_steps')} = {config.optim.warmup_steps}"
+        ratio = f"{config.named('optim.warmup_ratio')} = {config.optim.warmup_ratio}"
+        raise UserError(f"{steps} and {ratio}; give one of them, and 0 for the other")
     if config.data.max_prompt_length >= config.data.max_length:
         prompt = f"{config.named('data.max_prompt_length')} = {config.data.max_prompt_length}"
         longest = f"{config.named('data.max_length')} = {config.data.max_length}"

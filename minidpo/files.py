@@ -21,8 +21,8 @@ from safetensors.numpy import save
 from minidpo.errors import UserError, one_line
 
 ADAPTER = (
-    "it is an adapter: give the model that it belongs to, with --adapter for score, sample and explain, or merge"
-    " it first (the final/ of a run is merged; peft: merge_and_unload, then save_pretrained)"
+    "it is an adapter: give the model that it belongs to, with --adapter for score, sample and explain, or"
+    " merge it first (the final/ of a run is merged; peft: merge_and_unload, then save_pretrained)"
 )
 
 

@@ -11,6 +11,8 @@ from minidpo.losses import DPO, BradleyTerry, PreferenceLoss
 from minidpo.settings import Check, at_least, fraction, not_negative, one_of, positive, setting
 
 TEMPLATES = ("model", "hh", "chatml")
+TEXTS = ("", "template", "raw")  # what text becomes where the model has a chat template; empty: ask
+COLUMNS = ("prompt", "system", "chosen", "rejected", "messages", "completion", "label", "margin", "tools")
 COMMAND_LINE = "command line"
 
 
@@ -36,6 +38,8 @@ _files = Check(bool, "a list of at least one file")
 _names = Check(bool, "a list of at least one name")
 _LINEAR_LAYERS = [f"{name}_proj" for name in "q k v o gate up down".split()]
 _date = Check(_is_date, "a date as 2026-11-26, or empty")
+_text = Check(TEXTS.__contains__, "template, raw or empty")
+_columns = Check(set(COLUMNS).issuperset, "a table with keys of " + ", ".join(COLUMNS))
 _seed = Check(lambda number: 0 <= number < 2**63, "from 0 to 2^63 - 1")
 _tensorboard = Check(
     _tensorboard_is_there, "false where the package tensorboard is missing: pip install tensorboard"
@@ -69,6 +73,21 @@ class DataSection:
     date: str = setting(
         "", "the date that a chat template which asks for it is given; empty: that of the run's start", _date
     )
+    text: str = setting(
+        "",
+        "prompts in text: template (a user's turn of it) or raw; empty: raw, unless that looks wrong",
+        _text,
+    )
+    columns: dict[str, str] = setting(
+        {}, "names for keys of the records, as --data.columns.prompt=KEY, where theirs do not tell", _columns
+    )
+    pairs_per_prompt: str = setting(
+        "best-worst",
+        "of several answers: the best against the worst, or all pairs",
+        one_of("best-worst", "all"),
+    )
+    min_margin: float = setting(0.0, "drop pairs with a smaller margin, or with none; 0: keep all")
+    limit: int = setting(0, "read only the first so many records of train, and of eval; 0: all", not_negative)
     skip_bad: bool = setting(False, "leave out and count records that cannot be read, instead of stopping")
     cache: str = setting("", "directory where token ids are kept between starts; empty: run.out/tokens")
 
@@ -105,6 +124,7 @@ class OptimSection:
     lr: float = setting(1e-6, "peak learning rate of AdamW", positive)
     schedule: str = setting("linear", "after warm-up", one_of("cosine", "linear", "constant"))
     warmup_steps: int = setting(0, "steps of linear warm-up", not_negative)
+    warmup_ratio: float = setting(0.0, "or the share of all steps that warm-up takes, rounded up", fraction)
     weight_decay: float = setting(0.0, "on matrices; never on norms and biases", not_negative)
     beta1: float = setting(0.9, "decay of the first moment", fraction)
     beta2: float = setting(0.999, "decay of the second moment", fraction)

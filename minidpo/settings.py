@@ -5,6 +5,7 @@ the commands read all that they need to know about a key from its field.
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import Field, field, fields
 from typing import Any, NamedTuple
 
@@ -33,8 +34,8 @@ def one_of(*names: str) -> Check:
 def setting(default: Any, about: str, check: Check | None = None) -> Any:
     """A dataclass field with its default, a line for --help, and the check of its values."""
     metadata = {"about": about, "check": check}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -77,4 +78,6 @@ def toml(value: Any) -> str:
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
     if isinstance(value, list):
         return "[" + ", ".join(map(toml, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml(of_key)}" for key, of_key in value.items()) + "}"
     return repr(value)

@@ -10,17 +10,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.pair_tokens import PairTokens, TokenPair
+from minidpo.data.pair_tokens import PairTokens
 from minidpo.data.paths import data_files
-from minidpo.data.preferences import ASSISTANT, read_preferences
+from minidpo.data.preference_files import read_files
+from minidpo.data.preferences import ASSISTANT
 from minidpo.data.report import DataReport
+from minidpo.data.token_pair import TokenPair
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.data.truncation import tokenize_pairs
 from minidpo.errors import UserError, one_line
@@ -98,8 +99,8 @@ def split_by_prompt(
     A prompt is held out with all its pairs or not at all. Prompts are ranked by a hash of (seed, prompt) and
     taken while their records fit into `eval_count`, so the order of the file changes nothing, nor does it
     which records a limit or a template drops. Fewer than `eval_count` pairs are held out only if repeated
-    prompts leave no exact sum, or if records were dropped. Raises `UserError` if nothing would be left on
-    either side.
+    prompts leave no exact sum, or if records were dropped; more, if records have several pairs each. Raises
+    `UserError` if nothing would be left on either side.
     """
     if not 0 <= eval_count < len(prompts):
         what = f"data.eval_pairs = {eval_count}, {eval_count} pairs to hold out of {len(prompts)}"
@@ -114,6 +115,9 @@ def split_by_prompt(
     if eval_count and not mask.any():
         why = "all records chosen were dropped" if held_out else f"no prompt has as few as {eval_count} pairs"
         raise UserError(f"{why}, so none can be held out; hold out more (data.eval_pairs)")
+    if eval_count and mask.all():
+        what = f"data.eval_pairs = {eval_count} holds out every record, and none is left to train on"
+        raise UserError(f"{what}; hold out fewer")
     return mask
 
 
@@ -131,16 +135,6 @@ def require_margins(pairs: PairTokens) -> None:
         raise UserError(f"{what}; give each record `margin`, or `score_chosen` and `score_rejected`")
 
 
-def require_labels(pairs: PairTokens, name: str) -> None:
-    """Raises `UserError` unless the loss `name`, which reads labelled responses, can read `pairs`: they have
-    labels, or are preference pairs."""
-    if len(pairs) and pairs.label is None and pairs.bounds.shape[1] < 4:
-        records = pairs.records(np.arange(len(pairs))[:5])
-        raise UserError(
-            f"loss.name = {name}: no record has a label ({records}); give each `label`, true or false"
-        )
-
-
 def require_messages(
     key: str, template: ChatTemplate, pairs: PairTokens, tokenizer: Tokenizer, records: str = "the records"
 ) -> None:
@@ -152,7 +146,8 @@ def require_messages(
         return
     start, end = pairs.bounds[0, :2]
     if template.kind != "hh" or not tokenizer.decode(pairs.ids[start:end].tolist()).endswith(ASSISTANT):
-        raise UserError(f"{key} = {template.kind} is for messages, and {records} are text; leave it out")
+        way = 'leave it out, or set data.text = "template" (--text template) to make turns of prompts in text'
+        raise UserError(f"{key} = {template.kind} is for messages, and {records} are text; {way}")
 
 
 def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) -> None:
@@ -170,7 +165,8 @@ def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) ->
 def _identity(files: list[str], data: DataSection, tokenizer: Tokenizer, template: ChatTemplate) -> str:
     """Of all that ids and report depend on, but the date: what is in the files and how they are named, and
     the settings."""
-    settings = json.dumps((data.max_length, data.max_prompt_length, data.skip_bad, files))
+    of_reading = (data.text, data.columns, data.pairs_per_prompt, data.min_margin, data.limit)
+    settings = json.dumps((data.max_length, data.max_prompt_length, data.skip_bad, files, *of_reading))
     return fingerprint(_VERSION, tokenizer.identity, template.identity, settings, *map(Path, files))
 
 
@@ -179,8 +175,7 @@ def _tokenize(
 ) -> tuple[PairTokens, np.ndarray, list[str]]:
     """The pairs of `files` as ids, the prompt keys of all records, and the lines of the report."""
     report = DataReport()
-    read = (read_preferences(file, report, template=template, skip_bad=data.skip_bad) for file in files)
-    texts = chain.from_iterable(read)
+    texts = read_files(files, data, tokenizer, template, report)
 
     def ids() -> Iterator[TokenPair]:
         progress = Progress(f"tokenizing {name}", unit="tokens")

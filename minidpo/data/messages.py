@@ -3,6 +3,7 @@
     {"role": "user", "content": "Is it?"}
     {"role": "user", "content": [{"type": "text", "text": "Is it?"}]}
     {"role": "assistant", "content": null, "tool_calls": [{"type": "function", "function": {...}}]}
+    {"from": "human", "value": "Is it?"}    the first one, as sharegpt writes it
 
 All other keys are kept, because a chat template may read them: `name`, `reasoning_content`, `tool_call_id`.
 """
@@ -11,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from minidpo.data.records import BadRecord, check_characters
+from minidpo.data.records import BadRecord, check_characters, printable
 from minidpo.errors import one_line
 
 ASSISTANT = "assistant"  # the role of the model, whose words are scored
@@ -23,6 +24,14 @@ _SET_BY_US = {"messages", "add_generation_prompt"}
 
 # Where a message may have its reasoning, the first of them the standard name.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
+
+# Who speaks in sharegpt's form. A function_call's value is the call in JSON.
+_SPEAKERS = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatbot", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
 
 
 def messages_of(record: dict, key: str) -> list[Message]:
@@ -123,6 +132,8 @@ def given_of(record: dict) -> Given:
 def _checked(message: Any, key: str) -> Message:
     message = message if isinstance(message, dict) else {}
     message = {name: value for name, value in message.items() if value is not None}
+    if "role" not in message and {"from", "value"} <= message.keys():
+        message = _of_sharegpt(message, key)
     if isinstance(message.get("content"), list):
         message["content"] = [_text_part(part, key) for part in message["content"]]
     for name, text in (("role", message.get("role")), ("content", text_of(message))):
@@ -133,6 +144,27 @@ def _checked(message: Any, key: str) -> Message:
             raise BadRecord(f"a message in {key!r} has no text under {name!r}", right)
         check_characters(text, f"{name!r} of a message in {key!r}")
     return message
+
+
+def _of_sharegpt(message: Message, key: str) -> Message:
+    speaker, value = message.pop("from"), message.pop("value")
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        right = f"; give one of {', '.join(_SPEAKERS)}"
+        raise BadRecord(f"a message in {key!r} is from {printable(repr(speaker))[:40]}", right)
+    if speaker != "function_call":
+        return {"role": role, "content": value} | message
+    try:
+        calls = json.loads(value)
+        calls = calls if isinstance(calls, list) else [calls]
+        functions = [{"name": call["name"], "arguments": call["arguments"]} for call in calls]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        right = '; give {"name": ..., "arguments": {...}} as JSON'
+        raise BadRecord(f"a function_call in {key!r} is no call of a tool", right) from None
+    return {
+        "role": role,
+        "tool_calls": [{"type": "function", "function": each} for each in functions],
+    } | message
 
 
 def _text_part(part: Any, key: str) -> dict[str, str]:

@@ -1,31 +1,31 @@
-"""Records to preferences: the four shapes that a record may have, and the prompt and the two responses in it.
+"""Readings of records to pairs: the prompt and the responses as the text that a model reads.
 
-    {"chosen": "\\n\\nHuman: ..", "rejected": ..}            HH dialogues, turn after turn in one text
-    {"prompt": "..", "chosen": "..", "rejected": ".."}     text
-    {"prompt": [..], "chosen": [..], "rejected": [..]}     messages: a prompt, responses of one turn or more
-    {"chosen": [..], "rejected": [..]}                     conversations: the prompt is the turns they share
+shapes.py and readings.py know how a record says them. Whatever its keys are, they have one of four forms:
 
-Each may have a `margin`, or a `score_chosen` and a `score_rejected`, and beside messages a `system` turn,
-`tools` and `chat_template_kwargs`. Other keys are not read, and the report names them.
+    prompt and responses in text      left as they are (data.text = "raw"), or put through the chat template
+    HH dialogues in text              split where the last response begins
+    a prompt and responses, of which any is messages        written out by the chat template
+    whole conversations in messages   the prompt is the turns that they share; of one, those before a response
 
 A record that cannot be read (broken JSON, a missing key) is an error: the file is not what it is taken for. A
-record that reads well but can teach nothing (no shared prompt, a blank response, two equal responses) is
-dropped and counted, because published files hold some.
+record that reads well but can teach nothing (no shared prompt, a blank response, two equal responses, a tie)
+is dropped and counted, because published files hold some.
 """
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
+from typing import Any
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.messages import given_of, messages_of, shared_turns, text_of, with_system
-from minidpo.data.pair_tokens import Ranges
-from minidpo.data.records import BadRecord, check_characters, number_of, printable, read_records
-from minidpo.data.report import DataReport, FileReport, dropped_lines
+from minidpo.data.messages import Message, first_assistant, given_of, shared_turns, text_of, with_system
+from minidpo.data.readings import Reading, Said
+from minidpo.data.records import BadRecord
+from minidpo.data.report import DataReport
+from minidpo.data.shapes import Shape
+from minidpo.data.token_pair import Ranges
 from minidpo.data.turns import others_in_text
-from minidpo.errors import UserError
+from minidpo.sections import DataSection
 
 # The blank line before it belongs to the marker: "Assistant:" anywhere else is something that was said.
 ASSISTANT = "\n\nAssistant:"
@@ -36,7 +36,7 @@ MESSAGES = "prompt, chosen, rejected as messages"
 CONVERSATIONS = "whole conversations (chosen, rejected)"
 
 _BLANK = "nothing but blanks in a response"
-_READ = {"prompt", "chosen", "rejected", "margin", "score_chosen", "score_rejected"}
+DEFAULTS = DataSection()
 
 
 class Unusable(ValueError):
@@ -45,11 +45,11 @@ class Unusable(ValueError):
 
 @dataclass(frozen=True)
 class PreferencePair:
-    """One prompt and one or two responses to it."""
+    """One prompt and two responses to it, or one."""
 
     prompt: str
     chosen: str
-    rejected: str | None  # None: the record has one response
+    rejected: str | None  # None: the record has one response: SFT, or a labelled one
     index: int = field(default=-1, compare=False)  # the record's number in its file, from 0
     margin: float | None = field(default=None, compare=False)  # by how much chosen is better, if it is known
     label: bool | None = None  # of a single response: desirable or not
@@ -60,59 +60,20 @@ class PreferencePair:
     messages: bool = field(default=False, compare=False)  # whether a template made the prompt of messages
     unread: tuple[str, ...] = field(default=(), compare=False)  # keys of the record
     left_out: str = field(default="", compare=False)  # the end of the generation prompt, see ChatTemplate
+    said: Any = field(default=None, compare=False, repr=False)  # prompt, responses and the rest, as messages
 
     @property
     def responses(self) -> list[str]:
         return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
 
-
-def read_preferences(
-    path: str | Path,
-    report: DataReport | None = None,
-    drop_identical: bool = True,
-    template: ChatTemplate | None = None,
-    skip_bad: bool = False,
-) -> Iterator[PreferencePair]:
-    """Yield the usable pairs of one file, in file order. All its records have the shape of the first one.
-
-    report: what is dropped, why and on which lines is added to it. drop_identical: false keeps pairs whose
-    responses are equal. template: writes out messages. skip_bad: drop and count records that cannot be read
-    as well. Raises `UserError` for a file or record that cannot be read, when it gets there, and at the end
-    of a file without a usable pair.
-    """
-    report = DataReport() if report is None else report
-    file, file_number = FileReport(str(path)), len(report.files)
-    report.files.append(file)
-    keys = ""  # of the first record
-    for number, record in read_records(Path(path)):
-        index = file.read
-        file.read += 1
-        file.unit = "line" if number > index else "record"  # Only the records of a list are numbered from 0.
-        try:
-            if isinstance(record, BadRecord):
-                raise record
-            keys = keys or _keys_of(record)
-            shape = shape_of(record)
-            file.format = file.format or shape
-            if shape != file.format:
-                raise BadRecord(f"a record of {shape}", f" in a file of {file.format}; keep to one")
-            pair = pair_of(record, shape, template, drop_identical, index, file_number, report)
-            file.kept += 1
-            file.unread.update(pair.unread)
-            if pair.left_out:
-                file.left_out[pair.left_out] += 1
-            yield pair
-        except BadRecord as bad:
-            if not skip_bad:
-                where = f"{path}:{number}" if file.unit == "line" else f"{path}: record {number}"
-                raise UserError(f"{where}: {bad}") from None
-            file.dropped[bad.kind].append(number)
-        except Unusable as reason:
-            file.dropped[str(reason)].append(number)
-    if not file.kept:
-        reasons = ", ".join(dropped_lines(file.dropped, file.unit)) or "the file is empty"
-        what = f"{path}: no usable pair in {file.read} records ({reasons})"
-        raise UserError(f"{what}; one at least is needed{keys}")
+    @property
+    def record(self) -> dict:
+        """The pair, or the prompt with one response, as other programs read it: in text or messages."""
+        prompt, responses, beside = self.said or (self.prompt, self.responses, {})
+        names = ("completion",) if self.rejected is None else ("chosen", "rejected")
+        known = {"margin": self.margin, "label": self.label}
+        known = {name: value for name, value in known.items() if value is not None}
+        return {"prompt": prompt, **dict(zip(names, responses, strict=True)), **known, **beside}
 
 
 def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
@@ -124,91 +85,108 @@ def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
     Cutting at the longest common prefix would never fail, and be wrong: two responses that begin alike would
     leave half a word in the prompt.
     """
-    pair = _split_hh(chosen_text, rejected_text)
-    _check_blank(pair)
-    return pair
+    prompt, chosen, rejected = _split_hh(chosen_text, rejected_text)
+    _check_blank(chosen, rejected)
+    return PreferencePair(prompt, chosen, rejected)
 
 
-def _split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
+def _split_hh(chosen_text: str, rejected_text: str) -> tuple[str, str, str]:
     cut = chosen_text.rfind(ASSISTANT)
     if ASSISTANT not in rejected_text or cut < 0:
         raise Unusable("no '\\n\\nAssistant:' in a dialogue")
     if chosen_text[:cut] != rejected_text[: rejected_text.rfind(ASSISTANT)]:
         raise Unusable("chosen and rejected differ before the last '\\n\\nAssistant:'")
     end = cut + len(ASSISTANT)
-    return PreferencePair(chosen_text[:end], chosen_text[end:], rejected_text[end:])
+    return chosen_text[:end], chosen_text[end:], rejected_text[end:]
 
 
-def shape_of(record: dict) -> str:
-    """The shape of one record. Raises `BadRecord` for a missing key and for a value of another kind."""
-    for key in ("chosen", "rejected"):
-        if key not in record:
-            raise BadRecord(f"no key {key!r}", _keys_of(record))
-    if isinstance(record.get("prompt"), list):
-        for key in ("prompt", "chosen", "rejected"):
-            messages_of(record, key)
-        return MESSAGES
-    if isinstance(record["chosen"], list):  # A prompt beside them, a string, repeats the first turn.
-        for key in ("chosen", "rejected"):
-            messages_of(record, key)
-        return CONVERSATIONS
-    for key in ("prompt", "chosen", "rejected"):
-        text = record.get(key, "")
-        if not isinstance(text, str):
-            raise BadRecord(f"{key!r} is of type {type(text).__name__}", "; give a string")
-        check_characters(text, repr(key))
-    return PROMPT_AND_RESPONSES if "prompt" in record else HH_DIALOGUES
+def form_of(reading: Reading) -> str:
+    """Which of the four forms a reading has."""
+    prompt, chosen, rejected = reading[:3]
+    if isinstance(chosen, str) and not isinstance(rejected, list) and not isinstance(prompt, list):
+        return HH_DIALOGUES if prompt is None else PROMPT_AND_RESPONSES
+    turns = [each[0]["role"] for each in (chosen, rejected) if isinstance(each, list) and each]
+    # A prompt beside whole conversations repeats how they begin.
+    whole = prompt is None or not {"system", "user"}.isdisjoint(turns)
+    return CONVERSATIONS if whole else MESSAGES
 
 
 def pair_of(
     record: dict,
-    shape: str,
+    shape: Shape,
     template: ChatTemplate | None,
     drop_identical: bool,
     index: int = 0,
     file: int = 0,
     report: DataReport | None = None,
+    data: DataSection = DEFAULTS,
+    reading: Reading | None = None,
 ) -> PreferencePair:
-    """The pair of a record of this shape. Raises `Unusable` with the reason for which the record is dropped,
-    and `BadRecord` for messages without a template, or that it refuses. report: notes the prompt before."""
-    report = report or DataReport()
-    if shape == HH_DIALOGUES:
-        pair = _split_hh(record["chosen"], record["rejected"])
-    elif shape == PROMPT_AND_RESPONSES:
-        pair = PreferencePair(record["prompt"], record["chosen"], record["rejected"])
+    """The pair of a record of this shape, or of one of its readings; default: the first. Raises `Unusable`
+    with the reason for which the pair is dropped, and `BadRecord` for messages without a template, or that it
+    refuses. report: notes the prompt before."""
+    reading = reading or shape.readings(record, data.pairs_per_prompt == "all")[0]
+    report, form = report or DataReport(), form_of(reading)
+    is_hh = form == HH_DIALOGUES
+    if is_hh and reading.rejected is None:
+        raise BadRecord(f"{shape.at['messages']!r} is no list of messages", "; give one")
+    ends_as_hh = isinstance(reading.prompt, str) and reading.prompt.rstrip().endswith(ASSISTANT)
+    if data.text == "template" and (is_hh or ends_as_hh):
+        right = '; data.text = "template" is for a prompt in text, so leave it out'
+        raise BadRecord("HH dialogues, which are text of their own", right)
+    if is_hh or (form == PROMPT_AND_RESPONSES and data.text != "template"):
+        texts: Any = reading[:3] if not is_hh else _split_hh(*reading[1:3])  # type: ignore[arg-type]
+        prompt, chosen, rejected = texts
+        report.add_prompt(prompt, index, file)
+        if reading.dropped:
+            raise Unusable(reading.dropped)
+        pair = PreferencePair(
+            prompt,
+            chosen,
+            rejected,
+            index,
+            reading.margin,
+            file=file,
+            unread=tuple(_unread(record, shape)),
+            label=reading.label,
+        )
     elif template is None:
         raise BadRecord("messages without a chat template", "; this command reads text")
     else:
         try:
-            pair = _pair_of_messages(record, shape, template, index, file, report)
+            pair = _pair_of_messages(reading, record, shape, template, index, file, report)
         except RecursionError:
             raise BadRecord("messages are nested too deeply", "; give fewer levels") from None
-    if not pair.messages:
-        report.add_prompt(pair.prompt, index, file)
-    _check_blank(pair)
+    _check_blank(*pair.responses)
     if drop_identical and pair.chosen == pair.rejected:
         raise Unusable("chosen and rejected are identical")
-    unread = pair.unread if pair.messages else _unread(record)
-    return replace(pair, margin=_margin(record), unread=unread, index=index, file=file)
+    if data.min_margin and (reading.margin is None or reading.margin < data.min_margin):
+        less = "no margin" if reading.margin is None else f"a margin below {data.min_margin}"
+        raise Unusable(f"{less} (data.min_margin)")
+    return pair
 
 
 def _pair_of_messages(
-    record: dict, shape: str, template: ChatTemplate, index: int, file: int, report: DataReport
+    reading: Reading,
+    record: dict,
+    shape: Shape,
+    template: ChatTemplate,
+    index: int,
+    file: int,
+    report: DataReport,
 ) -> PreferencePair:
-    chosen, rejected = messages_of(record, "chosen"), messages_of(record, "rejected")
-    if shape == MESSAGES:
-        prompt = messages_of(record, "prompt")
-    else:
-        shared = shared_turns(chosen, rejected, template.reads)
-        prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
+    prompt, responses = _turns(reading, template)
     if not prompt:
         raise Unusable("no prompt: chosen and rejected share no turn, or `prompt` has none")
-    responses = [chosen, rejected]
     if any(not its or {its[0]["role"], its[-1]["role"]} != {"assistant"} for its in responses):
         raise Unusable("a response does not begin and end with a turn of the assistant")
     own, prompt = prompt, with_system(record, prompt)
     plain = [message | {"content": text_of(message)} for message in prompt]
-    report.add_prompt(json.dumps(plain, sort_keys=True), index, file)
+    # A prompt in text has the same key as without a template.
+    of_text = isinstance(reading.prompt, str) and form_of(reading) == PROMPT_AND_RESPONSES
+    report.add_prompt(str(reading.prompt) if of_text else json.dumps(plain, sort_keys=True), index, file)
+    if reading.dropped:
+        raise Unusable(reading.dropped)
     given = given_of(record)
     text, texts, left_out = template.split(prompt, responses, given)
     others = []
@@ -219,7 +197,7 @@ def _pair_of_messages(
 
     # What of the record did not reach the text.
     read = {"tools", "chat_template_kwargs"} | ({"system"} if prompt is not own else set())
-    unread = [key for key in _unread(record) if key not in read]
+    unread = [key for key in _unread(record, shape) if key not in read]
     for name, value in given.items():
         if value is not None and not template.reads(name):
             unread.append(name if name == "tools" else f"chat_template_kwargs.{name}")
@@ -228,41 +206,54 @@ def _pair_of_messages(
         keys = {key for message in chain(prompt, *responses) for key in message}
         unread += [f"{key} of messages" for key in keys if not template.reads(key)]
 
+    beside = {key: record[key] for key in ("tools", "chat_template_kwargs") if record.get(key)}
     return PreferencePair(
         text,
         texts[0],
-        texts[1],
+        texts[1] if len(texts) > 1 else None,
+        index,
+        reading.margin,
+        file=file,
+        label=reading.label,
         others=tuple(others) if any(others) else (),
         add_special_tokens=written_out,
         closed=template.closes,
         messages=True,
         unread=tuple(unread),
         left_out=left_out,
+        said=(prompt, responses, beside),
     )
 
 
-def _unread(record: dict) -> tuple[str, ...]:
+def _turns(reading: Reading, template: ChatTemplate) -> tuple[list[Message], list[list[Message]]]:
+    """The prompt and each response as messages. A prompt in text is what the user says, a response what the
+    assistant says."""
+    responses = {"chosen": reading.chosen, "rejected": reading.rejected}
+    there = {name: response for name, response in responses.items() if response is not None}
+    if form_of(reading) != CONVERSATIONS:
+        return _turn(reading.prompt, "user"), [_turn(each, "assistant") for each in there.values()]
+    for name, conversation in there.items():
+        if isinstance(conversation, str):
+            raise BadRecord(f"{name!r} is no list of messages", "; give one, as under the other keys")
+    conversations: list[Any] = list(there.values())
+    if len(conversations) == 1:
+        shared = first_assistant(conversations[0])
+    else:
+        shared = shared_turns(conversations[0], conversations[1], template.reads)
+    return conversations[0][:shared], [conversation[shared:] for conversation in conversations]
+
+
+def _turn(said: Said | None, role: str) -> list[Message]:
+    return said if isinstance(said, list) else [{"role": role, "content": said}]
+
+
+def _unread(record: dict, shape: Shape) -> list[str]:
     """The keys of a record that hold something and are not read."""
-    if record.keys() <= _READ:
-        return ()
-    return tuple(key for key, value in record.items() if key not in _READ and value not in (None, ""))
+    if record.keys() <= shape.keys:
+        return []
+    return [key for key, value in record.items() if key not in shape.keys and value not in (None, "")]
 
 
-def _keys_of(record: dict) -> str:
-    """The keys that a record has and those that it should have, for the end of an error message."""
-    names = ", ".join(map(printable, record)) or "none"
-    names = names if len(names) <= 200 else names[:200] + " ..."
-    return f"; its keys are {names}; give chosen, rejected, and prompt unless they hold it"
-
-
-def _check_blank(pair: PreferencePair) -> None:
-    if not all(text.strip() for text in pair.responses):
+def _check_blank(*responses: str) -> None:
+    if not all(response.strip() for response in responses):
         raise Unusable(_BLANK)
-
-
-def _margin(record: dict) -> float | None:
-    keys = ("margin", "score_chosen", "score_rejected")
-    margin, chosen, rejected = (number_of(record.get(key)) for key in keys)
-    if margin is None and chosen is not None and rejected is not None:
-        return chosen - rejected
-    return margin

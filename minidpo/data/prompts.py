@@ -3,9 +3,20 @@
 from typing import NamedTuple
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.messages import Given, Message, given_of, messages_of, with_system
-from minidpo.data.preferences import ASSISTANT, PreferencePair
-from minidpo.data.records import BadRecord, check_characters
+from minidpo.data.messages import Given, Message, given_of, with_system
+from minidpo.data.preferences import (
+    ASSISTANT,
+    CONVERSATIONS,
+    DEFAULTS,
+    HH_DIALOGUES,
+    MESSAGES,
+    PreferencePair,
+    form_of,
+)
+from minidpo.data.readings import Reading, said
+from minidpo.data.records import BadRecord
+from minidpo.data.shapes import renamed, shape_of
+from minidpo.sections import DataSection
 
 
 class Prompt(NamedTuple):
@@ -19,19 +30,27 @@ class Prompt(NamedTuple):
     index: int = 0  # type: ignore[assignment]  # the record's number in its file, from 0
 
 
-def prompt_of(record: dict, template: ChatTemplate) -> Prompt:
-    """The prompt of a record, which needs no responses: a `prompt` in text or messages, or what stands in
-    `chosen` before its last response. Raises `BadRecord` if there is none."""
-    prompt, chosen = record.get("prompt"), record.get("chosen")
-    if isinstance(prompt, list):
-        prompt = messages_of(record, "prompt")
-    elif isinstance(chosen, list):  # conversations, whatever `prompt` says
-        chosen = messages_of(record, "chosen")
+def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS) -> Prompt:
+    """The prompt of a record, which needs no responses: a `prompt` in text or messages, or what a record of
+    any shape has for its prompt; of a dialogue, all before its last response. data: how records are read.
+    Raises `BadRecord` if there is none."""
+    record = renamed(record, data.columns)
+    if record.get("prompt") is not None:  # Whether it has responses, and what else, is of no interest.
+        conversation = isinstance(record.get("chosen"), list)
+        reading = Reading(said(record, "prompt"), said(record, "chosen") if conversation else "")
+    else:
+        try:
+            reading = shape_of(record, data.columns).readings(record)[0]
+        except BadRecord:  # It has one dialogue alone, or none.
+            reading = Reading(None, "" if record.get("chosen") is None else said(record, "chosen"))
+    prompt, chosen, form = reading.prompt, reading.chosen, form_of(reading)
+    if form == CONVERSATIONS and isinstance(chosen, list):
         prompt = chosen[:-1] if chosen and chosen[-1]["role"] == "assistant" else None
-    elif prompt is None and isinstance(chosen, str):
+    elif form == HH_DIALOGUES and isinstance(chosen, str):
         prompt = "".join(chosen.rpartition(ASSISTANT)[:2])
+    elif form == MESSAGES or data.text == "template":
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if prompt and isinstance(prompt, str):
-        check_characters(prompt, "'prompt'")
         return Prompt(prompt)
     if not (prompt and isinstance(prompt, list)):
         raise BadRecord("no prompt", "; give `prompt` as text or messages, or a dialogue as `chosen`")

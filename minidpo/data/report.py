@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minidpo.data.pair_tokens import TokenPair
 from minidpo.data.records import printable
+from minidpo.data.token_pair import TokenPair
 
 PARTS = ("prompt", "chosen", "rejected")
 _FIRST_FEW = 5
@@ -23,11 +23,42 @@ class FileReport:
     path: str
     format: str = ""
     read: int = 0  # records
-    kept: int = 0
+    kept: int = 0  # of them, those that gave a pair
+    pairs: int = 0  # those of the records that were kept
+    columns: dict[str, str] = field(
+        default_factory=dict
+    )  # what was read under which key, where it needs saying
+    several: str = ""  # data.pairs_per_prompt, where records have more than two responses
+    turns_of_text: bool = False  # whether prompts in text were put through the chat template
     unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
     unread: Counter[str] = field(default_factory=Counter)  # keys of records that hold something: how often
     left_out: Counter[str] = field(default_factory=Counter)  # ends of generation prompts: of how many prompts
+    noted: set[str] = field(default_factory=set)  # keys of records of which `columns` and `unread` know
+    last: int = -1  # the record of the last pair
+
+    def add(self, record: int) -> None:
+        """Count a pair of the record with this number."""
+        self.pairs += 1
+        self.kept += record != self.last
+        self.last = record
+
+    def lines(self) -> Iterator[str]:
+        several = f" as {self.pairs} pairs" if self.pairs != self.kept else ""
+        yield f"{self.path}: {self.format}: {self.read} records read, {self.kept} kept{several}"
+        if self.columns:
+            columns = ", ".join(f"{name} = {printable(key)}" for name, key in self.columns.items())
+            yield f"  read as: {self.format}: {columns}"
+        if self.several:
+            yield f"  pairs of several responses: {self.several} (data.pairs_per_prompt)"
+        if self.turns_of_text:
+            yield '  prompts in text are put through the chat template (data.text = "template")'
+        yield from ("  " + line for line in dropped_lines(self.dropped, self.unit))
+        if self.unread:
+            yield f"  keys that are not read: {', '.join(map(printable, sorted(self.unread)))}"
+        for end, count in self.left_out.items():
+            why = "the chat template begins a response that is given without it"
+            yield f"  warning: {count} prompts stop before {end!r}, because {why}"
 
 
 @dataclass
@@ -35,6 +66,8 @@ class DataReport:
     """What became of the records: one `FileReport` per file, then what the tokenizing stage adds."""
 
     files: list[FileReport] = field(default_factory=list)
+    limit: int = 0  # after which no record was read; 0: none
+    not_read: str = ""  # files that the limit left out
     # Of every record whose prompt could be read, dropped or not: its place, rising, and its prompt's digest.
     places: array = field(default_factory=lambda: array("q"))
     keys: bytearray = field(default_factory=bytearray)  # 16 bytes each
@@ -56,8 +89,12 @@ class DataReport:
     prompts: array = field(default_factory=lambda: array("q"))  # one hash per pair
 
     def add_prompt(self, prompt: str, index: int, file: int) -> None:
-        """Note a prompt as its record has it: no template, date, tokenizer or limit changes its key."""
-        self.places.append(file << 40 | index)
+        """Note the prompt of a record as it has it, once for all its pairs: no template, date, tokenizer or
+        limit changes its key."""
+        place = file << 40 | index
+        if self.places and self.places[-1] == place:
+            return
+        self.places.append(place)
         self.keys.extend(hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).digest())
 
     def prompt_keys(self) -> np.ndarray:
@@ -85,17 +122,15 @@ class DataReport:
     def lines(self) -> Iterator[str]:
         """The report as printable lines."""
         for file in self.files:
-            yield f"{file.path}: {file.format}: {file.read} records read, {file.kept} kept"
-            yield from ("  " + line for line in dropped_lines(file.dropped, file.unit))
-            if file.unread:
-                yield f"  keys that are not read: {', '.join(map(printable, sorted(file.unread)))}"
-            for end, count in file.left_out.items():
-                why = "the chat template begins a response that is given without it"
-                yield f"  warning: {count} prompts stop before {end!r}, because {why}"
+            yield from file.lines()
+        if self.limit:
+            yield f"data.limit: the first {self.limit} records{self.not_read}"
         if not self.tokenized:
             return
         different = len(np.unique(self.prompts))
-        yield f"tokenized {self.tokenized} pairs, {self.kept} kept, with {different} different prompts"
+        single = not self.lengths["rejected"]
+        what = "responses" if single else "pairs"
+        yield f"tokenized {self.tokenized} {what}, {self.kept} kept, with {different} different prompts"
         yield from ("  " + line for line in dropped_lines(self.dropped, "record"))
         if self.own_bos:
             yield f"  {self.own_bos} prompts begin with BOS, and get no second one"
@@ -106,7 +141,11 @@ class DataReport:
         cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
         yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
         for part, lengths in self.lengths.items():
-            yield f"  {part} tokens before any cut: median {np.median(lengths):.0f}, longest {max(lengths)}"
+            if lengths:
+                part = "response" if single and part == "chosen" else part
+                median, most = np.percentile(lengths, (50, 95))
+                few = f"median {median:.0f}, 95 % at most {np.ceil(most):.0f}, longest {max(lengths)}"
+                yield f"  {part} tokens before any cut: {few}"
         if total := self.prompt_tokens + self.response_tokens:
             yield f"  responses are {self.response_tokens / total:.0%} of the {total} tokens kept"
         if self.unscored_tokens:
@@ -116,5 +155,6 @@ class DataReport:
 def dropped_lines(dropped: Mapping[str, Sequence], unit: str) -> Iterator[str]:
     """One line per reason: how many were dropped, and the first few of their places, called `unit`."""
     for reason, places in dropped.items():
-        first = ", ".join(map(str, places[:_FIRST_FEW])) + (", ..." if len(places) > _FIRST_FEW else "")
+        different = list(dict.fromkeys(places))  # A record may have several pairs.
+        first = ", ".join(map(str, different[:_FIRST_FEW])) + (", ..." if len(different) > _FIRST_FEW else "")
         yield f"dropped {len(places)}: {reason} ({unit} {first})"

@@ -15,9 +15,9 @@ from pathlib import Path
 import tokenizers
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.pair_tokens import TokenPair
 from minidpo.data.preferences import PreferencePair
 from minidpo.data.prompts import Prompt, prompt_of_pair
+from minidpo.data.token_pair import TokenPair
 from minidpo.data.tokenizer_files import add_named_tokens, embedding_rows, find_eos, find_stops
 from minidpo.data.turns import others_in_tokens
 from minidpo.errors import UserError, one_line

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from minidpo.data.pair_tokens import Ranges, TokenPair
 from minidpo.data.preferences import PreferencePair
 from minidpo.data.report import PARTS, DataReport, dropped_lines
+from minidpo.data.token_pair import Ranges, TokenPair
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.errors import UserError
 

@@ -15,7 +15,7 @@ import tokenizers
 
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.messages import ASSISTANT, Given, Message, without_reasoning
-from minidpo.data.pair_tokens import Ranges
+from minidpo.data.token_pair import Ranges
 from minidpo.data.written_templates import refused
 
 

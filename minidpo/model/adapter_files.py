@@ -68,7 +68,7 @@ def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
 
 
 def adapter_settings(directory: Path) -> LoRASection:
-    """What adapter_config.json says, also where PEFT wrote it. Raises UserError for what is not known here."""
+    """What adapter_config.json says, also PEFT's. Raises UserError for what is not known here."""
     file = require_file(directory / CONFIG, "a directory with an adapter is needed")
     fields = read_object(file)
     for name, values in NEUTRAL.items():

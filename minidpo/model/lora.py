@@ -1,4 +1,4 @@
-"""LoRA: frozen linear layers, each with a trained addition of low rank (Hu et al. 2021, arXiv 2106.09685, Eq. 3).
+"""LoRA: frozen linear layers, each with a trained addition of low rank (Hu et al. 2021, 2106.09685, Eq. 3).
 
     y = W x + b + s B A x       s = alpha / r; rank_scaled: alpha / sqrt(r) (Kalajdzievski 2023, 2312.03732)
 
@@ -6,9 +6,9 @@
     A (r, in)               trained, float32; begins at U(-1, 1) / sqrt(in), as in the authors' code
     B (out, r)              trained, float32; begins at 0, so that y = W x + b
 
-Instead of out * in numbers, r * (out + in) are trained, and only they have gradients and moments. With adapters
-off, the model is its own reference. There is no dropout of x, which the authors' code offers: at step 0 the
-policy must equal its reference exactly, and margins must not depend on chance.
+Instead of out * in numbers, r * (out + in) are trained, and only they have gradients and moments. With
+adapters off, the model is its own reference. There is no dropout of x, which the authors' code offers: at
+step 0 the policy must equal its reference exactly, and margins must not depend on chance.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ from minidpo.sections import LoRASection
 
 
 class FrozenLinear(nn.Module):
-    """y = W x + b with the parameters of `linear`, which has no gradient. W may be bf16 where x is float32."""
+    """y = W x + b with the parameters of `linear`, which are frozen. W may be bf16 where x is float32."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    # Autocast casts by itself. Without it, float32 inputs meet frozen weights in bf16 in a sampled evaluation.
+    # Autocast casts by itself. Without it, in a sampled evaluation, float32 inputs meet weights in bf16.
     if not torch.is_autocast_enabled(x.device.type):
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return F.linear(x, weight, bias)

@@ -21,11 +21,14 @@ from minidpo.data import (
     PreferencePair,
     Tokenizer,
     TokenPair,
+    renamed,
     require_fit,
     require_messages,
+    shape_of,
+    stop_if_glued,
     tokenize_pairs,
 )
-from minidpo.data.preferences import Unusable, pair_of, shape_of
+from minidpo.data.preferences import Unusable, pair_of
 from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import PARTS
 from minidpo.errors import UserError
@@ -38,6 +41,7 @@ from minidpo.sections import TEMPLATES
 from minidpo.settings import keys_of
 from minidpo.tools.explain_text import every_loss, render
 from minidpo.tools.pair_numbers import numbers_of, token_logps, under
+from minidpo.tools.reading import add_reading_options, reading_section
 from minidpo.tools.report_page import pair_article, write_page
 from minidpo.tools.sample import unescaped
 from minidpo.training.device import choose_device
@@ -61,6 +65,7 @@ def main(arguments: list[str]) -> None:
         add(_option(name), default=None, help=f"{key.metadata['about']} ({default} the loss's own)", **kind)
     add("--max-length", type=int, help="longest prompt + response (default: the model's)")
     add("--template", default="model", choices=TEMPLATES, help="how messages become text")
+    add_reading_options(add)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
     add("--every-token", action="store_true", help="also those in the middle of long texts (--json has all)")
@@ -88,7 +93,7 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
     device = choose_device(options.device)
     tokenizer = Tokenizer.from_pretrained(with_tokenizer(options.model, options.adapter))
     template = tokenizer.chat_template(options.template, date_of_model(_trained(options)))
-    pair = _read_pair(options, template)
+    pair = _read_pair(options, template, tokenizer)
     ids = _token_ids(options, pair, tokenizer)
 
     # The log-prob of every token of both responses, then their sums log pi(y|x).
@@ -156,7 +161,7 @@ def _trained(options: argparse.Namespace) -> Path:
     return Path(options.adapter or options.model)
 
 
-def _read_pair(options: argparse.Namespace, template: ChatTemplate) -> PreferencePair:
+def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: Tokenizer) -> PreferencePair:
     """The pair that --data and --index name, or that --prompt, --chosen and --rejected spell out."""
     texts = {name: getattr(options, name) for name in PARTS}
     if (options.data is None) == all(text is None for text in texts.values()):
@@ -172,9 +177,13 @@ def _read_pair(options: argparse.Namespace, template: ChatTemplate) -> Preferenc
     try:
         if isinstance(record, BadRecord):
             raise record
-        pair = pair_of(record, shape_of(record), template, drop_identical=False)
+        data = reading_section(options, options.model)
+        record = renamed(record, data.columns)
+        pair = pair_of(record, shape_of(record, data.columns), template, drop_identical=False, data=data)
     except (BadRecord, Unusable) as reason:
         raise UserError(f"{place}: {reason}") from None
+    if options.data is not None:
+        list(stop_if_glued([pair], place, tokenizer, template, data.text))
     return replace(pair, index=options.index or 0)
 
 

@@ -19,7 +19,7 @@ from minidpo.tools.pair_numbers import numbers_of, token_logps, under
 from minidpo.tools.plot import Run
 from minidpo.tools.report_charts import Marks, chart
 from minidpo.tools.report_page import Markup, article, full_colour, pair_article, tag, text
-from minidpo.tools.score import calibration
+from minidpo.tools.score_summary import calibration
 from minidpo.training.reward_scorer import with_error
 from minidpo.training.scoring import MICRO_TOKENS, all_logps, all_rewards, require_finite
 

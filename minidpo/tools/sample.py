@@ -16,8 +16,9 @@ from minidpo.files import require_file, require_place
 from minidpo.log import Progress, print0
 from minidpo.model import Sampling, generate, load_model
 from minidpo.model.adapter_files import HELP, with_tokenizer
-from minidpo.sections import TEMPLATES
+from minidpo.sections import TEMPLATES, DataSection
 from minidpo.tools.best_of_n import Sample, show_all, show_best, write_pairs, write_samples
+from minidpo.tools.reading import add_reading_options, reading_section
 from minidpo.training.device import choose_device
 from minidpo.training.reward_scorer import RewardScorer, text_after
 
@@ -81,6 +82,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         choices=TEMPLATES,
         help="of messages and --human (default model; hh for --human without one)",
     )
+    add_reading_options(add)
     add("--n", type=int, default=1, help="samples per prompt")
     add("--reward-model", metavar="DIR", help="print the best of the n samples by its reward")
     add("--out", metavar="FILE", help="every sample as a JSON line, with its reward if it has one")
@@ -102,6 +104,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             require_place(option, path)
     if options.template and options.human is None and not options.data:
         raise UserError("--template is for messages and --human; a prompt in text is taken as it is")
+    if (options.text or options.column) and not options.data:
+        raise UserError("--text and --column are for the records of --data")
     if options.out and options.out == options.pairs_out:
         raise UserError(f"--out and --pairs-out are both {options.out}; give two files")
     return options
@@ -128,6 +132,7 @@ def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt
         records = [
             (f"{file}:{n}", {"prompt": unescaped(line)} if line else None) for n, line in enumerate(lines, 1)
         ]
+    data = reading_section(options, options.model) if options.data else DataSection()
     prompts = []
     for index, (place, record) in enumerate(records):
         if record is None:  # a blank line
@@ -135,7 +140,7 @@ def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt
         try:
             if isinstance(record, BadRecord):
                 raise record
-            prompts.append(prompt_of(record, template)._replace(index=index))
+            prompts.append(prompt_of(record, template, data)._replace(index=index))
         except BadRecord as bad:
             raise UserError(f"{place}: {bad}") from None
     if not prompts:

@@ -10,7 +10,6 @@ a ± b          a mean and its standard error sqrt(variance / n), with the varia
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from minidpo.data import (
     read_preferences,
     require_fit,
     require_messages,
+    stop_if_glued,
     tokenize_pairs,
 )
 from minidpo.data.records import BadRecord, read_records
@@ -37,16 +37,17 @@ from minidpo.log import print0
 from minidpo.losses import DPO, PairLogps, PreferenceLoss
 from minidpo.model import RewardModel, Transformer, load_model, load_reward_model
 from minidpo.model.adapter_files import HELP, with_tokenizer
-from minidpo.sections import TEMPLATES
+from minidpo.sections import TEMPLATES, DataSection
 from minidpo.settings import keys_of
 from minidpo.tools.explain_text import settings
+from minidpo.tools.reading import add_reading_options, reading_section
+from minidpo.tools.score_summary import summary
 from minidpo.training.device import choose_device
 from minidpo.training.reference import require_reference
 from minidpo.training.reward_scorer import compare_template, with_error
 from minidpo.training.scoring import MICRO_TOKENS, all_logps, all_rewards, require_finite
 
 MOST_GROUPS = 50
-BINS = 10  # of predicted probabilities, from 0.5 to 1
 WITHOUT = "(none)"
 
 
@@ -65,8 +66,9 @@ def main(arguments: list[str]) -> None:
     require_fit("model", model.config, tokenizer, limit)
     if options.reference:
         require_reference(Path(options.reference), tokenizer, limit)
-    template = tokenizer.chat_template(options.template, date_of_model(Path(options.adapter or directory)))
-    pairs = _read_whole(data, tokenizer, limit, template)
+    trained = Path(options.adapter or directory)
+    template = tokenizer.chat_template(options.template, date_of_model(trained))
+    pairs = _read_whole(data, tokenizer, limit, template, reading_section(options, trained))
     require_messages("--template", template, pairs, tokenizer)
     if options.reward_model and pairs.on_messages:
         compare_template(directory, tokenizer, template)
@@ -119,6 +121,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--beta", type=float, help=f"of the rewards in the summary (default: the run's, else {DPO().beta})")
     add("--max-length", type=int, help="longest prompt + response scored (default: the model's)")
     add("--template", default="model", choices=TEMPLATES, help="how messages become text")
+    add_reading_options(add)
     add("--micro-tokens", type=int, default=MICRO_TOKENS, help="tokens of one forward pass")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--dtype", default="fp32", choices=("fp32", "bf16"))
@@ -173,9 +176,12 @@ def _margins(
     return (chosen - rejected).numpy(), meaning, loss.margin_is_logit
 
 
-def _read_whole(path: Path, tokenizer: Tokenizer, max_length: int, template: ChatTemplate) -> PairTokens:
+def _read_whole(
+    path: Path, tokenizer: Tokenizer, max_length: int, template: ChatTemplate, data: DataSection
+) -> PairTokens:
     report = DataReport()
-    texts = read_preferences(path, report, drop_identical=False, template=template)
+    texts = read_preferences(path, report, drop_identical=False, template=template, data=data)
+    texts = stop_if_glued(texts, path, tokenizer, template, data.text)
     whole = tokenize_pairs(texts, tokenizer, max_length, report=report, truncate=False, drop_identical=False)
     pairs = PairTokens.from_pairs(whole)
     for line in report.lines():
@@ -201,60 +207,3 @@ def groups_of(path: Path, field: str, index: np.ndarray) -> np.ndarray:
             f"--by {field}: {len(different)} different values; a field with at most {MOST_GROUPS} is needed"
         )
     return np.array(values)
-
-
-def calibration(margins: np.ndarray) -> tuple[list[tuple[float, int, float, float]], float]:
-    """How often a model is right when it is as sure as it is: a reliability table, and its summary.
-
-        predicted = sigma(|margin|)    probability that the model gives to the response it ranks higher
-        observed  = share of pairs in which that is the chosen one; a margin of 0 counts one half
-        ECE       = sum over bins of n / N * |mean observed - mean predicted|
-
-    Of sigma(margin) itself nothing could be observed, because chosen is the preferred response of every pair.
-    margins (N,), in units of a logit. Returns the bins that hold pairs, (lower edge, n, mean predicted,
-    observed), and the expected calibration error.
-    """
-    predicted = 1 / (1 + np.exp(-np.abs(margins)))
-    right = (np.sign(margins) + 1) / 2
-    bins = np.minimum(((predicted - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    table = []
-    for b in np.unique(bins).tolist():
-        held = bins == b
-        means = float(predicted[held].mean()), float(right[held].mean())
-        table.append((0.5 + b / (2 * BINS), int(held.sum()), *means))
-    error = sum(n * abs(observed - mean) for _, n, mean, observed in table) / len(margins)
-    return table, error
-
-
-def summary(
-    margins: np.ndarray, meaning: str, lengths: np.ndarray, groups: np.ndarray | None, are_logits: bool
-) -> Iterator[str]:
-    """The printed lines. margins (N,), and in words what they are; lengths (N, 2): tokens of both responses;
-    groups (N,) as `groups_of` gives them; are_logits: whether sigma(margin) is a probability."""
-    margins = margins.astype(np.float64)
-    yield f"margin: {meaning}"
-    yield f"  {'':<28}{'pairs':>7}   {'accuracy':<16} mean margin"
-    rows = [("all", margins)]
-    if groups is not None:
-        rows += [(name, margins[groups == name]) for name in sorted(set(groups.tolist()))]
-    for name, of_row in rows:
-        yield f"  {name[:28]:<28}{_share(of_row > 0)}    {with_error(of_row, '8.4f')}"
-    if ties := int((margins == 0).sum()):
-        yield f"  ({ties} margins are 0 and count as wrong)"
-    longer = (np.sign(lengths[:, 0] - lengths[:, 1]) + 1) / 2
-    ties = int((longer == 0.5).sum())
-    yield f"  {'baseline: longer response':<28}{_share(longer)}    {ties} ties, each counted as half"
-    yield f"  {'baseline: a coin':<28}{'':>7}   0.500"
-    if not are_logits:
-        return
-    table, error = calibration(margins)
-    yield "calibration: of choices predicted right with probability sigmoid(|margin|), the share that is"
-    yield f"  {'between':<14}{'pairs':>7}{'predicted':>12}{'observed':>12}"
-    for low, n, predicted, observed in table:
-        between = f"{low:.2f} and {low + 0.5 / BINS:.2f}"
-        yield f"  {between:<14}{n:>7}{predicted:>12.3f}{observed:>12.3f}"
-    yield f"  expected calibration error {error:.3f}"
-
-
-def _share(right: np.ndarray) -> str:
-    return f"{len(right):>7}   {with_error(right, '.3f'):<13}"

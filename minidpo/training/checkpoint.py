@@ -119,6 +119,8 @@ class Checkpoints:
         with self._model_directory(self.out / "final", save, model) as directory:
             if self.lora.rank:
                 self._save_adapter(model, directory / "adapter")
+                if model.config.fused_projections:
+                    print0("final/adapter is read here alone: in transformers this family's layers are fused")
                 for name in (*self.files, CHAT_TEMPLATE) if rank() == 0 else ():
                     if (directory / name).is_file() and "/" not in name:
                         shutil.copy(directory / name, directory / "adapter" / name)
@@ -160,7 +162,8 @@ class Checkpoints:
         was, now = dict(state["identity"]), self.identity
         if state["step"] != _step(path):
             raise ValueError(f"state.json is of step {state['step']!r}")
-        if names := [name for name in was | now if was.get(name) != now.get(name)]:
+        # A setting that the version before did not have is off by default.
+        if names := [name for name in was | now if (was.get(name) or None) != (now.get(name) or None)]:
             # Another loss has other settings, too, so its name is said first, then what only one of them has;
             # the content of the data comes last, because other differences explain it.
             name = min(names, key=lambda n: (n != "loss.name", n in was and n in now, n == "data", n))

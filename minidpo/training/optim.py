@@ -33,13 +33,15 @@ def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
 
 def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
     """The rate of step `step` (from 0): linear warm-up to lr, then constant or falling to 0 at the end."""
+    # One of the two settings is 0. Rounded up, as in transformers.
+    warmup_steps = optim.warmup_steps or math.ceil(optim.warmup_ratio * total_steps)
     # The first step has the rate lr / warmup_steps. transformers is one step behind: its first step has 0.
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
+    if step < warmup_steps:
+        return optim.lr * (step + 1) / warmup_steps
     if optim.schedule == "constant":
         return optim.lr
     # done: the share of the steps after warm-up that have been taken.
-    done = (step - optim.warmup_steps) / max(1, total_steps - optim.warmup_steps)
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
     return optim.lr * ((1 + math.cos(math.pi * done)) / 2 if optim.schedule == "cosine" else 1 - done)
 
 

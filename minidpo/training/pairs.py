@@ -3,14 +3,13 @@
 from dataclasses import replace
 from pathlib import Path
 
-from minidpo.config import DPOConfig, RewardConfig, date_of_run
+from minidpo.config import DPOConfig, RewardConfig, data_of_run
 from minidpo.data import (
     PairTokens,
     Tokenizer,
     load_pairs,
     longest_pair,
     require_fit,
-    require_labels,
     require_margins,
     require_messages,
 )
@@ -19,8 +18,10 @@ from minidpo.data.tokenizer_files import CONFIG, prefix_space
 from minidpo.distributed import first_before_others
 from minidpo.errors import UserError
 from minidpo.log import print0
+from minidpo.losses import LOSSES, BradleyTerry, PreferenceLoss
 from minidpo.model import read_config, require_reward_model
 from minidpo.sections import naming_key
+from minidpo.settings import toml
 from minidpo.training.reference import require_reference
 
 
@@ -49,6 +50,8 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         template = tokenizer.chat_template(config.data.template)
         records = "those of data.train" if config.data.eval else "the records"
         require_messages(config.named("data.template"), template, train, tokenizer, records)
+        for pairs in filter(len, (train, held_out)):
+            require_responses(config.loss, pairs)
         longest = longest_pair(train, held_out)
         if longest > config.optim.micro_tokens:
             given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
@@ -56,8 +59,6 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         for pairs in (train, held_out):
             if config.loss.margin_from_data:
                 require_margins(pairs)
-            if isinstance(config, DPOConfig) and config.loss.unpaired:
-                require_labels(pairs, config.loss.name)
         if isinstance(config, DPOConfig) and config.loss.needs_z0 and config.optim.batch_size < 2:
             given, name = config.named("optim.batch_size"), config.loss.name
             raise UserError(
@@ -67,7 +68,7 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
         out = Path(config.run.out)
         # A run that is resumed on a later day goes on with the date of its first one.
-        data = replace(config.data, date=config.data.date or date_of_run(out))
+        data = replace(config.data, date=config.data.date or data_of_run(out, "date"))
         train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check)
         config.data.date = train.date or held_out.date or config.data.date
     if isinstance(config, DPOConfig) and config.loss.unpaired:
@@ -84,6 +85,25 @@ def _unpaired(pairs: PairTokens, config: DPOConfig) -> PairTokens:
         f" responses (chosen) and {len(pairs)} undesirable ones (rejected); batch_size counts responses"
     )
     return pairs.unpaired()
+
+
+def require_responses(loss: PreferenceLoss | BradleyTerry, pairs: PairTokens) -> None:
+    """Raises UserError unless the records have the responses that the loss reads: two, or one, or one with a
+    label."""
+    labelled, reads_labels = pairs.label is not None, getattr(loss, "unpaired", False)
+    if pairs.responses == 2 or (loss.responses == 1 and labelled == reads_labels):
+        return
+    has = f"{', '.join(pairs.files)}: one response per record" + (" and a label" if labelled else "")
+    fit = [name for name, each in LOSSES.items() if each.responses == 1 and each.unpaired == labelled]
+    right = f"the loss for that is {' or '.join(map(toml, fit))} (train_dpo.py, loss.name); or give "
+    if loss.responses > 1:
+        reads, right = "two responses", right + "records with chosen and rejected"
+    elif reads_labels:
+        reads, right = "responses with a label", right + "each record `label`, true or false"
+    else:
+        reads = "responses that are all desirable"
+        right += 'records with chosen and rejected, or leave the label out (data.columns.label = "")'
+    raise UserError(f"{has}, but the loss {loss.name} reads {reads}; {right}")
 
 
 def _check_evaluation(config: DPOConfig) -> None:

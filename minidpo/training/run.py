@@ -141,8 +141,8 @@ class Run:
         records = "responses" if train.responses == 1 else "pairs"  # one response each, or two
         trained = f"{self.trained:,} trained of " if self.trained < self.parameters else ""
         print0(
-            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} {records} to train on,"
-            f" {len(held_out)} held out, {self.steps} steps of {batch} {records} on {where}"
+            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} {records} to train"
+            f" on, {len(held_out)} held out, {self.steps} steps of {batch} {records} on {where}"
         )
         if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
             print0(
@@ -160,8 +160,7 @@ class Run:
         if step < self.steps:
             if self._last_save[0] != step:
                 self.save(step, model, optimizer)
-            saved = self._last_save[1]
-            print0(f"stopped after step {step}, saved {saved}; the same command goes on from there")
+            print0(f"stopped after step {step}, saved {self._last_save[1]}; the same command goes on from there")
             leave(STOPPED)
         # Written again even if it was there: somebody may have moved it away since.
         final = self._checkpoints.save_final(model)

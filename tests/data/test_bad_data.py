@@ -30,12 +30,12 @@ from record_files import GOOD, QUESTION, refusal, write
         ('{"prompt": "p", "chosen": "c"}', "no key 'rejected'"),
         ('{"question": "p", "a\\nb": "c"}', "no key 'chosen'; its keys are question, 'a\\nb'; give chosen"),
         (GOOD | {"chosen": 3}, "'chosen' is of type int; give a string"),
-        (GOOD | {"prompt": None}, "'prompt' is of type NoneType"),
+        (GOOD | {"chosen": None}, "'chosen' is of type NoneType"),
+        (GOOD | {"prompt": None}, "a record of HH dialogues"),
         (GOOD | {"chosen": "\ud83d"}, "'chosen' has half a surrogate pair"),
         (GOOD | {"chosen": "\ude00"}, "'chosen' has half a surrogate pair"),
         ({"chosen": [[[]]], "rejected": [[[]]]}, "a message in 'chosen' has no text under 'role'"),
-        (RECORD | {"chosen": "y"}, "'chosen' is no list of messages; give one"),
-        ({"chosen": [YES], "rejected": "n"}, "'rejected' is no list of messages"),
+        ({"chosen": [YES], "rejected": "n"}, "a record of whole conversations"),
         (RECORD | {"chosen": [YES | {"content": None}]}, "in 'chosen' has no text under 'content'"),
         (RECORD | {"chosen": [YES | {"content": 4}]}, "in 'chosen' has no text under 'content'"),
         (RECORD | {"prompt": [{"from": "human"}]}, "in 'prompt' has no text under 'role'"),
@@ -68,9 +68,9 @@ def test_no_usable_pair(tmp_path):
     assert "no usable pair in 2 records (dropped 1: nothing but blanks in a response (line 1), d" in message
     with pytest.raises(UserError, match=r"in 1 records \(dropped 1: no key 'chosen' \(line 1\)\)"):
         list(read_preferences(write(tmp_path / "b.jsonl", "{}"), skip_bad=True))
-    orca = {"question": "2+2?", "chosen": "4", "rejected": "5"}  # read as dialogues, of which it is none
-    keys = "; its keys are question, chosen, rejected; give chosen, rejected, and prompt unless they hold it"
-    assert refusal(write(tmp_path / "c.jsonl", orca)).endswith(keys)
+    asked = {"asked": "2+2?", "chosen": "4", "rejected": "5"}  # read as dialogues, of which it is none
+    keys = "; its keys are asked, chosen, rejected; give chosen, rejected, and prompt unless they hold it, or say"
+    assert keys in refusal(write(tmp_path / "c.jsonl", asked))
     assert refusal(write(tmp_path / "d.jsonl", RECORD)).startswith(":1: messages without a chat template")
     for name in ("empty.jsonl", "empty.jsonl.gz", "empty.json.gz"):
         assert "the file is empty" in refusal(write(tmp_path / name))

@@ -113,6 +113,65 @@ def test_dropped_records(tmp_path):
         assert len(train | held_out) < 30 and train <= all_train and held_out <= all_held_out
 
 
+SEVERAL = [
+    {"instruction": f"{i}?", "completions": [{"response": f" {r}", "overall_score": r % 4} for r in range(5)]}
+    for i in range(30)
+]  # Of the scores 0, 1, 2, 3, 0 nine pairs differ.
+
+
+def test_several_pairs(tokenizer, tmp_path):
+    """Records with several pairs are held out by prompt, the same whether one of their pairs is read or all."""
+    file = write(
+        tmp_path / "a.jsonl", {"instruction": "?", "completions": SEVERAL[0]["completions"][::4]}, *SEVERAL
+    )
+    best, of_best = load(tokenizer, file, eval_pairs=5)
+    train, held_out = load(tokenizer, file, eval_pairs=5, pairs_per_prompt="all")
+    assert len(of_best) == 5 and set(held_out.index) == set(of_best.index) and len(held_out) == 5 * 9
+    assert set(train.index) == set(best.index) == set(range(1, 31)) - set(held_out.index)
+    # Each pair has the key of its own record.
+    for pairs in (train, held_out):
+        keys = dict(zip(pairs.index, pairs.prompt_keys(), strict=True))
+        assert [keys[i] for i in pairs.index] == pairs.prompt_keys() and len(set(keys.values())) == len(keys)
+    with pytest.raises(UserError, match="data.eval_pairs = 30 holds out every record"):
+        load(tokenizer, write(tmp_path / "a.jsonl", *SEVERAL), eval_pairs=30, pairs_per_prompt="all")
+
+
+@pytest.mark.parametrize(
+    ("limit", "indices", "said"),
+    [
+        (0, [0, 1, 2, 3, 0, 1], None),
+        (3, [0, 1, 2], "data.limit: the first 3 records; {b} not read"),
+        (5, [0, 1, 2, 3, 0], "data.limit: the first 5 records\n"),
+    ],
+)
+def test_limit(tokenizer, tmp_path, capsys, limit, indices, said):
+    """data.limit counts records over all files, and files that are not reached are named."""
+    first = write(tmp_path / "a.jsonl", *(record(f"cat {i}") for i in range(4)))
+    second = write(tmp_path / "b.jsonl", *(record(f"dog {i}") for i in range(2)))
+    assert load(tokenizer, first, second, eval_pairs=0, limit=limit)[0].index.tolist() == indices
+    out = capsys.readouterr().out
+    assert said.format(b=second) in out if said else "data.limit" not in out
+
+
+def test_limit_holds_out(tokenizer, tmp_path):
+    """What all records hold out, a limited run holds out, too, as far as it reads it."""
+    file = write(tmp_path / "a.jsonl", *(record(f"cat {i}") for i in range(60)))
+    _, of_all = load(tokenizer, file, eval_pairs=12)
+    train, held_out = load(tokenizer, file, eval_pairs=12, limit=40)
+    assert {i for i in of_all.index if i < 40} <= set(held_out.index) and len(train) == 28
+
+
+def test_min_margin(tokenizer, tmp_path, capsys):
+    """data.min_margin drops and counts pairs with a smaller margin, and those without one."""
+    margins = [{"margin": 0.5}, {"margin": 2}, {}, {"score_chosen": 3, "score_rejected": 1}, {"margin": 1}]
+    file = write(tmp_path / "a.jsonl", *(record(f"cat {i}") | more for i, more in enumerate(margins)))
+    assert load(tokenizer, file, eval_pairs=0, min_margin=1.0)[0].index.tolist() == [1, 3, 4]
+    said = capsys.readouterr().out
+    assert "dropped 1: a margin below 1.0 (data.min_margin) (line 1)" in said
+    assert "dropped 1: no margin (data.min_margin) (line 3)" in said
+    assert len(load(tokenizer, file, eval_pairs=0)[0]) == 5
+
+
 def test_nothing_survives():
     """Held-out records that were all dropped are an error, as is a prompt with too many pairs."""
     records = [str(i).encode() for i in range(9)]

@@ -59,6 +59,10 @@ def test_other_pairs(tokenizer, world, files, tmp_path, capsys):
     load(tokenizer, tmp_path / "tokens", files)
     for settings in ({"skip_bad": True}, {"template": "hh"}, {"max_length": 41}, {"max_prompt_length": 8}):
         load(tokenizer, tmp_path / "tokens", files, **settings)
+    for settings in ({"text": "raw"}, {"columns": {"tools": ""}}, {"pairs_per_prompt": "all"}, {"limit": 44}):
+        load(tokenizer, tmp_path / "tokens", files, **settings)
+    load(tokenizer, tmp_path / "tokens", files[1:])
+    assert len(load(tokenizer, tmp_path / "tokens", files[1:], min_margin=2.0)) == 3
     load(tokenizer, tmp_path / "tokens", files[::-1])
     other = Tokenizer.from_pretrained(world / "model")
     other.eos_id = 1

@@ -91,9 +91,9 @@ def test_report():
     assert list(report.lines()) == [
         "tokenized 2 pairs, 2 kept, with 1 different prompts",  # Both are "cd" now.
         "  truncated 1 prompts and 1 responses (max_length 5, max_prompt_length 2)",
-        "  prompt tokens before any cut: median 3, longest 4",
-        "  chosen tokens before any cut: median 2, longest 2",
-        "  rejected tokens before any cut: median 4, longest 6",
+        "  prompt tokens before any cut: median 3, 95 % at most 4, longest 4",
+        "  chosen tokens before any cut: median 2, 95 % at most 2, longest 2",
+        "  rejected tokens before any cut: median 4, 95 % at most 6, longest 6",
         "  responses are 69% of the 13 tokens kept",  # (2 + 3) + (2 + 2) of 7 + 6
     ]
 

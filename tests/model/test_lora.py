@@ -1,4 +1,4 @@
-"""LoRA: y = W x + b + s B A x, its gradients in closed form, and what a model with adapters is without them."""
+"""LoRA: y = W x + b + s B A x, its gradients in closed form, and a model with its adapters on and off."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def adapted(base: Transformer | None = None, trained: bool = True, **lora) -> Tr
 
 
 def test_by_hand():
-    """W = [[1, 2]], b = 3, A = [[4, 5]], B = [[6]], s = 0.5: of x = (1, -1), 1 - 2 + 3 + 0.5 * 6 * (4 - 5)."""
+    """W = [[1, 2]], b = 3, A = [[4, 5]], B = [[6]], s = 0.5, x = (1, -1): 1 - 2 + 3 + 0.5 * 6 * (4 - 5)."""
     made = layer(2, 1, rank=1)
     with torch.no_grad():
         for parameter, values in zip(made.parameters(), ([[1, 2]], [3], [[4, 5]], [[6]]), strict=True):
@@ -119,7 +119,7 @@ def test_scale(rank_scaled, scale):
 
 
 def test_trained_parameters():
-    """r (in + out) for each layer: in both, r = 4 times q 32 + 32, k and v 32 + 16, o 32 + 32, each 32 + 48."""
+    """r (in + out) for each layer: r = 4; q and o 32 + 32, k and v 32 + 16, the others 32 + 48."""
     count = sum(parameter.numel() for parameter in trained_parameters(adapted()).values())
     assert count == 2 * 4 * (64 + 48 + 48 + 64 + 3 * 80)
     assert {n.split(".")[-2] for n in trained_parameters(adapted(targets=["q_proj", "v_proj"]))} == {

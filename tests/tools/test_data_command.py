@@ -46,6 +46,79 @@ def test_first_pair(world, tmp_path, capsys):
     assert rejected.endswith(" tokens: ' no and and and and'")
 
 
+def test_every_file(world, tmp_path, capsys):
+    """It shows the first pair of each file, and of records with one response that response."""
+    files = [str(write(tmp_path / f"{name}.jsonl", record(name), record("x"))) for name in ("cat", "dog")]
+    data_command([*files, "--model", str(world / "model")])
+    out = capsys.readouterr().out
+    assert [line.split("'")[1] for line in out.splitlines() if "  prompt, " in line] == ["<s>cat", "<s>dog"]
+    data_command([str(write(tmp_path / "a.jsonl", SINGLE)), "--model", str(world / "model")])
+    out = capsys.readouterr().out
+    assert "tokenized 1 responses, 1 kept" in out and out.endswith(" tokens: ' yes</s>'\n")
+
+
+SINGLE = {"prompt": "cat", "completion": " yes"}
+HH = {"chosen": "\n\nHuman: cat?\n\nAssistant: yes", "rejected": "\n\nHuman: cat?\n\nAssistant: no"}
+MINE = {"q": "cat", "good": "yes", "bad": "no", "by": 3}
+COLUMNS = "--column prompt=q --column chosen=good --column rejected=bad --column margin=by"
+RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, text in enumerate("abc", 1)]}
+
+
+@pytest.mark.parametrize(
+    ("written", "options", "expected"),
+    [
+        (record("cat", id=3), "", [record("cat")]),
+        (HH, "", [{"prompt": "\n\nHuman: cat?\n\nAssistant:", "chosen": " yes", "rejected": " no"}]),
+        (SINGLE, "", [SINGLE]),
+        (SINGLE | {"label": "false"}, "", [SINGLE | {"label": False}]),
+        (MINE, COLUMNS, [{"prompt": "cat", "chosen": "yes", "rejected": "no", "margin": 3.0}]),
+        (
+            MINE | {"system": "Be brief.", "tools": [{"name": "f"}]},
+            f"{COLUMNS} --text template --template chatml",
+            [
+                {
+                    "prompt": [
+                        {"role": "system", "content": "Be brief."},
+                        {"role": "user", "content": "cat"},
+                    ],
+                    "chosen": [{"role": "assistant", "content": "yes"}],
+                    "rejected": [{"role": "assistant", "content": "no"}],
+                    "margin": 3.0,
+                    "tools": [{"name": "f"}],
+                }
+            ],
+        ),
+        (
+            RANKED,
+            "--pairs-per-prompt all --min-margin 2",
+            [{"prompt": "cat", "chosen": "a", "rejected": "c", "margin": 2.0}],
+        ),
+    ],
+)
+def test_out(world, tmp_path, written, options, expected):
+    """--out writes the usable pairs as prompt, chosen and rejected, and reads what it wrote as the same."""
+    out, model = tmp_path / "out.jsonl", ["--model", str(world / "model")]
+    arguments = [str(write(tmp_path / "a.jsonl", written)), *model, *options.split()]
+    data_command([*arguments, "--out", str(out)])
+    assert read(out) == expected
+    template = ["--template", "chatml"] if "chatml" in options else []
+    data_command([str(out), *model, *template, "--out", str(tmp_path / "again.jsonl")])
+    assert read(tmp_path / "again.jsonl") == expected
+
+
+def test_out_refused(world, tmp_path):
+    """--out is no file of the data; a column, a limit and a text are checked."""
+    file = str(write(tmp_path / "a.jsonl", record("cat")))
+    for options, says in (
+        (["--out", file], "--out .*a.jsonl: is a file of the data; name a new one"),
+        (["--column", "question"], "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
+        (["--column", "question=q"], "--column question=q: give NAME=KEY"),
+        (["--limit", "-1"], "data: limit is -1; it must be >= 0"),
+    ):
+        with pytest.raises(UserError, match=says):
+            data_command([file, "--model", str(world / "model"), *options])
+
+
 def test_skip_bad(world, tmp_path, capsys):
     """It skips and counts what cannot be read, when asked."""
     arguments = [

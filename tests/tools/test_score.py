@@ -14,8 +14,8 @@ from minidpo.errors import UserError
 from minidpo.tools import score as command
 from minidpo.tools.explain import main as explain
 from minidpo.tools.sample import main as sample
-from minidpo.tools.score import calibration
 from minidpo.tools.score import main as score
+from minidpo.tools.score_summary import calibration
 from padded import model_of, padded_values, pair_ids, saved_weights, write_pairs
 from record_files import GOOD, read, write
 from runs import run_dpo
@@ -67,7 +67,7 @@ def test_whole_pairs(scored, tmp_path):
         ("--max-length 0", "at least 2"),
         ("--max-length 999", "the model takes 256"),
         ("--reference nowhere", "nowhere"),
-        ("--data {tmp}/bad.jsonl", "bad.jsonl:1: no key 'rejected'"),
+        ("--data {tmp}/bad.jsonl", "bad.jsonl: prompts with a chosen response: one response per record"),
         ("--beta 0.1", "--beta goes with --reference"),
         ("--reference {world}/other --beta nan", "--beta nan; it must be > 0"),
         ("--data {tmp}/many.jsonl --by topic", "--by topic: no scored record of .* has such a field"),

@@ -38,11 +38,13 @@ def test_precedence(tmp_path, in_file, override, lr):
         ("run.compile=true", True),
         ("optim.epochs=2", 2.0),
         ("run.out=with space", "with space"),
+        ("data.columns.prompt=question", {"prompt": "question"}),
+        ('data.columns={prompt = "question", system = ""}', {"prompt": "question", "system": ""}),
     ],
 )
 def test_command_line(tmp_path, override, value):
     """A value is read by the type of its key; texts need no quotes."""
-    section, name = override.partition("=")[0].split(".")
+    section, name, *_ = override.partition("=")[0].split(".")
     assert getattr(getattr(load(tmp_path, MINIMAL, f"--{override}"), section), name) == value
 
 
@@ -70,6 +72,28 @@ def test_command_line(tmp_path, override, value):
         ),
         ("", "--data.max_prompt_length=512", "--data.max_prompt_length = 512 leaves no room for a response"),
         ("", "--run.out=", '--run.out = ""; it must be'),
+        (
+            "",
+            "--data.columns.question=prompt",
+            "; it must be a table with keys of prompt, system, chosen, rejected",
+        ),
+        (
+            "data.columns = {prompt = 1}",
+            "",
+            "data.columns in FILE = {'prompt': 1}; a table of texts is needed",
+        ),
+        ("", "--optim.lr.peak=1", "--optim.lr = {'peak': '1'}; a number is needed"),
+        (
+            "",
+            "--data.columns={} --data.columns.prompt=q",
+            "--data.columns is given as a whole, too; give one",
+        ),
+        ("", "--data.text=chat", '--data.text = "chat"; it must be template, raw or empty'),
+        (
+            "optim.warmup_steps = 9",
+            "--optim.warmup_ratio=0.1",
+            "optim.warmup_steps in FILE = 9 and --optim.warmup_ratio = 0.1; give one of them, and 0 for the other",
+        ),
         ("", "--run.out=TMP", "holds a model (config.json); a run needs a directory of its own"),
         ("", "--optim.lr", "--section.key=value"),
         ("", "--lr=1", "--section.key=value"),
@@ -106,6 +130,15 @@ def test_resolved(path, tmp_path):
     kind = RewardConfig if "_rm" in path.stem else DPOConfig
     config = load_config(kind, [str(path), '--run.out=a "quoted" \\ path'])
     assert load(tmp_path, to_toml(config), kind=kind) == config
+
+
+def test_columns(tmp_path):
+    """The command line changes single entries of a table, and what a run writes down reads back."""
+    config = load(
+        tmp_path, MINIMAL + '[data.columns]\nprompt = "a"\nchosen = "b"', "--data.columns.chosen=c d"
+    )
+    assert config.data.columns == {"prompt": "a", "chosen": "c d"}
+    assert load(tmp_path, to_toml(config)) == config
 
 
 @pytest.mark.parametrize("kind", [DPOConfig, RewardConfig])

@@ -1,4 +1,4 @@
-"""Runs with adapters: what is trained and kept, what the reference is, and what the other commands make of it."""
+"""Runs with adapters: what is trained and kept, what the reference is, what other commands make of it."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_drawn(config, tmp_path):
 
 @pytest.mark.parametrize("run", [run_dpo, run_rm])
 def test_resume(config, tmp_path, run):
-    """A checkpoint holds adapters and their moments alone, and a run goes on from it as if nothing had been."""
+    """A checkpoint holds adapters and their moments alone, and a run goes on as if nothing had been."""
     same = [*LORA, "--optim.schedule=constant", "--run.save_every=2"]
     whole = run(config(), *same, f"--run.out={tmp_path / 'whole'}")
     run(config(), *same, "--optim.max_steps=2")
@@ -195,7 +195,7 @@ def test_adapter_for_a_model(config, tmp_path):
 
 
 def test_refused(config, tmp_path):
-    """Settings that do not go together, and targets that are no layers, are told before anything is written."""
+    """Settings that do not go together, or name no layers, are told before anything is written."""
     for overrides, says in (
         (["--lora.base_dtype=bf16"], '--lora.base_dtype = "bf16" needs run.dtype = "bf16"'),
         (["--lora.targets=c_attn"], "lora.targets: no linear layer is called 'c_attn'; there are q_proj,"),

@@ -17,6 +17,8 @@ HALF = 0.5**0.5  # cos(pi/4)
         (dict(schedule="constant", warmup_steps=4), [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]),
         (dict(schedule="linear", warmup_steps=2), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
         (dict(schedule="cosine", warmup_steps=1), [1.0, 1.0, (1 + HALF) / 2, 0.5, (1 - HALF) / 2]),
+        # 0.25 * 6 = 1.5 steps, rounded up to 2
+        (dict(schedule="linear", warmup_ratio=0.25), [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
     ],
 )
 def test_learning_rate(settings, expected):

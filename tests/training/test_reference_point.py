@@ -5,8 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from minidpo.data import PairTokens, TokenPair, require_labels
+from minidpo.data import PairTokens, TokenPair
 from minidpo.errors import UserError
+from minidpo.losses import KTO
+from minidpo.training.pairs import require_responses
 from runs import run_dpo, steps
 
 PAIRS = PairTokens.from_pairs(
@@ -45,9 +47,11 @@ def test_labels():
     """Records of one response need a label each; pairs are their own."""
     single = PAIRS.unpaired()
     for fine in (PAIRS, single):
-        require_labels(fine, "kto")
-    with pytest.raises(UserError, match=r"loss.name = kto: no record has a label \(records \[5, 7, 5, 7\]\)"):
-        require_labels(replace(single, label=None), "kto")
+        require_responses(KTO(), fine)
+    with pytest.raises(
+        UserError, match="the loss kto reads responses with a label; .* give each record `label`"
+    ):
+        require_responses(KTO(), replace(single, label=None))
     assert replace(single, label=~single.label).fingerprint() != single.fingerprint()
 
 

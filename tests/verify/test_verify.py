@@ -50,7 +50,10 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("returns", [lambda losses: losses, lambda losses: (losses, 0), torch.mean], ids=str)
+RETURNS = {"losses": lambda losses: losses, "a tuple": lambda losses: (losses, 0), "a mean": torch.mean}
+
+
+@pytest.mark.parametrize("returns", RETURNS.values(), ids=RETURNS)
 def test_right(returns):
     """A function that is DPO passes, whether it returns losses, a tuple that begins with them or their
     mean."""

@@ -46,8 +46,9 @@ def mirror(p, s):
 CLAIMS = with_sft(
     Claims(
         POINTS,
-        optimum="none: with p of a response's labels saying chosen, more mass on those with p > 1/2 from those"
-        " with p < 1/2 always lowers the loss, so its limit is at probability 0 (docs/derivation.md, KTO)",
+        optimum="none: with p of a response's labels saying chosen, more mass on those with p > 1/2 from"
+        " those with p < 1/2 always lowers the loss, so its limit is at probability 0 (docs/derivation.md,"
+        " KTO)",
         twin=twin,
         gradient=gradient,
         metrics=lambda p, s: pair_metrics(p, *rewards(p, s)),

@@ -1,0 +1,153 @@
+"""What records say: a prompt with two responses, or with one, each text or messages.
+
+One function per way in which preferences are published. Each takes a record, `at`, which says what stands
+under which key, and `every`: whether a record of several answers gives all their pairs, or the best answer
+against the worst. Each returns at least one reading, and raises `BadRecord` for a value of another kind.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from minidpo.data.messages import Message, messages_of
+from minidpo.data.records import BadRecord, check_characters, printable
+
+Said = str | list[Message]
+At = Mapping[str, str]
+
+_TRUE, _FALSE = (True, "true", "1"), (False, "false", "0")  # True is 1.
+TIE = "no answer is better than the other"
+
+
+class Reading(NamedTuple):
+    """A prompt and its responses, as a record has them."""
+
+    prompt: Said | None  # None: chosen and rejected are whole dialogues, which begin with it
+    chosen: Said
+    rejected: Said | None = None  # None: the record has one response
+    margin: float | None = None  # by how much chosen is better
+    label: bool | None = None  # of a single response: desirable or not
+    dropped: str = ""  # why it can teach nothing
+
+
+def of_pair(record: dict, at: At, every: bool) -> list[Reading]:
+    """A chosen and a rejected response, or lists of texts, in which no order is known."""
+    prompt, margin = _prompt(record, at), _margin(record)
+    chosen, rejected = (_choices(record, at[name]) for name in ("chosen", "rejected"))
+    pairs = [Reading(prompt, better, worse, margin) for better in chosen for worse in rejected]
+    return pairs if every else pairs[:1]
+
+
+def of_preference(record: dict, at: At, every: bool) -> list[Reading]:
+    """Two answers and a number: below 0 the first one is better, above 0 the second, by so much."""
+    strength = _number(record, at["margin"])
+    better, worse = ("first", "second") if strength < 0 else ("second", "first")
+    responses = said(record, at[better]), said(record, at[worse])
+    return [Reading(_prompt(record, at), *responses, abs(strength), dropped="" if strength else TIE)]
+
+
+def of_vote(record: dict, at: At, every: bool) -> list[Reading]:
+    """Two answers, A and B, perhaps with scores, and 1 if A is the better one, else 0."""
+    better, worse = ("A", "B") if _truth(record, at["A is better"]) else ("B", "A")
+    high, low = (number_of(record.get(at[f"score of {name}"])) for name in (better, worse))
+    margin = None if high is None or low is None else high - low
+    return [Reading(_prompt(record, at), said(record, at[better]), said(record, at[worse]), margin)]
+
+
+def of_answers(text: str, *worths: str) -> Callable[[dict, At, bool], list[Reading]]:
+    """Answers, each with a `text` and one of `worths`: a rank, of which 1 is the best, or a score."""
+
+    def read(record: dict, at: At, every: bool) -> list[Reading]:
+        prompt, answers, key = _prompt(record, at), record[at["answers"]], at["answers"]
+        if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+            raise BadRecord(f"{key!r} is no list of objects", "; give one object per answer")
+        by_worth = []
+        for answer in answers:
+            if answer.get(text) is None:
+                raise BadRecord(f"an answer in {key!r} has no {text!r}", "; give each its text")
+            worth = next((name for name in worths if answer.get(name) is not None), worths[0])
+            number = _number(answer, worth)
+            by_worth.append((-number if worth == "rank" else number, said(answer, text)))
+        if len(by_worth) < 2:
+            return [Reading(prompt, "", "", dropped="fewer than two answers")]
+        by_worth.sort(key=lambda answer: answer[0], reverse=True)  # Equal ones stay in their order.
+        pairs = combinations(by_worth, 2) if every else [(by_worth[0], by_worth[-1])]
+        return [
+            Reading(prompt, better, worse, high - low, dropped="" if high > low else TIE)
+            for (high, better), (low, worse) in pairs
+        ]
+
+    return read
+
+
+def of_one(record: dict, at: At, every: bool) -> list[Reading]:
+    """One response to a prompt, or one conversation, and perhaps a label."""
+    response = next(at[name] for name in ("completion", "chosen", "messages") if name in at)
+    label = _truth(record, at["label"]) if "label" in at else None
+    return [Reading(_prompt(record, at), said(record, response), label=label)]
+
+
+def said(record: dict, key: str) -> Said:
+    """The text or the messages under a key. A message alone is one of a list."""
+    value = record[key]
+    if isinstance(value, dict | list):
+        return messages_of({key: [value] if isinstance(value, dict) else value}, key)
+    if not isinstance(value, str):
+        raise BadRecord(f"{key!r} is of type {type(value).__name__}", "; give a string")
+    check_characters(value, repr(key))
+    return value
+
+
+def has_texts(value: Any) -> bool:
+    """Whether it is a list of texts: of several responses."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
+
+
+def _choices(record: dict, key: str) -> list[Said]:
+    texts = record[key] if has_texts(record[key]) else None
+    return [said({key: text}, key) for text in texts] if texts else [said(record, key)]
+
+
+def _prompt(record: dict, at: At) -> Said | None:
+    if record.get(at.get("prompt", "")) is None:
+        return None
+    prompt, more = said(record, at["prompt"]), record.get(at.get("input", ""))
+    if isinstance(prompt, str) and isinstance(more, str) and more.strip():
+        return f"{prompt}\n{more}"
+    return prompt
+
+
+def _margin(record: dict) -> float | None:
+    """`margin`, else the difference of two scores; None if they are no numbers."""
+    keys = ("margin", "score_chosen", "score_rejected")
+    if record.keys().isdisjoint(keys):
+        return None
+    margin, high, low = (number_of(record.get(key)) for key in keys)
+    return high - low if margin is None and high is not None and low is not None else margin
+
+
+def number_of(value: Any) -> float | None:
+    """A value of a record as a number, also where a .csv file has it as text; None for any other."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _number(record: dict, key: str) -> float:
+    number = number_of(record.get(key))
+    if number is None:
+        raise BadRecord(f"{key!r} is no number", f" ({printable(repr(record.get(key)))[:40]}); give one")
+    return number
+
+
+def _truth(record: dict, key: str) -> bool:
+    value = record[key].lower() if isinstance(record[key], str) else record[key]
+    if value not in (*_TRUE, *_FALSE):
+        away = ', or leave the column out (data.columns.label = "")' if key == "label" else ""
+        raise BadRecord(f"{key!r} is neither true nor false", f"; give one of them{away}")
+    return value in _TRUE

@@ -1,0 +1,122 @@
+"""Prompts in text for a model with a chat template: through the template, raw, or asked about."""
+
+import pytest
+from chat_model import SMOLLM2, chat_model, turn
+
+from minidpo.data import PairTokens, Prompt, Tokenizer, load_pairs, prompt_of
+from minidpo.errors import UserError
+from minidpo.sections import DataSection
+from record_files import QUESTION, record, write
+
+pytest.importorskip("jinja2")
+
+GLUED = {"prompt": "Is 2 + 2 four?", "chosen": "Yes, it is.", "rejected": "No."}
+
+
+def load(tokenizer: Tokenizer, path, *records: dict, **settings: object) -> PairTokens:
+    file = write(path / "a.jsonl", *records)
+    data = {"train": [str(file)], "eval_pairs": 0, "max_length": 200, "max_prompt_length": 150} | settings
+    return load_pairs(DataSection(**data), tokenizer, seed=0)[0]
+
+
+@pytest.fixture
+def chat(tmp_path) -> Tokenizer:
+    return chat_model(tmp_path, SMOLLM2, eos_token="<|im_end|>")
+
+
+def texts(tokenizer: Tokenizer, pairs: PairTokens) -> list[str]:
+    """The prompt and both responses of the first pair, with their special tokens."""
+    bounds = pairs.bounds[0].tolist()
+    parts = zip(bounds, bounds[1:], strict=False)
+    return [tokenizer.decode(pairs.ids[start:end].tolist(), special_tokens=True) for start, end in parts]
+
+
+def test_template(chat, tmp_path):
+    """With data.text = template a prompt in text is a user's turn, and `system` a system turn before it."""
+    pairs = load(chat, tmp_path, GLUED | {"system": "Be brief."}, text="template")
+    asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs 2 + 2 four?<|im_end|>\n"
+    assert texts(chat, pairs) == [asked + "<|im_start|>assistant\n", "Yes, it is.<|im_end|>", "No.<|im_end|>"]
+    assert pairs.on_messages
+    messages = {"prompt": [turn("system", "Be brief."), turn("user", GLUED["prompt"])]}
+    messages |= {key: [turn("assistant", GLUED[key])] for key in ("chosen", "rejected")}
+    assert load(chat, tmp_path, messages).ids.tolist() == pairs.ids.tolist()
+
+
+def test_raw(chat, tmp_path, capsys):
+    """With data.text = raw it stays as it is; `system` has no place there, and is named as not read."""
+    pairs = load(chat, tmp_path, GLUED | {"system": "Be brief."}, text="raw")
+    assert texts(chat, pairs) == ["<s>Is 2 + 2 four?", "Yes, it is.<|im_end|>", "No.<|im_end|>"]
+    assert "  keys that are not read: system\n" in capsys.readouterr().out and not pairs.on_messages
+
+
+SPACED = GLUED | {"prompt": "Is 2 + 2 four? "}
+
+
+@pytest.mark.parametrize(
+    ("records", "stops"),
+    [
+        ([GLUED], True),
+        ([GLUED, GLUED, SPACED], True),  # most are glued
+        ([GLUED, SPACED], False),
+        ([SPACED], False),
+        ([GLUED | {"chosen": "\nYes"}], False),
+        ([GLUED, GLUED | {"prompt": "<|im_start|>user\nIs it?<|im_end|>"}], False),  # a special token
+        ([GLUED, GLUED | {"prompt": QUESTION}], False),  # HH's turns in a prompt
+        ([{"chosen": QUESTION + "Yes", "rejected": QUESTION + "No"}], False),
+        ([{"prompt": "Is it?", "completion": "Yes."}], True),
+        ([GLUED | {"prompt": [turn("user", "Is it?")]}], False),  # messages
+    ],
+)
+def test_asks(chat, tmp_path, records, stops):
+    """Text that looks made for the template stops a run, which shows it and names both settings."""
+    if not stops:
+        assert len(load(chat, tmp_path, *records)) == len(records)
+        return
+    with pytest.raises(UserError) as caught:
+        load(chat, tmp_path, *records)
+    message, prompt = str(caught.value), records[0]["prompt"]
+    assert 'data.text = "template"' in message and '"raw"' in message and f"read '{prompt}Yes" in message
+    assert message.startswith(f"{tmp_path}/a.jsonl: ") and "\n" not in message
+    assert len(load(chat, tmp_path, *records, text="raw")) == len(records)
+
+
+def test_first_records(chat, tmp_path):
+    """The first 100 records decide, as one program has written them all."""
+    other = record("p ")
+    assert len(load(chat, tmp_path, *[other] * 51, *[GLUED] * 149)) == 200  # 49 of the first 100 are glued.
+    with pytest.raises(UserError, match="text without turns"):
+        load(chat, tmp_path, *[other] * 49, *[GLUED] * 51)
+
+
+def test_without_template(tokenizer, tmp_path):
+    """For a model without a chat template text is raw, and asking for one names what is missing."""
+    assert texts(tokenizer, load(tokenizer, tmp_path, GLUED))[0] == "<s>Is 2 + 2 four?"
+    with pytest.raises(UserError, match="no chat_template in tokenizer_config.json"):
+        load(tokenizer, tmp_path, GLUED, text="template")
+    pairs = load(tokenizer, tmp_path, GLUED, text="template", template="hh")
+    assert texts(tokenizer, pairs)[0] == "<s>" + QUESTION
+
+
+def test_same_side(chat, tmp_path):
+    """A prompt in text has the same key through the template as raw: both runs hold out the same prompts."""
+    records = [GLUED | {"prompt": f"Is it {i}?", "system": "Be brief."} for i in range(20)]
+    keys = [load(chat, tmp_path, *records, text=text).prompt_keys() for text in ("template", "raw")]
+    assert keys[0] == keys[1] and len(set(keys[0])) == 20
+
+
+@pytest.mark.parametrize(
+    ("record", "text", "begin"),
+    [
+        ({"prompt": "Is it?"}, "raw", "Is it?"),
+        ({"prompt": "Is it?"}, "template", "user\nIs it?"),
+        ({"question": "Is it?", "chosen": "a", "rejected": "b"}, "template", "user\nIs it?"),
+        ({"prompt": "Is it?", "chosen": [turn("assistant", "a")]}, "raw", "user\nIs it?"),
+        ({"q": "Is it?"}, "template", "user\nIs it?"),
+        ({"messages": [turn("user", "Is it?"), turn("assistant", "a")]}, "raw", "user\nIs it?"),
+    ],
+)
+def test_prompts_to_sample(chat, record, text, begin):
+    """A response is sampled for the prompt of any shape as it was trained on."""
+    columns = {"prompt": "q"} if "q" in record else {}
+    prompt = prompt_of(record, chat.chat_template(), DataSection(text=text, columns=columns))
+    assert begin in prompt.text and (prompt == Prompt(begin)) == (begin == "Is it?")
