@@ -194,10 +194,18 @@ def _value(section: str, key: dataclasses.Field, value: Any, where: str) -> Any:
         fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
     elif key.type == dict[str, str]:
         fits = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+    elif key.type == bool | str:
+        fits = isinstance(value, bool | str)
     else:
         fits = type(value) is key.type
     if not fits:
-        wanted = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+        wanted = {
+            str: "text",
+            bool: "true or false",
+            bool | str: 'true, false or "auto"',
+            int: "a whole number",
+            float: "a number",
+        }
         tables = {list[str]: "a list of texts", dict[str, str]: "a table of texts"}
         needed = (wanted | tables)[key.type]  # type: ignore[index]
         raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {value!r}; {needed} is needed")

@@ -18,14 +18,17 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from minidpo.errors import RunStopped, UserError, is_out_of_memory
+from minidpo.errors import RunStopped, UserError, remedy
 
 Value = TypeVar("Value")
 
 # Rank 0 may tokenize for hours while the others wait. They end at once all the same if a process dies.
 _PATIENCE = timedelta(hours=12)
-# What PyTorch says when another process of the run has ended.
-_PEER_LOST = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "recvValue failed")
+# What PyTorch says when another process of the run has ended: gloo, and then NCCL.
+_PEER_LOST = (
+    *("closed by peer", "reset by peer", "Broken pipe", "Socket closed", "recvValue failed"),
+    *("remote process exited", "ncclRemoteError", "communicator was aborted"),
+)
 
 
 def ranks() -> int:
@@ -56,15 +59,26 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             main(arguments)
             if ranks() > 1:
                 leave(0)
-        except (UserError, RuntimeError) as error:
-            if not isinstance(error, UserError | RunStopped) and not is_out_of_memory(error):
-                if not any(text in str(error) for text in _PEER_LOST):
-                    raise
-                hint = "the same command goes on from the last checkpoint, with any number of processes"
-                error = RunStopped(f"another of the {size} processes ended; {hint}")
-            raise (SystemExit(1) if store.add("errors told", 1) > 1 else error) from None
+        except Exception as error:
+            told = (
+                error if isinstance(error, UserError | RunStopped) or remedy(error) else _peers(error, size)
+            )
+            if told is None:
+                raise
+            raise (SystemExit(1) if store.add("errors told", 1) > 1 else told) from None
 
     return run
+
+
+def _peers(error: Exception, size: int) -> RunStopped | None:
+    """An error of the connection to the other processes, in one line; None if it is another one."""
+    hint = "the same command goes on from the last checkpoint, with any number of processes"
+    if isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_LOST):
+        return RunStopped(f"another of the {size} processes ended; {hint}")
+    if isinstance(error, dist.DistBackendError):  # NCCL's, whose message has many lines, the cause last
+        *_, cause = str(error).strip().splitlines()
+        return RunStopped(f"NCCL: {cause} (NCCL_DEBUG=INFO says more); {hint}")
+    return None
 
 
 def leave(status: int) -> NoReturn:
@@ -77,6 +91,9 @@ def leave(status: int) -> NoReturn:
         raise SystemExit(status)
     with suppress(RuntimeError):  # A peer that has already exited is fine here.
         any_rank(True)
+        if torch.cuda.is_available():  # NCCL warns of connections that are left open.
+            torch.cuda.synchronize()
+            dist.destroy_process_group()
     # os._exit, because the threads of PyTorch's connections now and then abort a process that shuts down
     # beside its peers, and torchrun would then call a run failed that has ended well.
     sys.stdout.flush()

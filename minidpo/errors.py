@@ -2,7 +2,7 @@
 
 Everything that depends on what was typed, or on a file that the user named, raises `UserError` with what is
 wrong, where (file, line, key) and what would be right. `exit_on_user_error` prints it as that one line with
-exit status 2, `RunStopped` and a GPU out of memory as one line with status 1, Ctrl-C with status 130. If
+exit status 2, `RunStopped`, a GPU out of memory and a failure of PyTorch's compiler as one line with status 1, Ctrl-C with status 130. If
 whoever read the output has gone (`| head`), it ends without a word, with status 141; if the disk of the
 output is full (`> file`), in one line with status 1. Any other exception is a bug in minidpo and keeps its
 traceback.
@@ -37,9 +37,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    # PyTorch's class, by its name: importing torch here would delay every `--help` by a second.
-    return type(error).__name__ == "OutOfMemoryError"
+def remedy(error: BaseException) -> str:
+    """What to do about an error of PyTorch's that is no bug of minidpo; empty if it may be one."""
+    # PyTorch's classes, by their names: importing torch here would delay every `--help` by a second.
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "lower optim.micro_tokens, or set run.activation_checkpointing = true; then the same command goes"
+            " on from the last checkpoint"
+        )
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor", "triton")):
+        return 'PyTorch could not compile: run.attention = "sdpa" and run.compile = false do without'
+    return ""
 
 
 def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
@@ -66,6 +74,8 @@ def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
 
 def silence_closed_pipes() -> None:
     """Send what is still to be printed nowhere, where it would go to a pipe that nobody reads any more."""
+    if not hasattr(select, "poll"):  # Windows, where a broken pipe is an OSError of another kind anyway.
+        return
     for stream in filter(None, (sys.stdout, sys.stderr)):
         poll = select.poll()
         poll.register(stream, 0)
@@ -85,11 +95,10 @@ def _exit_status(main: Callable[[list[str]], None]) -> str | int | None:
     except (UserError, RunStopped) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if not (hint := remedy(error)):
             raise
-        hint = "lower optim.micro_tokens, or set run.activation_checkpointing = true"
-        print(f"error: {str(error).splitlines()[0]} ({hint})", file=sys.stderr)
+        print(f"error: {(str(error) or type(error).__name__).splitlines()[0]} ({hint})", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -224,7 +224,9 @@ def _finish(path: Path, mode: int) -> None:
 
 def _sync(path: Path) -> None:
     """Wait until the disk has the contents: a rename may otherwise survive a power cut that they do not."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name == "nt" and path.is_dir():  # Windows opens no directories.
+        return
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

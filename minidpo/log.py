@@ -13,6 +13,7 @@ from torch import Tensor
 from minidpo.distributed import all_reduce_sum, rank
 from minidpo.errors import UserError
 from minidpo.files import write_file, writing
+from minidpo.logprobs import widest_float
 
 
 def print0(line: str) -> None:
@@ -30,14 +31,14 @@ class Means:
     def add(self, values: dict[str, Tensor]) -> None:
         """values: quantity -> one number per pair, (B,), or for those pairs alone that have one."""
         for name, value in values.items():
-            total = value.detach().double().sum()
+            total = value.detach().to(widest_float(value.device)).sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + len(value)
 
     def all_reduce(self) -> "Means":
         """These sums and counts, added up over the processes of the run."""
         device = next(iter(self._sums.values())).device
-        counts = torch.tensor([*self._counts.values()], dtype=torch.float64, device=device)
+        counts = torch.tensor([*self._counts.values()], dtype=widest_float(device), device=device)
         sums, counts = all_reduce_sum(torch.stack([torch.stack([*self._sums.values()]), counts]))
         self._sums, self._counts = (dict(zip(self._sums, both, strict=True)) for both in (sums, counts))
         return self

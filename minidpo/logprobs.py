@@ -3,12 +3,18 @@
 Dimensions: R padded rows, T tokens per row, S scored tokens, Y responses, V vocabulary, D hidden size.
 """
 
+from collections.abc import Callable
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 2**28  # most bytes of one chunk of logits (bf16 under autocast)
-CACHED_LOGITS = 2**21  # logits that a CPU turns to float32 at a time: 8 MiB, which stay in its cache
+# By the kind of device: most bytes of one chunk of logits (bf16 under autocast), of which each adds a gradient
+# as large as the output matrix; and logits that are turned to float32 at a time: on a CPU 8 MiB, which stay
+# in its cache; on a GPU 256 MiB, because few large calls are faster there.
+CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**28}
+FLOAT32_LOGITS = {"cuda": 2**26, "cpu": 2**21}
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,16 +65,16 @@ def token_logps(
     # A custom autograd function is not autocast: cast its input as F.linear would be under autocast.
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-    most = chunk_size or tokens_per_chunk(len(output_weight), hidden.dtype)
+    most = chunk_size or tokens_per_chunk(len(output_weight), hidden.dtype, hidden.device.type)
     chunks = max(1, -(-len(hidden) // most))
     # Chunks of equal size: the logits of the last one are kept for the backward pass, which computes those of
     # the others again. The larger the last chunk is, the more this saves.
     return _ChunkedTokenLogps.apply(hidden, output_weight, targets, max(1, -(-len(hidden) // chunks)))
 
 
-def tokens_per_chunk(vocab_size: int, dtype: torch.dtype) -> int:
+def tokens_per_chunk(vocab_size: int, dtype: torch.dtype, device_type: str = "cpu") -> int:
     """How many tokens have logits that fit into CHUNK_BYTES together."""
-    return max(1, CHUNK_BYTES // (vocab_size * dtype.itemsize))
+    return max(1, CHUNK_BYTES.get(device_type, CHUNK_BYTES["cpu"]) // (vocab_size * dtype.itemsize))
 
 
 def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:
@@ -77,8 +83,13 @@ def sum_by_response(values: Tensor, lengths: Tensor) -> Tensor:
     # float64: a float32 sum of hundreds of terms that comes to -1000 nats is off in the fourth decimal.
     responses = torch.arange(len(lengths), device=values.device)
     response = torch.repeat_interleave(responses, lengths, output_size=len(values))  # (S,)
-    sums = torch.zeros(len(lengths), dtype=torch.float64, device=values.device)
-    return sums.index_add(0, response, values.double()).to(values.dtype)
+    sums = torch.zeros(len(lengths), dtype=widest_float(values.device), device=values.device)
+    return sums.index_add(0, response, values.to(sums.dtype)).to(values.dtype)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64; on Apple's GPUs, which have none, float32."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def at_least_float32(values: Tensor) -> Tensor:
@@ -91,7 +102,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         log-prob of a token = its logit - logsumexp(logits)         d log-prob / d logits = onehot - softmax
 
     A chunk is large, because large matrix products are fast. Within a chunk, float32 work is done on a few
-    rows at a time, which stay in the processor's cache.
+    rows at a time: see FLOAT32_LOGITS.
     """
 
     @staticmethod
@@ -100,11 +111,11 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         weight = output_weight.to(hidden.dtype)
         for h, chunk_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             logits = h @ weight.T  # (chunk, V)
-            for rows in _cache_sized(logits):
-                few = at_least_float32(logits[rows])
-                normalizers.append(few.logsumexp(dim=-1))
-                target_logits = few.gather(-1, chunk_targets[rows, None]).squeeze(-1)
-                logps.append(target_logits - normalizers[-1])
+            of_rows = _compiled(_logps_of) if logits.is_cuda else _logps_of
+            for rows in _few_rows(logits):
+                rows_logps, rows_normalizers = of_rows(logits[rows], chunk_targets[rows, None])
+                logps.append(rows_logps)
+                normalizers.append(rows_normalizers)
         # Keep one number per token instead of V: softmax = exp(logits - normalizer). The logits of the last
         # chunk are kept as well, because they still fit, and save one matrix product.
         ctx.chunk_size, ctx.last_logits = chunk_size, logits
@@ -132,22 +143,60 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             # The gradient replaces the logits in the same memory, (chunk, V).
             grad_logits = hidden[chunk] @ weight.T if kept is None else kept
             kept = None
-            for rows in _cache_sized(grad_logits):
-                softmax = torch.sub(grad_logits[rows], normalizers[rows]).exp_()
-                # (onehot - softmax) * the gradient of the token's log-prob
-                few = softmax.mul_(-grads[rows]).scatter_add_(1, targets[rows], grads[rows])
-                grad_logits[rows] = few
+            to_gradient = _compiled(_to_gradient_on_gpu) if grad_logits.is_cuda else _to_gradient
+            for rows in _few_rows(grad_logits):
+                to_gradient(grad_logits[rows], normalizers[rows], targets[rows], grads[rows])
             # The chain rule through logits = hidden @ weight.T.
             grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
-                grad_weight += grad_logits.T @ hidden[chunk]
+                _add_product(grad_weight, grad_logits.T, hidden[chunk])
+            del grad_logits  # before the next chunk is computed beside it
         if grad_weight is not None:
             grad_weight = grad_weight.to(output_weight.dtype)
         return grad_hidden, grad_weight, None, None
 
 
-def _cache_sized(logits: Tensor) -> list[slice]:
-    """Slices of the rows of logits (chunk, V), each of about CACHED_LOGITS logits."""
-    # A GPU gets one slice: few large calls are faster there.
-    step = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+def _logps_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """logits (rows, V), targets (rows, 1) -> log-probs of the targets, and normalizers: (rows,) each."""
+    few = at_least_float32(logits)
+    normalizers = few.logsumexp(dim=-1)
+    return few.gather(-1, targets).squeeze(-1) - normalizers, normalizers
+
+
+def _to_gradient(logits: Tensor, normalizers: Tensor, targets: Tensor, grads: Tensor) -> None:
+    """Replace logits (rows, V) by (onehot - softmax) * grads, the gradient of each token's log-prob; the
+    others are (rows, 1)."""
+    softmax = torch.sub(logits, normalizers).exp_()
+    logits.copy_(softmax.mul_(-grads).scatter_add_(1, targets, grads))
+
+
+def _to_gradient_on_gpu(logits: Tensor, normalizers: Tensor, targets: Tensor, grads: Tensor) -> None:
+    """The same in a form of which PyTorch's compiler makes one pass: a scatter would be a kernel of its own."""
+    softmax = torch.sub(logits, normalizers).exp()
+    of_target = torch.arange(logits.shape[1], device=logits.device) == targets
+    logits.copy_(softmax * -grads + torch.where(of_target, grads, 0.0))
+
+
+@cache
+def _compiled(body: Callable) -> Callable:
+    # Uncompiled, each of its operations would read and write all logits once more.
+    return torch.compile(body, dynamic=True)
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """sums += a @ b. On NVIDIA's GPUs a product of bf16 is added in float32, and never stored in bf16."""
+    if sums.is_cuda and a.dtype != sums.dtype and not torch.version.hip:
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+    else:
+        sums += a @ b
+
+
+def _few_rows(logits: Tensor) -> list[slice]:
+    """Slices of the rows of logits (chunk, V), each of about FLOAT32_LOGITS logits."""
+    most = FLOAT32_LOGITS.get(logits.device.type, FLOAT32_LOGITS["cpu"])
+    step = max(1, most // logits.shape[1])
+    if logits.is_cuda:
+        step = (
+            -(-step // 8) * 8
+        )  # Compiled code copies a slice that does not begin at a multiple of 16 bytes.
     return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]

@@ -38,6 +38,7 @@ _files = Check(bool, "a list of at least one file")
 _names = Check(bool, "a list of at least one name")
 _LINEAR_LAYERS = [f"{name}_proj" for name in "q k v o gate up down".split()]
 _date = Check(_is_date, "a date as 2026-11-26, or empty")
+_true_false_or_auto = Check((True, False, "auto").__contains__, 'true, false or "auto"')
 _text = Check(TEXTS.__contains__, "template, raw or empty")
 _columns = Check(set(COLUMNS).issuperset, "a table with keys of " + ", ".join(COLUMNS))
 _seed = Check(lambda number: 0 <= number < 2**63, "from 0 to 2^63 - 1")
@@ -140,7 +141,9 @@ class OptimSection:
 class RunSection:
     out: str = setting("", "directory for the results of this run", _path)
     seed: int = setting(0, "of the data order, the held-out split and a new reward head", _seed)
-    device: str = setting("auto", "auto: cuda if there is one, else cpu", one_of("auto", "cpu", "cuda"))
+    device: str = setting(
+        "auto", "auto: cuda if there is one, else cpu", one_of("auto", "cpu", "cuda", "mps")
+    )
     dtype: str = setting("bf16", "bf16: autocast over float32 weights", one_of("bf16", "fp32"))
     threads: int = setting(0, "CPU threads; 0: PyTorch's choice", not_negative)
     log_every: int = setting(10, "steps between two lines of the log", positive)
@@ -150,7 +153,12 @@ class RunSection:
     save_every: int = setting(0, "steps between checkpoints; 0: only at the end", not_negative)
     keep_checkpoints: int = setting(1, "newest checkpoints kept", positive)
     tensorboard: bool = setting(False, "write metrics to OUT/tensorboard too", _tensorboard)
-    compile: bool = setting(False, "torch.compile the layers")
+    compile: bool | str = setting("auto", "torch.compile the layers; auto: on cuda only", _true_false_or_auto)
+    attention: str = setting(
+        "auto",
+        "on cuda: flex (one compiled kernel) or sdpa (text by text); auto: flex where it compiles",
+        one_of("auto", "flex", "sdpa"),
+    )
     activation_checkpointing: bool = setting(
         False, "compute layers again in backward: less memory, a third more time"
     )

@@ -18,8 +18,9 @@ import numpy as np
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.pair_tokens import PairTokens
 from minidpo.data.paths import data_files
-from minidpo.data.preference_files import read_files
+from minidpo.data.preference_files import first_reading, read_files
 from minidpo.data.preferences import ASSISTANT
+from minidpo.data.readings import Reading
 from minidpo.data.report import DataReport
 from minidpo.data.token_pair import TokenPair
 from minidpo.data.tokenizer import Tokenizer
@@ -42,13 +43,15 @@ def load_pairs(
     seed: int,
     cache: Path | None = None,
     check: Callable[[PairTokens, PairTokens], None] | None = None,
+    check_first: Callable[[str, Reading], None] | None = None,
 ) -> tuple[PairTokens, PairTokens]:
     """Read, tokenize and report data.train and data.eval. Returns (train, held out).
 
     With no eval file, about `eval_pairs` pairs are held out of train by prompt: no prompt is on both sides.
     cache: where token ids are kept between starts unless data.cache names a directory; None: nowhere. check:
     raises UserError for pairs that the run cannot use. Nothing is kept before it, so that a refused run
-    leaves nothing behind.
+    leaves nothing behind. check_first: the same for what the first record of a file says, before any is
+    tokenized, which may take minutes.
     """
     cache = Path(data.cache) if data.cache else cache
     template = tokenizer.chat_template(data.template, data.date)
@@ -61,6 +64,10 @@ def load_pairs(
         undated = cache / f"{name}-{_identity(files, data, tokenizer, template)[:16]}" if cache else None
         dated = Path(f"{undated}-{template.date}") if undated else None
         kept = (_load(dated) or _load(undated)) if dated and undated else None
+        if check_first and not kept:
+            for file in files:
+                if reading := first_reading(file, data):
+                    check_first(file, reading)
         pairs, read, report = kept or _tokenize(name, files, data, tokenizer, template)
         sets.append(pairs)
         directory = dated if pairs.date else undated

@@ -27,7 +27,7 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 
 # Who speaks in sharegpt's form. A function_call's value is the call in JSON.
 _SPEAKERS = {
-    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatbot", "model", "bot", "function_call"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
@@ -104,6 +104,11 @@ def shared_turns(chosen: list[Message], rejected: list[Message], reads: Callable
     return next((n for n in cuts if chosen[n]["role"] == rejected[n]["role"] == ASSISTANT), shared)
 
 
+def repeats(prompt: list[Message], conversation: list[Message]) -> bool:
+    """Whether a conversation has the last message of its prompt."""
+    return not prompt or text_of(prompt[-1]) in map(text_of, conversation)
+
+
 def with_system(record: dict, prompt: list[Message]) -> list[Message]:
     """The prompt, begun with the record's `system` unless it has a system turn of its own."""
     system = record.get("system")
@@ -130,7 +135,9 @@ def given_of(record: dict) -> Given:
 
 
 def _checked(message: Any, key: str) -> Message:
-    message = message if isinstance(message, dict) else {}
+    if not isinstance(message, dict):
+        right = "; a message is {'role': 'user', 'content': '...'}"
+        raise BadRecord(f"a message in {key!r} is of type {type(message).__name__}", right)
     message = {name: value for name, value in message.items() if value is not None}
     if "role" not in message and {"from", "value"} <= message.keys():
         message = _of_sharegpt(message, key)

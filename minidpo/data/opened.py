@@ -1,4 +1,4 @@
-"""Text files of data opened: what is compressed is unpacked, and what only looks like text in UTF-8 is refused.
+"""Text files of data opened: what is compressed is unpacked, what only looks like text in UTF-8 refused.
 
 The content decides whether a file is compressed, because browsers that unpack a download leave it its name.
 """

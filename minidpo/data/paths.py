@@ -81,7 +81,12 @@ def _of_directory(directory: Path) -> list[Path]:
         if not inside:
             raise UserError(f"{directory}: a directory without a data file; {READ} is read")
         if len(inside) > 1:
-            raise UserError(f"{directory}: has its data in several directories; name {_one_of(inside)}")
+            names = sorted(
+                {_SHARD.sub("*", path.name) for each in inside for path in each.iterdir() if _is_data(path)}
+            )
+            of_all = next((f"; or, of all, '{directory}/*/{name}'" for name in names if "train" in name), "")
+            what = f"{directory}: has its data in several directories"
+            raise UserError(f"{what}; name {_one_of(inside)}{of_all}")
         return _of_directory(inside[0])
     endings = {
         match[0].lower(): match[0] for match in map(_ENDING.search, (file.name for file in files)) if match

@@ -1,21 +1,21 @@
 """Preference files to pairs: every record of a file, read as its first one, and counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.preferences import (
     ASSISTANT,
-    PROMPT_AND_RESPONSES,
     PreferencePair,
     Unusable,
-    form_of,
     pair_of,
 )
+from minidpo.data.readings import PROMPT_AND_RESPONSES, Reading, form_of
 from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import DataReport, FileReport, dropped_lines
-from minidpo.data.shapes import BESIDE_MESSAGES, Shape, keys_of, renamed, shape_of
+from minidpo.data.shapes import BESIDE_MESSAGES, OPTIONAL, Shape, keys_of, renamed, shape_of
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.errors import UserError
 from minidpo.sections import DataSection
@@ -43,9 +43,9 @@ def read_preferences(
     a usable pair.
     """
     data, report = data or DataSection(), DataReport() if report is None else report
-    file, file_number = FileReport(str(path)), len(report.files)
+    file, file_number, keys = FileReport(str(path)), len(report.files), ""  # keys: of the first record
     report.files.append(file)
-    keys = ""  # of the first record
+    not_seen = {name for name in OPTIONAL if data.columns.get(name)}
     shape: Shape | None = None
     for number, record in islice(read_records(Path(path)), limit or None):
         index = file.read
@@ -55,6 +55,7 @@ def read_preferences(
             if isinstance(record, BadRecord):
                 raise record
             keys = keys or keys_of(record)
+            not_seen = {name for name in not_seen if data.columns[name] not in record}
             record = renamed(record, data.columns)
             shape = shape or shape_of(record, data.columns)
             readings = shape.readings(record, data.pairs_per_prompt == "all")
@@ -62,25 +63,24 @@ def read_preferences(
             file.format = file.format or shape.name or form
             if not shape.name and form != file.format:
                 raise BadRecord(f"a record of {form}", f" in a file of {file.format}; keep to one")
+            where = index, file_number, report, data
             for reading in readings:
                 try:
-                    pair = pair_of(
-                        record, shape, template, drop_identical, index, file_number, report, data, reading
-                    )
+                    pair = pair_of(record, shape, template, drop_identical, *where, reading)
                 except Unusable as reason:
                     file.dropped[str(reason)].append(number)
                     continue
+                file.turns_of_text |= pair.messages and form == PROMPT_AND_RESPONSES
                 _note(file, pair, record, shape, data)
-                if pair.messages and form == PROMPT_AND_RESPONSES:
-                    file.turns_of_text = True
-                if shape.several:
-                    file.several = data.pairs_per_prompt
                 yield pair
         except BadRecord as bad:
             if not (skip_bad or data.skip_bad):
-                where = f"{path}:{number}" if file.unit == "line" else f"{path}: record {number}"
-                raise UserError(f"{where}: {bad}") from None
+                place = f"{path}:{number}" if file.unit == "line" else f"{path}: record {number}"
+                raise UserError(f"{place}: {bad}") from None
             file.dropped[bad.kind].append(number)
+    if file.read and not_seen:
+        named = ", ".join(f"data.columns.{name} = {data.columns[name]!r}" for name in sorted(not_seen))
+        raise UserError(f"{path}: no record has the key of {named}{keys.partition('; give')[0]}")
     if not file.kept:
         reasons = ", ".join(dropped_lines(file.dropped, file.unit)) or "the file is empty"
         what = f"{path}: no usable pair in {file.read} records ({reasons})"
@@ -102,6 +102,16 @@ def read_files(
         yield from stop_if_glued(pairs, file, tokenizer, template, data.text)
 
 
+def first_reading(file: str, data: DataSection) -> Reading | None:
+    """What the first record of a file says that can be read; None if there is none."""
+    for _, record in read_records(Path(file)):
+        with suppress(BadRecord):
+            if isinstance(record, dict):
+                record = renamed(record, data.columns)
+                return shape_of(record, data.columns).readings(record)[0]
+    return None
+
+
 def format_of(record: dict, data: DataSection) -> str:
     """What a record is read as. Raises `BadRecord` if that is nothing."""
     record = renamed(record, data.columns)
@@ -119,6 +129,7 @@ def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, da
     if record.keys() <= file.noted:
         return
     file.noted.update(key for key, value in record.items() if value not in (None, ""))
+    file.several = data.pairs_per_prompt if shape.several else ""
     # Of the standard keys, only those that a record may have need to be told.
     for name, key in (*shape.at.items(), *zip(BESIDE_MESSAGES, BESIDE_MESSAGES, strict=True)):
         told = data.columns.get(key, key)

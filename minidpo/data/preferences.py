@@ -18,8 +18,16 @@ from itertools import chain
 from typing import Any
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.messages import Message, first_assistant, given_of, shared_turns, text_of, with_system
-from minidpo.data.readings import Reading, Said
+from minidpo.data.messages import (
+    Message,
+    first_assistant,
+    given_of,
+    repeats,
+    shared_turns,
+    text_of,
+    with_system,
+)
+from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, PROMPT_AND_RESPONSES, Reading, Said, form_of
 from minidpo.data.records import BadRecord
 from minidpo.data.report import DataReport
 from minidpo.data.shapes import Shape
@@ -29,11 +37,6 @@ from minidpo.sections import DataSection
 
 # The blank line before it belongs to the marker: "Assistant:" anywhere else is something that was said.
 ASSISTANT = "\n\nAssistant:"
-
-HH_DIALOGUES = "HH dialogues (chosen, rejected)"
-PROMPT_AND_RESPONSES = "prompt, chosen, rejected"
-MESSAGES = "prompt, chosen, rejected as messages"
-CONVERSATIONS = "whole conversations (chosen, rejected)"
 
 _BLANK = "nothing but blanks in a response"
 DEFAULTS = DataSection()
@@ -98,17 +101,6 @@ def _split_hh(chosen_text: str, rejected_text: str) -> tuple[str, str, str]:
         raise Unusable("chosen and rejected differ before the last '\\n\\nAssistant:'")
     end = cut + len(ASSISTANT)
     return chosen_text[:end], chosen_text[end:], rejected_text[end:]
-
-
-def form_of(reading: Reading) -> str:
-    """Which of the four forms a reading has."""
-    prompt, chosen, rejected = reading[:3]
-    if isinstance(chosen, str) and not isinstance(rejected, list) and not isinstance(prompt, list):
-        return HH_DIALOGUES if prompt is None else PROMPT_AND_RESPONSES
-    turns = [each[0]["role"] for each in (chosen, rejected) if isinstance(each, list) and each]
-    # A prompt beside whole conversations repeats how they begin.
-    whole = prompt is None or not {"system", "user"}.isdisjoint(turns)
-    return CONVERSATIONS if whole else MESSAGES
 
 
 def pair_of(
@@ -177,7 +169,9 @@ def _pair_of_messages(
 ) -> PreferencePair:
     prompt, responses = _turns(reading, template)
     if not prompt:
-        raise Unusable("no prompt: chosen and rejected share no turn, or `prompt` has none")
+        one = "nothing stands before the assistant's first turn"
+        two = "chosen and rejected share no turn, or `prompt` has none"
+        raise Unusable(f"no prompt: {one if reading.rejected is None else two}")
     if any(not its or {its[0]["role"], its[-1]["role"]} != {"assistant"} for its in responses):
         raise Unusable("a response does not begin and end with a turn of the assistant")
     own, prompt = prompt, with_system(record, prompt)
@@ -236,6 +230,8 @@ def _turns(reading: Reading, template: ChatTemplate) -> tuple[list[Message], lis
         if isinstance(conversation, str):
             raise BadRecord(f"{name!r} is no list of messages", "; give one, as under the other keys")
     conversations: list[Any] = list(there.values())
+    if isinstance(reading.prompt, list) and not repeats(reading.prompt, conversations[0]):
+        raise Unusable("chosen does not repeat `prompt`, and begins with another turn")
     if len(conversations) == 1:
         shared = first_assistant(conversations[0])
     else:

@@ -6,14 +6,10 @@ from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.messages import Given, Message, given_of, with_system
 from minidpo.data.preferences import (
     ASSISTANT,
-    CONVERSATIONS,
     DEFAULTS,
-    HH_DIALOGUES,
-    MESSAGES,
     PreferencePair,
-    form_of,
 )
-from minidpo.data.readings import Reading, said
+from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, MESSAGES, Reading, form_of, said
 from minidpo.data.records import BadRecord
 from minidpo.data.shapes import renamed, shape_of
 from minidpo.sections import DataSection

@@ -7,7 +7,7 @@ against the worst. Each returns at least one reading, and raises `BadRecord` for
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import combinations
+from itertools import combinations, cycle, product
 from typing import Any, NamedTuple
 
 from minidpo.data.messages import Message, messages_of
@@ -16,8 +16,13 @@ from minidpo.data.records import BadRecord, check_characters, printable
 Said = str | list[Message]
 At = Mapping[str, str]
 
-_TRUE, _FALSE = (True, "true", "1"), (False, "false", "0")  # True is 1.
 TIE = "no answer is better than the other"
+
+# The forms that a reading has, see preferences.py
+HH_DIALOGUES = "HH dialogues (chosen, rejected)"
+PROMPT_AND_RESPONSES = "prompt, chosen, rejected"
+MESSAGES = "prompt, chosen, rejected as messages"
+CONVERSATIONS = "whole conversations (chosen, rejected)"
 
 
 class Reading(NamedTuple):
@@ -31,11 +36,25 @@ class Reading(NamedTuple):
     dropped: str = ""  # why it can teach nothing
 
 
+def form_of(reading: Reading) -> str:
+    """Which of the four forms a reading has."""
+    prompt, chosen, rejected = reading[:3]
+    if isinstance(chosen, str) and not isinstance(rejected, list) and not isinstance(prompt, list):
+        return HH_DIALOGUES if prompt is None else PROMPT_AND_RESPONSES
+    turns = [each[0]["role"] for each in (chosen, rejected) if isinstance(each, list) and each]
+    # A prompt beside whole conversations repeats how they begin.
+    whole = prompt is None or (bool(turns) and {"system", "user"}.issuperset(turns))
+    return CONVERSATIONS if whole else MESSAGES
+
+
 def of_pair(record: dict, at: At, every: bool) -> list[Reading]:
     """A chosen and a rejected response, or lists of texts, in which no order is known."""
     prompt, margin = _prompt(record, at), _margin(record)
-    chosen, rejected = (_choices(record, at[name]) for name in ("chosen", "rejected"))
-    pairs = [Reading(prompt, better, worse, margin) for better in chosen for worse in rejected]
+    chosen, rejected = at["chosen"], at["rejected"]
+    if isinstance(record[chosen], str) and isinstance(record[rejected], str):  # most records, read fast
+        return [Reading(prompt, said(record, chosen), said(record, rejected), margin)]
+    both = _choices(record, chosen), _choices(record, rejected)
+    pairs = [Reading(prompt, better, worse, margin) for better, worse in product(*both)]
     return pairs if every else pairs[:1]
 
 
@@ -85,18 +104,23 @@ def of_one(record: dict, at: At, every: bool) -> list[Reading]:
     """One response to a prompt, or one conversation, and perhaps a label."""
     response = next(at[name] for name in ("completion", "chosen", "messages") if name in at)
     label = _truth(record, at["label"]) if "label" in at else None
+    said_by_turns = record[response] if "messages" in at and has_texts(record[response]) else None
+    if said_by_turns:  # As LIMA has it: the user begins.
+        turns = zip(cycle(("user", "assistant")), said_by_turns, strict=False)
+        record = record | {response: [{"role": role, "content": text} for role, text in turns]}
     return [Reading(_prompt(record, at), said(record, response), label=label)]
 
 
 def said(record: dict, key: str) -> Said:
     """The text or the messages under a key. A message alone is one of a list."""
     value = record[key]
+    if isinstance(value, str):
+        if not value.isascii():  # Most texts are, and this is known without looking.
+            check_characters(value, repr(key))
+        return value
     if isinstance(value, dict | list):
         return messages_of({key: [value] if isinstance(value, dict) else value}, key)
-    if not isinstance(value, str):
-        raise BadRecord(f"{key!r} is of type {type(value).__name__}", "; give a string")
-    check_characters(value, repr(key))
-    return value
+    raise BadRecord(f"{key!r} is of type {type(value).__name__}", "; give a string")
 
 
 def has_texts(value: Any) -> bool:
@@ -146,8 +170,12 @@ def _number(record: dict, key: str) -> float:
 
 
 def _truth(record: dict, key: str) -> bool:
-    value = record[key].lower() if isinstance(record[key], str) else record[key]
-    if value not in (*_TRUE, *_FALSE):
-        away = ', or leave the column out (data.columns.label = "")' if key == "label" else ""
-        raise BadRecord(f"{key!r} is neither true nor false", f"; give one of them{away}")
-    return value in _TRUE
+    """true or false, or 1 or 0; as text too, in which a .csv file has them."""
+    value = record[key]
+    word = value.lower() if isinstance(value, str) else value
+    if word in (True, "true") or number_of(value) == 1:
+        return True
+    if word in (False, "false") or number_of(value) == 0:
+        return False
+    away = ', or leave the column out (data.columns.label = "")' if key == "label" else ""
+    raise BadRecord(f"{key!r} is neither true nor false", f"; give one of them{away}")

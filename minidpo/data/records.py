@@ -7,7 +7,6 @@ A file that cannot be read at all is a `UserError`. What is wrong with a single 
 import codecs
 import csv
 import json
-import math
 import zlib
 from collections.abc import Iterator
 from io import BufferedIOBase
@@ -22,7 +21,7 @@ from minidpo.errors import UserError
 from minidpo.log import print0
 
 # What reading records and reading a record share is in bad_record.py, and imported from here.
-__all__ = ["BadRecord", "check_characters", "number_of", "printable", "read_records"]
+__all__ = ["BadRecord", "check_characters", "printable", "read_records"]
 
 _FORM = (
     "a record is an object with chosen and rejected, and a file that is one list of objects is named .json"
@@ -58,17 +57,6 @@ def read_records(path: Path) -> Records:
                 yield number, record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); fetch the file again") from None
-
-
-def number_of(value: Any) -> float | None:
-    """A value of a record as a number, also where a .csv file has it as text; None for any other."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _values_of_json(path: Path) -> list | None:

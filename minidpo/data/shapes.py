@@ -21,6 +21,7 @@ from minidpo.data.readings import (
 from minidpo.data.records import BadRecord, printable
 
 BESIDE_MESSAGES = ("system", "tools", "chat_template_kwargs")  # read in every shape
+OPTIONAL = {"system", "tools", "margin"}  # Some records of a file may lack them, whatever they are called.
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,12 @@ def renamed(record: dict, columns: Mapping[str, str]) -> dict:
     if not columns:
         return record
     for name, key in columns.items():
-        if key and key not in record:
+        if key and key not in record and name not in OPTIONAL:
             there = ", ".join(map(printable, record))
             raise BadRecord(f"no key {key!r}", f", which data.columns.{name} names; its keys are {there}")
     apart = {*columns, *columns.values()}
     others = {key: value for key, value in record.items() if key not in apart}
-    return others | {name: record[key] for name, key in columns.items() if key}
+    return others | {name: record.get(key) for name, key in columns.items() if key}
 
 
 def shape_of(record: dict, columns: Mapping[str, str] | None = None) -> Shape:
@@ -92,12 +93,13 @@ def keys_of(record: dict) -> str:
     names = names if len(names) <= 200 else names[:200] + " ..."
     right = "give chosen, rejected, and prompt unless they hold it"
     which = "say which they are (--data.columns.chosen=KEY, --column chosen=KEY)"
+    which += "; SFT takes prompt and completion, or messages"
     return f"; its keys are {names}; {right}, or {which}"
 
 
 def _missing(record: dict, key: str) -> BadRecord:
     if key in record:
-        return BadRecord(f"{key!r} is of type NoneType", "; give a string")
+        return BadRecord(f"{key!r} is null", "; give a string")
     return BadRecord(f"no key {key!r}", keys_of(record))
 
 

@@ -1,6 +1,8 @@
 """Adapters on disk, in the format of PEFT: adapter_config.json and adapter_model.safetensors.
 
 Our `model.layers.0.mlp.up_proj.lora_A` is `base_model.model.model.layers.0.mlp.up_proj.lora_A.weight` there.
+Phi-3's projections are one layer in transformers and several here. PEFT would pass over the adapters of the
+latter without a word, so such a file has a type of its own, which PEFT refuses.
 """
 
 import json
@@ -14,7 +16,7 @@ from minidpo.errors import UserError
 from minidpo.files import read_object, replacing_file, require_file
 from minidpo.model.lora import is_adapter, trained_parameters
 from minidpo.model.reward_model import RewardModel
-from minidpo.model.tensors import read_about, read_tensors, tensor_files, write_tensors
+from minidpo.model.tensors import FUSED, read_about, read_tensors, tensor_files, write_tensors
 from minidpo.model.transformer import Transformer
 from minidpo.sections import LoRASection
 
@@ -22,10 +24,11 @@ CONFIG, STEM = "adapter_config.json", "adapter_model"
 HELP = (
     "adapters of the model: the final/adapter or a checkpoint of a run with [lora], or PEFT's"  # of --adapter
 )
+OF_PARTS = "LORA_OF_PARTS"  # the type of an adapter of layers that are fused in transformers
 SCORE = "base_model.model.score.weight"
 # What of PEFT's settings would change the numbers, and the only values that are known here.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
+    "peft_type": ("LORA", OF_PARTS),
     "bias": ("none", None),
     "modules_to_save": (None, [], ["score"]),
     **dict.fromkeys("use_dora fan_in_fan_out use_qalora lora_bias".split(), (False, None)),
@@ -43,7 +46,7 @@ def save_adapter(model: Transformer, directory: Path, lora: LoRASection, base: s
         return
     rewards = isinstance(model, RewardModel)
     fields = {
-        "peft_type": "LORA",
+        "peft_type": OF_PARTS if model.config.fused_projections else "LORA",
         "task_type": "SEQ_CLS" if rewards else "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": lora.rank,
@@ -69,7 +72,9 @@ def adapter_tensors(model: Transformer) -> dict[str, Tensor]:
 
 def adapter_settings(directory: Path) -> LoRASection:
     """What adapter_config.json says, also PEFT's. Raises UserError for what is not known here."""
-    file = require_file(directory / CONFIG, "a directory with an adapter is needed")
+    file = require_file(
+        directory / CONFIG, "an adapter is needed, such as the final/adapter of a run with lora.rank"
+    )
     fields = read_object(file)
     for name, values in NEUTRAL.items():
         if (value := fields.get(name, values[0])) not in values:
@@ -83,6 +88,11 @@ def adapter_settings(directory: Path) -> LoRASection:
     ):
         raise UserError(f"{file}: r, lora_alpha and a list of target_modules are needed")
     names = sorted({str(target).rpartition(".")[2] for target in targets})
+    if fused := FUSED.keys() & names:
+        parts = ", ".join(FUSED[min(fused)])
+        raise UserError(
+            f"{file}: {min(fused)} is {parts} here; merge the adapter first (peft: merge_and_unload)"
+        )
     return LoRASection(rank, float(alpha), bool(fields.get("use_rslora")), names)
 
 

@@ -8,6 +8,7 @@ another. Outside this file every matrix has a name of its own, under which its r
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -104,6 +105,15 @@ def read_tensors(
                 if finite and not tensor.isfinite().all():
                     raise UserError(f"{file}: tensor {name!r} holds numbers that are not finite")
                 yield name, shard_like(tensor, like)
+
+
+def count_parameters(directory: Path) -> int:
+    """How many numbers the tensors of a model directory hold together."""
+    count = 0
+    for file in set(tensor_files(directory).values()):
+        with _open(file) as handle:
+            count += sum(math.prod(handle.get_slice(name).get_shape()) for name in handle.keys())
+    return count
 
 
 def read_about(file: Path) -> dict[str, str]:

@@ -88,7 +88,13 @@ class Transformer(nn.Module):
         """torch.compile each layer except for its attention, which is compiled on CUDA in any case."""
         for layer in self.model.layers:
             for part in ("before_attention", "after_attention"):
-                setattr(layer, part, torch.compile(getattr(layer, part), dynamic=True))
+                setattr(layer, part, _compiled_for_packed_rows(getattr(layer, part)))
+
+
+def _compiled_for_packed_rows(part: Callable) -> Callable:
+    compiled = torch.compile(part, dynamic=True)
+    # Sampling has several rows, of other shapes in each batch: compiling would take longer than all of it.
+    return lambda x, *others: (compiled if x.ndim == 2 else part)(x, *others)
 
 
 class Decoder(nn.Module):

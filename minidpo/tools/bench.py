@@ -10,7 +10,6 @@ log-probs are computed beforehand. The last line printed is the same numbers as 
 
 import argparse
 import json
-import resource
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -32,14 +31,24 @@ from minidpo.model import Transformer, read_config, response_logps
 from minidpo.packing import pack
 from minidpo.sections import DPOConfig, RewardConfig
 from minidpo.settings import toml
-from minidpo.tools.bench_steps import SHAPES, Case, Step, TextbookStep, make_case, matmul_peak, seconds
+from minidpo.tools.bench_steps import (
+    SHAPES,
+    Case,
+    Step,
+    TextbookStep,
+    data_sheet_peak,
+    make_case,
+    matmul_peak,
+    seconds,
+    settings_of_device,
+)
 from minidpo.tools.bench_trl import MODES, require_trl, train_trl
 from minidpo.training.device import choose_device, describe
 
 RM = "rm"  # the name of train_rm.py's loss on the command line
 # Keys of a configuration that are options of this command, such as --batch-size.
 KEYS = """optim.batch_size optim.micro_tokens run.dtype run.device run.threads run.compile
-    run.activation_checkpointing""".split()
+    run.activation_checkpointing run.attention""".split()
 
 
 def main(arguments: list[str]) -> None:
@@ -127,8 +136,11 @@ def measure(case: Case, opponent: str | None = None) -> dict[str, Any]:
         "tflop_per_step": flops.mean() / 1e12,
         "matmul_peak_tflop_per_s": np.median(peaks) / 1e12,
         "utilisation": spread(flops / own / peaks[1:]),
-        "peak_mib": peak_mib(case, "ours"),
     }
+    if on_paper := data_sheet_peak(case.device, case.config.run.dtype):
+        result["data_sheet_tflop_per_s"] = on_paper / 1e12
+        result["utilisation_of_data_sheet"] = spread(flops / own / on_paper)
+    result["peak_mib"] = peak_mib(case, "ours")
     if opponent:
         result |= {
             "against": opponent,
@@ -177,7 +189,7 @@ def peak_mib(case: Case, who: str) -> float:
 
 def _peak_mib(case: Case, who: str) -> float:
     """Allocated by PyTorch on CUDA, resident elsewhere."""
-    choose_device(case.device.type, case.config.run.threads)
+    choose_device(*settings_of_device(case.config.run))
     batches = case.batches()[:4]
     if who in MODES:
         train_trl(who, case, len(batches))
@@ -190,6 +202,8 @@ def _peak_mib(case: Case, who: str) -> float:
     status = Path("/proc/self/status")
     if status.exists():  # On Linux, ru_maxrss would begin with the peak of the process that started this one.
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 2**10
+    import resource  # which Windows does not have
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # macOS
 
 

@@ -19,9 +19,9 @@ from minidpo.data import PairTokens, Tokenizer, load_pairs, micro_batches, requi
 from minidpo.errors import UserError
 from minidpo.losses import BradleyTerry
 from minidpo.model import ModelConfig, Transformer, pretrained, read_config
-from minidpo.sections import DPOConfig, RewardConfig
+from minidpo.sections import DPOConfig, RewardConfig, RunSection
 from minidpo.textbook import dpo_step, pad
-from minidpo.training.device import autocast, choose_device
+from minidpo.training.device import autocast, choose_device, compiles_layers
 from minidpo.training.optim import adamw
 from minidpo.training.scoring import all_logps
 from minidpo.training.step import pair_logps, pair_rewards
@@ -30,8 +30,14 @@ SHAPES = {  # vocabulary, hidden size, MLP, layers, query heads, key/value heads
     "A": (32_000, 512, 1408, 8, 8, 8, 64),
     "B": (8_192, 256, 704, 6, 4, 4, 64),
     "C": (49_152, 576, 1536, 30, 9, 3, 64),  # SmolLM2-135M
+    "D": (151_936, 896, 4864, 24, 14, 2, 64),  # Qwen2.5-0.5B
 }
 PAD, EOS = 0, 2
+# TFLOP/s in bf16 without sparsity, by a part of the GPU's name. The first that fits counts.
+DATA_SHEETS = {
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "B200": 2250, "A100": 312, "A10": 125},
+    **{"L40S": 362, "L4": 121, "RTX 3090": 71, "RTX 4090": 165, "RTX 5090": 210},
+}
 
 
 @dataclass
@@ -64,7 +70,7 @@ class Case:
 
 def make_case(options: Namespace, config: DPOConfig | RewardConfig, temporary: Path) -> Case:
     """Model and pairs as files and arrays, from which several steps and processes can start."""
-    device = choose_device(config.run.device, config.run.threads)
+    device = choose_device(*settings_of_device(config.run))
     directory, count = Path(config.model.path), options.steps * config.optim.batch_size
     torch.manual_seed(0)
     if options.shape:
@@ -102,6 +108,11 @@ def random_pairs(config: ModelConfig, count: int) -> PairTokens:
     return PairTokens.from_responses([ids(length) for length in prompts[:, 0]], both)
 
 
+def settings_of_device(run: RunSection) -> tuple[str, int, str, str]:
+    """The arguments of `choose_device`."""
+    return run.device, run.threads, run.dtype, run.attention
+
+
 class Step:
     """One optimizer step over a batch of pairs, as train_dpo.py and train_rm.py take it."""
 
@@ -110,7 +121,7 @@ class Step:
         load = pretrained.load_reward_model if case.rewards else pretrained.load_model
         self.model = load(case.directory, device=case.device)
         self.model.activation_checkpointing = run.activation_checkpointing
-        if run.compile:
+        if compiles_layers(run.compile, case.device):
             self.model.compile_layers()
         self.optimizer = adamw(self.model, optim)
         self.token_counts = case.pairs.token_counts(case.responses)  # that each pair lays out
@@ -176,3 +187,11 @@ def matmul_peak(device: torch.device, dtype: str) -> float:
         timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
         best = max(best, 2 * size**3 / min(timer.blocked_autorange(min_run_time=0.1).times))
     return best
+
+
+def data_sheet_peak(device: torch.device, dtype: str) -> float | None:
+    """FLOPs per second of dense bf16 products that the maker of a known GPU states; None for others."""
+    if device.type != "cuda" or dtype != "bf16":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for gpu, peak in DATA_SHEETS.items() if gpu in name), None)

@@ -116,7 +116,7 @@ def _as_a_run_would(arguments: list[str]) -> None:
     template = tokenizer.chat_template(config.data.template)
     require_messages(config.named("data.template"), template, train, tokenizer)
     show_first(train, tokenizer)
-    require_responses(config.loss, train)
+    require_responses(config.loss, ", ".join(train.files), train.responses, train.label is not None)
     if options.held_out is not None:
         write_records(Path(options.held_out), held_out, config.data)
 

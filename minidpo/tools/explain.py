@@ -42,7 +42,7 @@ from minidpo.settings import keys_of
 from minidpo.tools.explain_text import every_loss, render
 from minidpo.tools.pair_numbers import numbers_of, token_logps, under
 from minidpo.tools.reading import add_reading_options, reading_section
-from minidpo.tools.report_page import pair_article, write_page
+from minidpo.tools.report_page import token_pairs, write_page
 from minidpo.tools.sample import unescaped
 from minidpo.training.device import choose_device
 from minidpo.training.reference import require_reference
@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
         print(json.dumps(explanation))
     elif options.html:
         models = f"pi: {options.model}; pi_ref: {options.reference or 'the same'}"
-        write_page(Path(options.html), "A pair, token by token", [pair_article(explanation, why=models)])
+        write_page(Path(options.html), "A pair, token by token", token_pairs([("", models, explanation)]))
     else:
         colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
         print(render(explanation, colour, options.every_token))
@@ -100,7 +100,7 @@ def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]
     pairs = PairTokens.from_pairs([ids])
     require_messages("--template", template, pairs, tokenizer)
     if loss.responses > pairs.responses:
-        others = [each.name for each in LOSSES.values() if each.responses <= pairs.responses]
+        others = sorted({each.name for each in every_loss() if each.responses <= pairs.responses})
         what = f"{loss.name} compares {loss.responses} responses, and the record has {pairs.responses}"
         raise UserError(f"{what}; give --loss {' or '.join(others)}")
     batch = pack(pairs)

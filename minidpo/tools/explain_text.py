@@ -147,21 +147,26 @@ def _calculation(e: dict[str, Any]) -> Iterator[str]:
     for label, values in comparison(e):
         yield each(label, *values)
 
-    smoothed = ", smoothed" if loss.get("label_smoothing") else ""
-    over = " / |y|" if loss.get("length_normalize") else ""
-    if loss.get("margin_from_data"):
-        smoothed += ", z less the record's margin"
-    if loss.get("sft_weight") and not keys_of(kind)["sft_weight"].default:
-        smoothed += f", and {loss['sft_weight']:g} times the SFT loss"
+    over, more = " / |y|" if loss.get("length_normalize") else "", additions(loss)
     yield "\n" + line("z or h, what the loss is a function of", loss["argument"])
     if "sigmoid" in loss:
         yield line("sigma(z)", loss["sigmoid"])
-    yield line(f"loss = {kind.equation}{smoothed}", loss["loss"])
+    yield line(f"loss = {kind.equation}{more}", loss["loss"])
     weights = [loss[f"{name}_weight"] for name in names]
-    yield line(f"gradient weight = {kind.gradient}{over}{smoothed}", *weights, form="+z14.6f")
+    yield line(f"gradient weight = {kind.gradient}{over}{more}", *weights, form="+z14.6f")
     yield "  (-d loss / d log pi(y|x): how hard the pair pulls on each response, + up and - down)"
     if loss.get("label_smoothing"):
         yield "  (smoothed, e = label_smoothing: (1-e) loss(z) + e loss(-z), (1-e) weight(z) - e weight(-z))"
+
+
+def additions(loss: dict[str, Any]) -> str:
+    """What settings that are off by default have added to the equation of a loss."""
+    smoothed = ", smoothed" if loss.get("label_smoothing") else ""
+    if loss.get("margin_from_data"):
+        smoothed += ", z less the record's margin"
+    if loss.get("sft_weight") and not keys_of(LOSSES[loss["name"]])["sft_weight"].default:
+        smoothed += f", and {loss['sft_weight']:g} times the SFT loss"
+    return smoothed
 
 
 def responses_of(e: dict[str, Any]) -> list[str]:

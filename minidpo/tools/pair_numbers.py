@@ -1,6 +1,7 @@
 """One pair in numbers: per token, summed, and what a loss makes of them. `explain` and `report` show them."""
 
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ from minidpo.training.scoring import require_finite
 
 @torch.no_grad()
 def token_logps(
-    model: str, batches: list[PackedBatch], device: torch.device, dtype: str, adapter: str | None = None
+    model: str,
+    batches: list[PackedBatch],
+    device: torch.device,
+    dtype: str,
+    adapter: str | Path | None = None,
 ) -> list[Tensor]:
     """Of each batch, the log-probs (S,) of its scored tokens under the model of a directory."""
     loaded = load_model(model, device=device, adapter=adapter)
@@ -39,7 +44,8 @@ def numbers_of(
     lengths = batch.lengths[0]  # (K,)
     sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
     numbers: dict[str, Any] = {"tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy())}
-    logps: dict[str, Tensor] = {} if ids.margin is None else {"margin": sums.new_tensor([ids.margin])}
+    known = {"margin": ids.margin, "label": ids.label}
+    logps = {name: torch.tensor([value]) for name, value in known.items() if value is not None}
     for k, name in enumerate(PARTS[1 : 1 + len(lengths)]):
         numbers[f"{name}_logps"] = sums[k].item()
         numbers[f"reference_{name}_logps"] = reference_sums[k].item()

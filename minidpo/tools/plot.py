@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,6 @@ from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, req
 from minidpo.training.advice import MOST_KL
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
@@ -51,7 +51,6 @@ PANELS = (
     Panel("Learning rate", ("lr",), "as planned"),
     Panel("Response length (data), tokens", ("response_length/chosen", "response_length/rejected"), "alike"),
 )
-FIRST = 6  # panels that matter first
 TRAINING: dict[str, Any] = {"linewidth": 1, "alpha": 0.5}
 FEW, MANY = 2, 16  # values in training: up to FEW are marked one by one, from MANY on they are smoothed
 LARGEST = 1e100  # No axis can be drawn for more.
@@ -73,8 +72,6 @@ def main(arguments: list[str]) -> None:
     )
     options = parser.parse_args(arguments)
     require_matplotlib("plot")
-    if len(options.runs) > len(COLOURS):
-        raise UserError(f"{len(options.runs)} runs; at most {len(COLOURS)} can be told apart in one figure")
     runs = [read_run(*each) for each in zip(options.runs, names_of(options.runs), strict=True)]
     first = options.runs[0].resolve()
     files = png_and_svg(options.out or (first if len(runs) == 1 else first.parent) / "curves")
@@ -102,7 +99,12 @@ def read_run(directory: Path, name: str) -> Run:
 
 
 def names_of(runs: list[Path]) -> list[str]:
-    """What to call the runs: their directories' names, or their paths where names are equal."""
+    """What to call the runs: their directories' names, or their paths where names are equal.
+
+    Raises UserError for more runs than there are colours.
+    """
+    if len(runs) > len(COLOURS):
+        raise UserError(f"{len(runs)} runs; at most {len(COLOURS)} can be told apart")
     names = [path.resolve().name for path in runs]
     return names if len(set(names)) == len(names) else list(map(str, runs))
 
@@ -132,6 +134,17 @@ def panels_of(runs: list[Run]) -> tuple[list[Panel], list[str]]:
     return shown, constant
 
 
+def curves_in(panel: Panel, runs: list[Run]) -> Iterator[tuple[int, str, bool, np.ndarray]]:
+    """Number of the run, key, whether measured on held-out pairs, and (2, n): steps and values, those of
+    training smoothed."""
+    for number, run in enumerate(runs):
+        for key in panel.keys:
+            if (training := run.curves.get(key)) is not None:
+                yield number, key, False, np.stack([training[0], smoothed(training[1])])
+            if (held_out := run.curves.get(f"eval/{key}")) is not None:
+                yield number, key, True, held_out
+
+
 def draw(figure: Figure, runs: list[Run], shown: list[Panel], rows: int, columns: int) -> None:
     """All panels, and one legend above them."""
     for place, panel in enumerate(shown, start=1):
@@ -142,25 +155,17 @@ def draw(figure: Figure, runs: list[Run], shown: list[Panel], rows: int, columns
         # Without a format, a power of ten would stand where the title is.
         axes.yaxis.set_major_formatter("{x:g}")
         axes.locator_params(axis="x", integer=True)
-        for number, run in enumerate(runs):
-            for key in panel.keys:
-                draw_curves(axes, run, key, look(key, number if len(runs) > 1 else None))
+        for number, key, held_out, points in curves_in(panel, runs):
+            style = look(key, number if len(runs) > 1 else None)
+            if held_out:
+                axes.plot(*points, **style, markevery=math.ceil(points.shape[1] / 12))
+            else:
+                style["marker"] = "None" if points.shape[1] > FEW else "."
+                axes.plot(*points, **style | TRAINING)
         low, high = axes.get_ylim()
         if panel.level is not None and low <= panel.level <= high:  # Further off it would flatten the curves.
             axes.axhline(panel.level, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     legend(figure, runs)
-
-
-def draw_curves(axes: Axes, run: Run, key: str, style: dict[str, Any]) -> None:
-    """What was measured in training and on held-out pairs."""
-    training, held_out = run.curves.get(key), run.curves.get(f"eval/{key}")
-    if training is not None:
-        steps, values = training
-        mark = "None" if len(values) > FEW else "."
-        look_of_it = {"color": style["color"], "ls": style["ls"], "marker": mark} | TRAINING
-        axes.plot(steps, smoothed(values), **look_of_it)
-    if held_out is not None:
-        axes.plot(*held_out, **style, markevery=math.ceil(held_out.shape[1] / 12))
 
 
 def look(key: str, number: int | None = None) -> dict[str, Any]:

@@ -5,30 +5,27 @@ samples before and after training, and the settings.
 """
 
 import argparse
-import math
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
-from typing import Any
-
-from safetensors import safe_open
 
 from minidpo.config import load_either_config
 from minidpo.data import read_records
 from minidpo.errors import UserError
 from minidpo.files import require_file, require_place
 from minidpo.log import COLUMNS, print0, read_metrics
-from minidpo.model.tensors import tensor_files
+from minidpo.model.adapter_files import CONFIG
+from minidpo.model.tensors import count_parameters
 from minidpo.sections import DPOConfig
 from minidpo.tools.explain_text import settings
-from minidpo.tools.figures import COLOURS
-from minidpo.tools.plot import FIRST, Run, curves_of, names_of, panels_of, smoothed
-from minidpo.tools.report_charts import Marks, chart
-from minidpo.tools.report_page import MOST_TOKENS, Markup, article, first_line, tag, text, write_page
-from minidpo.tools.report_pairs import Finished, parts_of_pairs
+from minidpo.tools.plot import Run, curves_in, curves_of, look, names_of, panels_of
+from minidpo.tools.report_page import Line, Markup, chart, side_by_side, tag, text, write_page
+from minidpo.tools.report_pairs import Finished, of_pairs
 from minidpo.training.advice import Advice
 from minidpo.training.device import choose_device
 
-SAMPLES, FURTHEST = 6, 2  # shown of a run: the first ones, and those with the largest KL
+SAMPLES = 8  # prompts of which samples are shown
 
 
 def main(arguments: list[str]) -> None:
@@ -37,27 +34,23 @@ def main(arguments: list[str]) -> None:
     add = parser.add_argument
     add("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run (run.out)")
     add("--out", metavar="FILE", default="report.html", help="the page (default: report.html)")
-    add("--pairs", type=int, default=200, help="how many held-out pairs are computed (default: 200)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
     require_place("--out", options.out)
-    if len(options.runs) > len(COLOURS):
-        raise UserError(f"{len(options.runs)} runs; at most {len(COLOURS)} can be told apart on one page")
-    if options.pairs < 1:
-        raise UserError(f"--pairs {options.pairs}; it must be at least 1")
-    device, tokens = choose_device(options.device), MOST_TOKENS // len(options.runs)
+    device = choose_device(options.device)
     runs = [read_finished(*each) for each in zip(options.runs, names_of(options.runs), strict=True)]
     parts = [*(tag("p", *in_words(run)) for run in runs), *curves([run.curves for run in runs])]
     for run in runs:
-        parts += [tag("h2", run.curves.name)] if len(runs) > 1 else []
+        parts.append(tag("h2", f"{run.curves.name}: held-out pairs"))
         try:
-            parts += parts_of_pairs(run, options.pairs, device, tokens)
+            with redirect_stdout(StringIO()):  # The run has told what is in its data.
+                parts += of_pairs(run, device)
         except UserError as error:
             print0(f"{run.path}: no pairs are shown: {error}")
-            parts.append(tag("p", f"No pairs are shown: {error}.", class_="note"))
-        parts += samples(run)
+            parts.append(tag("p", f"No pairs are shown: {error}."))
+        parts += samples(run) if isinstance(run.config, DPOConfig) else []
         config = (run.path / "config.toml").read_text(encoding="utf-8")
-        parts.append(tag("details", tag("summary", "All settings"), tag("pre", config)))
+        parts.append(tag("details", tag("summary", f"All settings of {run.curves.name}"), tag("pre", config)))
     write_page(Path(options.out), ", ".join(run.curves.name for run in runs), parts)
 
 
@@ -67,126 +60,90 @@ def read_finished(path: Path, name: str) -> Finished:
     lines = [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in lines]
     # Whether tensorboard is installed here does not matter to the page.
     config = load_either_config([str(path / "config.toml"), "--run.tensorboard=false"])
-    models = [*_by_step((path / "checkpoints").glob("step-*")), path / "final"]
-    models = [model for model in models if (model / "config.json").is_file()]
-    curves = Run(name, config.loss.unit, curves_of(lines))
-    return Finished(path, config, lines, curves, models[-1] if models else None)
+    model = adapter = next(iter([*path.glob("final"), *by_step(path / "checkpoints")[::-1]]), None)
+    if adapter and (adapter / CONFIG).is_file():
+        model = Path(config.model.path)  # Such a checkpoint is of adapters alone; final/ is merged.
+    else:
+        adapter = None
+    return Finished(path, config, lines, Run(name, config.loss.unit, curves_of(lines)), model, adapter)
+
+
+def by_step(directory: Path) -> list[Path]:
+    """What is named step-N, by N."""
+    return sorted(directory.glob("step-*"), key=lambda path: (len(path.name), path.name))
 
 
 def in_words(run: Finished) -> Iterator[object]:
     """What was trained, on what, for how long, with which result, and what the advice says."""
-    model, optim, loss = run.config.model.path, run.config.optim, run.config.loss
-    tensors = tensor_files(run.model) if run.model else {}
-    shapes = (safe_open(file, "pt").get_slice(name).get_shape() for name, file in tensors.items())
-    parameters = sum(map(math.prod, shapes))
-    size = f", {parameters:,} parameters" if parameters else ""
-    equation = f"{loss.equation} with {settings(type(loss), vars(loss)) or 'no settings'}"
+    optim, loss, adapters = run.config.optim, run.config.loss, run.config.lora.rank > 0
+    parameters = count_parameters(run.model) if run.model else 0
     yield tag("b", run.curves.name)
-    yield f" started from {model}{size}. Loss: {loss.name}, {equation}. {first_line(type(loss))} "
+    yield f" started from {run.config.model.path} ({parameters:,} parameters{', with adapters' * adapters}). "
+    yield f"Its loss is {loss.name}, {loss.equation}, with {settings(type(loss), vars(loss)) or 'no settings'}. "
 
-    files = ", ".join(Path(file).name for file in run.config.data.train)
-    if "epoch" in run.curves.curves:
-        step, epochs = run.curves.curves["epoch"][:, -1].tolist()
-        pairs = round(step * optim.batch_size / epochs)
-        yield f"It made {step:g} steps of {optim.batch_size} pairs, {epochs:.2f} epochs of about {pairs:,} pairs"
-        yield f" of {files}, at a learning rate of up to {optim.lr:g}. "
-    else:
-        yield f"It is to be trained on {files}, and has logged no step. "
-    if not run.model or run.model.name != "final":
+    unit = "pairs" if loss.responses == 2 else "responses"
+    steps, epochs = run.curves.curves["epoch"][:, -1] if "epoch" in run.curves.curves else (0, 0)
+    yield f"It made {steps:g} steps of {optim.batch_size} {unit}, {epochs:.2f} epochs of "
+    yield f"{', '.join(Path(file).name for file in run.config.data.train)}, at a rate of up to {optim.lr:g}. "
+    if not (run.path / "final").is_dir():
         yield "It is not finished: there is no final/. "
 
-    advice = Advice(loss, parameters, optim.lr, run.config.lora.rank > 0, (warnings := list[str]()).append)
-    evaluations = []
+    advice = Advice(loss, parameters, optim.lr, adapters, (warnings := list[str]()).append)
+    held_out = []
     for line in run.lines:
-        if held_out := {k.removeprefix("eval/"): v for k, v in line.items() if k.startswith("eval/")}:
-            advice.on_evaluation(held_out)
-            evaluations.append(held_out | {"step": line["step"]})
-        elif "loss" in line:
+        if "loss" in line:
             advice.on_step(line)
-    if evaluations:
-        first, end = evaluations[0], evaluations[-1]
-        yield f"On held-out pairs, from step {first['step']} to step {end['step']}: "
-        yield ", ".join(_changes(first, end)) + ". "
-    yield (
-        " ".join(f"{warning[0].upper()}{warning[1:]}." for warning in warnings)
-        or "There is nothing to warn of."
-    )
-
-
-def _changes(first: dict[str, float], end: dict[str, float]) -> Iterator[str]:
-    for name, label, form in COLUMNS:
-        if name in first and name in end and label not in ("chosen", "rejected"):
-            was, now = (f"{values[name]:{form}}".strip() for values in (first, end))
-            if was != now:
-                yield f"{label} {was} → {now}"
+        else:
+            held_out.append({key.removeprefix("eval/"): value for key, value in line.items()})
+            advice.on_evaluation(held_out[-1])
+    if held_out:
+        first, last = held_out[0], held_out[-1]
+        yield f"On held-out {unit}, step {first['step']} → {last['step']}"
+        for key, label, form in COLUMNS:
+            was, now = (f"{line.get(key, 0.0):{form}}".strip() for line in (first, last))
+            yield f", {label} {was} → {now}" * (was != now)
+        yield ". "
+    yield " ".join(f"W{warning[1:]}." for warning in warnings) or "There is nothing to warn of."
 
 
 def curves(runs: list[Run]) -> Iterator[Markup]:
-    """The panels of `plot`: those that matter first, the others below."""
-    shown, constant = panels_of(runs)
-    figures = []
-    for panel in shown:
-        marks = []
-        for number, run in enumerate(runs):
-            for key in panel.keys:
-                rejected = key.endswith("rejected")
-                colour = number if len(runs) > 1 else int(rejected)
-                look = f"c{colour} run{number}" + " dashed" * rejected
-                if (training := run.curves.get(key)) is not None:
-                    points = list(zip(training[0].tolist(), smoothed(training[1]).tolist(), strict=True))
-                    marks.append(Marks("line", points, f"{look} training"))
-                if (held_out := run.curves.get(f"eval/{key}")) is not None:
-                    points = list(zip(*held_out.tolist(), strict=True))
-                    about = [f"{run.name}, step {step:g}: {key} {value:.5g}" for step, value in points]
-                    marks += [Marks("line", points, look), Marks("dots", points, look, about)]
-        figures.append(chart(panel.title, panel.good, marks, panel.level))
+    """The panels of `plot`, and above them a button per run that hides its lines."""
     yield tag("h2", "Curves")
-    names = [tag("button", run.name, class_=f"c{n}", data_run=f"run{n}") for n, run in enumerate(runs)]
-    said = "Dots: held-out pairs. Faint: training, smoothed. Dashed: rejected. Dotted: to compare with."
-    if not figures:
-        said = "There are none: nothing that changes was logged."
-    yield tag("p", *(names if len(runs) > 1 else ()), said, class_="legend")
-    yield tag("div", *figures[:FIRST], class_="charts")
-    if figures[FIRST:]:
-        yield tag("details", tag("summary", "More"), tag("div", *figures[FIRST:], class_="charts"))
-    if constant:
-        yield tag("p", f"Never changed: {'; '.join(constant)}.", class_="note")
+    several = len(runs) > 1
+    for number, run in enumerate(runs if several else ()):
+        yield tag("button", run.name, style=f"color: {look('', number)['color']}", data_run=f"run{number}")
+    legend = "Dots: held-out pairs. Faint: training, smoothed. Dashed: rejected. Dotted: to compare with."
+    yield tag("p", legend)
+    figures: list[object] = []
+    for panel in panels_of(runs)[0]:
+        lines = []
+        for number, key, held_out, points in curves_in(panel, runs):
+            style = look(key, number if several else None)
+            classes = f"run{number}" + " training" * (not held_out) + " dashed" * (style["ls"] == "--")
+            about = [f"{runs[number].name}, step {x:g}: {key} {y:.5g}" for x, y in points.T if held_out]
+            lines.append(Line(points.T.tolist(), about, classes, style["color"]))
+        figures.append(chart(panel.title, panel.good, lines, panel.level))
+    yield tag("div", *figures or ["There are none: nothing that changes was logged."], class_="charts")
 
 
 def samples(run: Finished) -> Iterator[Markup]:
     """What the policy wrote at the first and at the last evaluation, prompt by prompt."""
-    files = _by_step((run.path / "samples").glob("step-*.jsonl"))
+    files = by_step(run.path / "samples")
+    yield tag("h2", f"{run.curves.name}: samples before and after")
     if not files:
-        if isinstance(run.config, DPOConfig):
-            yield tag("p", "No samples are shown: the run wrote none (eval.samples).", class_="note")
+        yield tag("p", "No samples are shown: the run wrote none (eval.samples of train_dpo.py).")
         return
-    before, after = (_rows(file) for file in (files[0], files[-1]))
-    prompts = [prompt for prompt in after if prompt in before]
-    furthest = sorted(prompts, key=lambda prompt: -_kl(after[prompt]))[:FURTHEST]
-    yield tag("h3", "Samples before and after")
-    said = f"At temperature 1, for the first {SAMPLES} prompts and the {FURTHEST} with the largest KL."
-    yield tag("p", said, class_="note")
-    for prompt in dict.fromkeys(prompts[:SAMPLES] + furthest):
-        sides = ((files[0].stem, before[prompt]), (files[-1].stem, after[prompt]))
-        yield article("", prompt, *((step, text(str(row["response"])), _about(row)) for step, row in sides))
-
-
-def _rows(file: Path) -> dict[str, dict[str, Any]]:
-    rows = (record for _, record in read_records(file) if isinstance(record, dict))
-    needed = {"prompt", "response", "log_ratio", "tokens", "ended"}
-    return {str(row["prompt"]): row for row in rows if needed <= row.keys()}
-
-
-def _kl(row: dict[str, Any]) -> float:
-    return row.get("kl", row["log_ratio"])  # Runs of older versions have the other estimate alone.
-
-
-def _about(row: dict[str, Any]) -> str:
-    reward = f", reward {row['reward']:.3f}" if "reward" in row else ""
-    return f"KL {_kl(row):.2f} nats{reward}, {row['tokens']} tokens" + ("" if row["ended"] else ", not ended")
-
-
-def _by_step(paths: Iterator[Path]) -> list[Path]:
-    """Those named step-N, by N."""
-    numbers = {path: path.name.partition(".")[0][5:] for path in paths}
-    return sorted((path for path, n in numbers.items() if n.isdecimal()), key=lambda path: int(numbers[path]))
+    before, after = (
+        {row["prompt"]: row for _, row in read_records(file) if isinstance(row, dict) and "kl" in row}
+        for file in (files[0], files[-1])
+    )
+    prompts = sorted(before.keys() & after.keys(), key=lambda prompt: -after[prompt]["kl"])
+    yield tag("p", "At temperature 1; first those that training has changed most.")
+    for prompt in prompts[:: -(-len(prompts) // SAMPLES) or 1]:
+        columns = []
+        for file, row in ((files[0], before[prompt]), (files[-1], after[prompt])):
+            reward = f", reward {row['reward']:.3f}" if "reward" in row else ""
+            ended = "" if row["ended"] else ", not ended"
+            about = f"{file.stem}: KL {row['kl']:.2f} nats{reward}, {row['tokens']} tokens{ended}"
+            columns.append((about, text(row["response"].strip())))
+        yield tag("article", side_by_side(prompt, *columns))

@@ -120,7 +120,9 @@ class Checkpoints:
             if self.lora.rank:
                 self._save_adapter(model, directory / "adapter")
                 if model.config.fused_projections:
-                    print0("final/adapter is read here alone: in transformers this family's layers are fused")
+                    print0(
+                        "final/adapter is read here alone, and refused by PEFT: this family's layers are fused there"
+                    )
                 for name in (*self.files, CHAT_TEMPLATE) if rank() == 0 else ():
                     if (directory / name).is_file() and "/" not in name:
                         shutil.copy(directory / name, directory / "adapter" / name)
@@ -164,9 +166,10 @@ class Checkpoints:
             raise ValueError(f"state.json is of step {state['step']!r}")
         # A setting that the version before did not have is off by default.
         if names := [name for name in was | now if (was.get(name) or None) != (now.get(name) or None)]:
-            # Another loss has other settings, too, so its name is said first, then what only one of them has;
-            # the content of the data comes last, because other differences explain it.
-            name = min(names, key=lambda n: (n != "loss.name", n in was and n in now, n == "data", n))
+            # Another loss, or one with adapters, has other settings, too, so that is said first, then what
+            # only one of them has; the content of the data comes last: other differences explain it.
+            first = ("loss.name", "lora.rank")
+            name = min(names, key=lambda n: (n not in first, n in was and n in now, n == "data", n))
             return f"{name} = {was.get(name)!r}, now it is {now.get(name)!r}"
         # In place, because a second copy may not fit in memory. If the files turn out to be torn, the
         # checkpoint before overwrites all that was read, or the run ends.

@@ -1,20 +1,50 @@
 """Where a run computes and in what precision."""
 
 import os
+import shutil
+import sysconfig
 import time
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from minidpo.distributed import ranks
 from minidpo.errors import UserError
+from minidpo.log import print0
+from minidpo.model.attention import KINDS
 from minidpo.sections import RunSection
 
+GB = 1e9
 
-def choose_device(name: str, threads: int = 0) -> torch.device:
-    """The device that `name` (auto, cpu, cuda) means. Raises UserError if cuda is asked for and absent."""
+
+def choose_device(name: str, threads: int = 0, dtype: str = "fp32", attention: str = "auto") -> torch.device:
+    """The device that `name` (auto, cpu, cuda, mps) means, and how attention is computed on it: auto, flex or
+    sdpa.
+
+    Raises UserError if the device is absent, or cannot do what is asked for.
+    """
     if threads:
         torch.set_num_threads(threads)
+    device = _device(name)
+    if device.type == "cuda":
+        _choose_attention(device, attention)
+        if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            gpu = torch.cuda.get_device_name(device)
+            raise UserError(f'{gpu} does not compute in bf16; set run.dtype = "fp32"')
+    elif attention == "flex":
+        raise UserError(f'run.attention = "flex" needs a CUDA GPU, and this is {device.type}; set "auto"')
+    elif device.type == "mps" and (dtype == "bf16" or ranks() > 1):  # Never run: no such machine was there.
+        raise UserError('run.device = "mps" computes in one process, with run.dtype = "fp32"')
+    return device
+
+
+def _device(name: str) -> torch.device:
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("device 'mps' is asked for, but PyTorch sees no Apple GPU; use 'cpu' or 'auto'")
+        return torch.device("mps")
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device 'cuda' is asked for, but PyTorch sees no CUDA device; use 'cpu' or 'auto'")
     if name == "cpu" or not torch.cuda.is_available():
@@ -29,6 +59,52 @@ def choose_device(name: str, threads: int = 0) -> torch.device:
         )
     torch.cuda.set_device(device)
     return device
+
+
+def _choose_attention(device: torch.device, attention: str) -> None:
+    obstacle = compile_obstacle(device)
+    if obstacle and attention == "flex":
+        raise UserError(f'run.attention = "flex" is compiled, but {obstacle}; or set run.attention = "sdpa"')
+    if obstacle:
+        # What is compiled on GPUs in any case (logprobs.py) then runs as it is written.
+        torch.compiler.set_stance("force_eager")
+    if obstacle and attention == "auto":
+        print0(f"run.attention: sdpa, several times slower than flex, which is compiled: {obstacle}")
+    KINDS["cuda"] = "sdpa" if obstacle or attention == "sdpa" else "flex"
+
+
+def compile_obstacle(device: torch.device) -> str:
+    """Why PyTorch cannot compile for this GPU, and what would help; empty if it can."""
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"{torch.cuda.get_device_name(device)} is older than the compiler supports"
+    if find_spec("triton") is None:
+        return "the package triton is missing: pip install triton"
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return f"there is no C compiler ({' or '.join(compilers)}): apt install gcc"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python's headers are missing: apt install python3-dev"
+    return ""
+
+
+def compiles_layers(setting: bool | str, device: torch.device) -> bool:
+    """What run.compile = true, false or "auto" means on this device. "auto": on a GPU, where nothing
+    forbids it. On a CPU compiling takes longer than most runs gain by it."""
+    obstacle = compile_obstacle(device) if device.type == "cuda" else ""
+    if setting is True and obstacle:
+        raise UserError(f'run.compile = true, but {obstacle}; or set run.compile = "auto"')
+    return device.type == "cuda" and not obstacle if setting == "auto" else bool(setting)
+
+
+def peak_memory(device: torch.device) -> str:
+    """The most memory that was in use so far, of all the GPU has; empty on other devices."""
+    if device.type != "cuda":
+        return ""
+    used, there = (
+        torch.cuda.max_memory_allocated(device),
+        torch.cuda.get_device_properties(device).total_memory,
+    )
+    return f"peak memory: {used / GB:.1f} of the GPU's {there / GB:.0f} GB"
 
 
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:

@@ -33,7 +33,7 @@ from minidpo.distributed import all_gather, rank, ranks, reshard, shard
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
 from minidpo.log import Progress
-from minidpo.logprobs import at_least_float32, sum_by_response, tokens_per_chunk
+from minidpo.logprobs import at_least_float32, sum_by_response, tokens_per_chunk, widest_float
 from minidpo.model import Sampling, Transformer, generate, hidden_states
 from minidpo.model.lora import adapters_off, add_adapters
 from minidpo.packing import PackedBatch
@@ -224,7 +224,7 @@ def divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) 
         logratios = logps - reference_logps
         ratios.append(logratios.gather(-1, target[:, None]).squeeze(-1))
         kls.append((logps.exp() * logratios).sum(-1))
-    each = (torch.cat(ratios).double(), torch.cat(kls).double())
+    each = (torch.cat(values).to(widest_float(policy.model.norm.weight.device)) for values in (ratios, kls))
     return torch.stack([sum_by_response(values, batch.lengths[:, 0]) for values in each], dim=1)
 
 

@@ -1,8 +1,8 @@
 """The directory of a run belongs to one process at a time."""
 
 import errno
-import fcntl
 import os
+import sys
 from pathlib import Path
 
 from minidpo.distributed import first_before_others, rank
@@ -11,7 +11,8 @@ from minidpo.files import clear_leftovers, require_regular, writing
 from minidpo.log import print0
 
 UNLINKED = (".lock", "samples", "tensorboard")  # Links of these names are removed.
-FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+# Windows has neither of the last two.
+FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 def require_parts(out: Path) -> None:
@@ -45,7 +46,7 @@ def lock_directory(out: Path) -> None:
         # Never closed: the lock ends with the process, however that ends, and does not refuse it itself.
         descriptor = os.open(out / ".lock", FLAGS, 0o644)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = f"another run is at work in it (process {os.read(descriptor, 20).decode()})"
@@ -57,3 +58,21 @@ def lock_directory(out: Path) -> None:
         os.write(descriptor, str(os.getpid()).encode())
         for part in (".", "checkpoints", "tokens", "samples"):
             clear_leftovers(out / part)
+
+
+def _lock(descriptor: int) -> None:
+    """Lock an open file for this process alone. Raises OSError: EACCES or EAGAIN if another process has it.
+
+    Never run on Windows.
+    """
+    if sys.platform == "win32":
+        import msvcrt
+
+        # Windows locks bytes, which then nobody else can read: one far behind the process number.
+        os.lseek(descriptor, 2**30, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

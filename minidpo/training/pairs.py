@@ -14,6 +14,7 @@ from minidpo.data import (
     require_messages,
 )
 from minidpo.data.paths import data_files
+from minidpo.data.readings import Reading
 from minidpo.data.tokenizer_files import CONFIG, prefix_space
 from minidpo.distributed import first_before_others
 from minidpo.errors import UserError
@@ -51,7 +52,7 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         records = "those of data.train" if config.data.eval else "the records"
         require_messages(config.named("data.template"), template, train, tokenizer, records)
         for pairs in filter(len, (train, held_out)):
-            require_responses(config.loss, pairs)
+            require_responses(config.loss, ", ".join(pairs.files), pairs.responses, pairs.label is not None)
         longest = longest_pair(train, held_out)
         if longest > config.optim.micro_tokens:
             given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
@@ -65,11 +66,15 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
                 f"{given} = 1, but {name} compares with the other responses of a batch; give 2 or more"
             )
 
+    def check_first(file: str, reading: Reading) -> None:
+        responses = 1 if reading.rejected is None else 2
+        require_responses(config.loss, file, responses, reading.label is not None)
+
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
         out = Path(config.run.out)
         # A run that is resumed on a later day goes on with the date of its first one.
         data = replace(config.data, date=config.data.date or data_of_run(out, "date"))
-        train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check)
+        train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check, check_first)
         config.data.date = train.date or held_out.date or config.data.date
     if isinstance(config, DPOConfig) and config.loss.unpaired:
         return _unpaired(train, config), _unpaired(held_out, config)
@@ -87,13 +92,15 @@ def _unpaired(pairs: PairTokens, config: DPOConfig) -> PairTokens:
     return pairs.unpaired()
 
 
-def require_responses(loss: PreferenceLoss | BradleyTerry, pairs: PairTokens) -> None:
+def require_responses(
+    loss: PreferenceLoss | BradleyTerry, files: str, responses: int, labelled: bool
+) -> None:
     """Raises UserError unless the records have the responses that the loss reads: two, or one, or one with a
     label."""
-    labelled, reads_labels = pairs.label is not None, getattr(loss, "unpaired", False)
-    if pairs.responses == 2 or (loss.responses == 1 and labelled == reads_labels):
+    reads_labels = getattr(loss, "unpaired", False)
+    if responses == 2 or (loss.responses == 1 and labelled == reads_labels):
         return
-    has = f"{', '.join(pairs.files)}: one response per record" + (" and a label" if labelled else "")
+    has = f"{files}: one response per record" + (" and a label" if labelled else "")
     fit = [name for name, each in LOSSES.items() if each.responses == 1 and each.unpaired == labelled]
     right = f"the loss for that is {' or '.join(map(toml, fit))} (train_dpo.py, loss.name); or give "
     if loss.responses > 1:

@@ -19,7 +19,8 @@ class RewardScorer:
 
     def __init__(self, directory: str, device: torch.device) -> None:
         self._device = device
-        self._model = load_reward_model(directory, device=device)
+        # Between two calls of `rewards` it waits in main memory, and a policy in training has the GPU's.
+        self._model = load_reward_model(directory, device=torch.device("cpu"))
         self._directory = Path(directory)
         self.tokenizer = Tokenizer.from_pretrained(directory, rewards=True)
         self.max_length = self._model.config.max_length
@@ -58,7 +59,11 @@ class RewardScorer:
         if longest_pair(pairs) > MICRO_TOKENS:  # Each response gets a prompt of its own, to fit in one pass.
             repeated = [prompt for prompt in ids[0] for _ in range(k)]
             pairs = PairTokens.from_responses(repeated, [[response] for its in ids[1] for response in its])
-        rewards = all_rewards(self._model, pairs, MICRO_TOKENS, self._device, "fp32").ravel()
+        try:
+            model = self._model.to(self._device)
+            rewards = all_rewards(model, pairs, MICRO_TOKENS, self._device, "fp32").ravel()
+        finally:
+            self._model.to("cpu")
         if not np.isfinite(rewards).all():
             raise UserError(f"the reward model gives {rewards.sum()}: its weights are not finite numbers")
         return rewards

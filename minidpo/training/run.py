@@ -6,11 +6,9 @@ in the two scripts.
 """
 
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +16,8 @@ import torch
 
 from minidpo.config import DPOConfig, RewardConfig, to_dict, write_config
 from minidpo.data import HELD_OUT_BY, PairTokens, Tokenizer, micro_batches
-from minidpo.distributed import any_rank, leave, rank, ranks, shard
-from minidpo.errors import STOPPED, RunStopped, silence_closed_pipes
+from minidpo.distributed import leave, rank, ranks, shard
+from minidpo.errors import STOPPED, RunStopped
 from minidpo.log import MetricsFile, Progress, console_line, print0
 from minidpo.model import Transformer, model_fingerprint, read_config
 from minidpo.model.lora import add_adapters, trained_parameters
@@ -27,8 +25,15 @@ from minidpo.sections import naming_key
 from minidpo.training.adapters import settle_lora, tell_rounding
 from minidpo.training.advice import Advice, tell_new_schedule
 from minidpo.training.checkpoint import Checkpoints, run_identity, tokenizer_files
-from minidpo.training.device import choose_device, describe, slowdown_of_threads
+from minidpo.training.device import (
+    choose_device,
+    compiles_layers,
+    describe,
+    peak_memory,
+    slowdown_of_threads,
+)
 from minidpo.training.out_directory import lock_directory, require_parts
+from minidpo.training.stop import Stop
 
 
 class Run:
@@ -43,10 +48,11 @@ class Run:
         self.config, self.settings = config, settings
         self.out, self.seed, self.dtype = Path(settings.out), settings.seed, settings.dtype
         require_parts(self.out)
-        self.device = choose_device(settings.device, settings.threads)
+        self.device = choose_device(settings.device, settings.threads, settings.dtype, settings.attention)
+        self._compile = compiles_layers(settings.compile, self.device)
         settle_lora(config, self.device)
         torch.manual_seed(self.seed)  # for a new reward head and new adapters
-        self._stop_requested = False
+        self._stop = Stop()
         self._last_save = (-1, self.out)  # step and directory of the newest checkpoint of this process
         self._tokens, self._seconds = 0, 0.0  # of the steps since the last line of the log
         self._clock = self._started = time.monotonic()
@@ -60,7 +66,7 @@ class Run:
         add_adapters(model, self.config.lora)
         shard(model, self.device, self.dtype)
         model.activation_checkpointing = self.settings.activation_checkpointing
-        if self.settings.compile:
+        if self._compile:
             model.compile_layers()
 
     def micro_batches(
@@ -160,11 +166,15 @@ class Run:
         if step < self.steps:
             if self._last_save[0] != step:
                 self.save(step, model, optimizer)
-            print0(f"stopped after step {step}, saved {self._last_save[1]}; the same command goes on from there")
+            print0(
+                f"stopped after step {step}, saved {self._last_save[1]}; the same command goes on from there"
+            )
             leave(STOPPED)
         # Written again even if it was there: somebody may have moved it away since.
         final = self._checkpoints.save_final(model)
         tell_rounding(self.config, model, self._some_pairs, self.device)
+        if step > self.first_step and (peak := peak_memory(self.device)):
+            print0(peak)
         nothing_left = f"nothing left to do: step {step} of {self.steps} is done, {final}"
         print0(nothing_left if step == self.first_step else f"done: {final}")
         if self.stop_requested():  # Nothing is lost, but whoever pressed Ctrl-C wants nothing more to run.
@@ -186,16 +196,18 @@ class Run:
                 values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             self._metrics.write(values)
             seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-            with self._stop_if_nobody_reads():
+            with self._stop.if_nobody_reads():
                 self._advice.on_step(values)
                 print0(console_line(values, self.steps, seconds_per_step * (self.steps - step)))
+        if step == self.first_step + 1 and (peak := peak_memory(self.device)):
+            print0(f"{peak} in the first step, with optim.micro_tokens = {self.config.optim.micro_tokens}")
         self._clock = time.monotonic()
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """The figures of an evaluation, under "eval/" in metrics.jsonl."""
         logged = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
         self._metrics.write(logged)
-        with self._stop_if_nobody_reads():
+        with self._stop.if_nobody_reads():
             self._advice.on_evaluation(values)
             print0(console_line(logged, self.steps, 0, "eval/"))
         self._clock = time.monotonic()
@@ -213,48 +225,11 @@ class Run:
 
     # --- Ctrl-C -------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def stop_on_signals(self) -> Iterator[None]:
-        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step.
-
-        If one of several processes leaves the block by an error, SIGTERM goes on doing nothing: torchrun,
-        which ends all processes once one has failed, must not cut off the line that says why.
-        """
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+    def stop_on_signals(self) -> AbstractContextManager[None]:
+        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step."""
         self._clock = self._started = time.monotonic()
-        failed = True
-        try:
-            yield
-            failed = False
-        except SystemExit:
-            failed = False
-            raise
-        finally:
-            if failed and ranks() > 1:
-                self._stop_requested = True  # so that the handler says nothing
-            else:
-                for number, handler in before.items():
-                    signal.signal(number, handler)
-
-    @contextmanager
-    def _stop_if_nobody_reads(self) -> Iterator[None]:
-        """Stop as after Ctrl-C, and save, if whoever read the console has gone: `train_dpo.py ... | head`."""
-        try:
-            yield
-        except BrokenPipeError:
-            silence_closed_pipes()
-            self._stop_requested = True
+        return self._stop.on_signals()
 
     def stop_requested(self) -> bool:
-        """Whether a signal has reached any of the processes: all must leave the loop at the same step."""
-        return any_rank(self._stop_requested)
-
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self._stop_requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if not self._stop_requested and rank() == 0:
-            # os.write, because print may be what was interrupted.
-            text = "\nstopping after this step, and saving; Ctrl-C again stops at once, and loses the step\n"
-            os.write(2, text.encode())
-        self._stop_requested = True
+        """Whether any of the processes was asked to stop: all must leave the loop at the same step."""
+        return self._stop.requested()

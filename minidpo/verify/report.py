@@ -45,10 +45,11 @@ class Report:
         return [verdict.check for verdict in self.verdicts if verdict.verdict == REFUTED]
 
     def __str__(self) -> str:
-        lines = [self.title]
+        lines, said = [self.title], {""}
         for v in self.verdicts:
             lines.append(f"  {v.check:<10} {v.verdict:<10} {v.figure:<18} {v.claim}")
-            lines += [f"  {'':<10} {v.counterexample}"] * bool(v.counterexample)
+            lines += [f"  {'':<10} {v.counterexample}"] * (v.counterexample not in said)
+            said.add(v.counterexample)
         return "\n".join(lines)
 
 

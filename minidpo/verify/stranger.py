@@ -4,7 +4,8 @@
 which: those of TRL, the original DPO code, torchtune and OpenRLHF are known (KNOWN). Parameters called like a
 setting of the loss that it claims to be (beta, label_smoothing, ...) are settings, and called with the values
 that this loss has; others keep their defaults. What the names do not tell is told in `arguments` and
-`settings`. It may return B losses, a tuple that begins with them, or their mean.
+`settings`. It may return B losses, a tuple that begins with them, a dict in which they are `losses` or `loss`,
+or their mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,18 +19,19 @@ from torch import Tensor, nn
 from minidpo.errors import UserError
 from minidpo.losses import PairLogps, Rewards
 from minidpo.verify.claims import Claims, claims_of
-from minidpo.verify.draws import NotAsked
+from minidpo.verify.draws import NotAsked, Refuted
 
 # What a parameter is -> how it is called elsewhere.
 KNOWN = {
-    "chosen": "policy_chosen_logps chosen_logps policy_chosen_logp pi_chosen pi_w",
+    "chosen": "policy_chosen_logps chosen_logps policy_chosen_logp pi_chosen pi_w policy_logps",
     "rejected": "policy_rejected_logps rejected_logps policy_rejected_logp pi_rejected pi_l",
-    "ref_chosen": "reference_chosen_logps ref_chosen_logps reference_chosen_logp ref_w",
+    "ref_chosen": "reference_chosen_logps ref_chosen_logps reference_chosen_logp ref_w reference_logps ref_logps",
     "ref_rejected": "reference_rejected_logps ref_rejected_logps reference_rejected_logp ref_l",
     "chosen_length": "chosen_lengths chosen_len chosen_num_tokens n_w",
     "rejected_length": "rejected_lengths rejected_len rejected_num_tokens n_l",
     "margin": "margins",
     "label": "labels",
+    "z0": "kl",
 }
 KNOWN_REWARDS = {
     "chosen": "chosen_reward chosen_rewards rewards_chosen r_w",
@@ -78,7 +80,15 @@ class Stranger:
         }
         settings = {parameter: getattr(self, name) for name, parameter in self.parameters.items()}
         values = type(self).function(**tensors, **settings)
-        return values[0] if isinstance(values, tuple | list) else values
+        if isinstance(values, Mapping):
+            values = values.get("losses", values.get("loss"))
+        elif isinstance(values, tuple | list):
+            values = values[0]
+        if not isinstance(values, Tensor):
+            raise Refuted(
+                f"it returns {type(values).__name__}; a tensor of losses is needed, alone or in a tuple or dict"
+            )
+        return values
 
     def __call__(self, pairs: Any) -> Tensor:
         losses = self.returned(pairs)

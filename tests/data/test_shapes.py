@@ -115,6 +115,7 @@ SHAPES = {
     "SFT chosen": ({"prompt": ASK, "chosen": "Yes."}, one()),
     "SFT null": ({"prompt": ASK, "chosen": "Yes.", "rejected": None}, one()),
     "SFT alpaca": ({"instruction": "Is", "input": "it?", "output": "Yes."}, one(turn("user", "Is\nit?"))),
+    "SFT LIMA": ({"conversations": [ASK, "Yes."]}, one()),
     "SFT sharegpt": (
         {"conversations": [says("system", BRIEF), says("human", Q), says("gpt", A)]},
         one(BRIEF, Q),
@@ -346,3 +347,45 @@ def test_refused(tmp_path, record, said):
         read(chat_model(tmp_path, None), tmp_path, record)
     message = str(caught.value).removeprefix(f"{tmp_path}/a.jsonl:1: ")
     assert message.startswith(said) and json.dumps(message).count("\\n") == 0
+
+
+# One record among others
+
+
+@pytest.mark.parametrize(
+    ("label", "means"), [("true", True), ("False", False), ("1", True), ("0.0", False), (1.0, True)]
+)
+def test_label(tmp_path, label, means):
+    """A label of a .csv file is text, and as some programs write it a number."""
+    ((found,), _) = read(
+        chat_model(tmp_path, None), tmp_path, {"prompt": ASK, "completion": "a", "label": label}
+    )
+    assert found.label is means
+
+
+@pytest.mark.parametrize("there", [{}, {"who": None}, {"who": ""}])
+def test_optional_column(tmp_path, there):
+    """A record may lack the system turn that data.columns names, the first one too; a file may not."""
+    records = {"prompt": ASK, **TEXTS, **there}, {"prompt": ASK, **TEXTS, "who": "Be brief."}
+    model, columns = chat_model(tmp_path, None), {"system": "who"}
+    found, _ = read(model, tmp_path, *records, columns=columns)
+    assert [each.record for each in found] == [pair(), pair(BRIEF, Q)]
+    with pytest.raises(
+        UserError, match="a.jsonl: no record has the key of data.columns.system = 'how'; its "
+    ):
+        read(model, tmp_path, *records, columns={"system": "how"})
+
+
+@pytest.mark.parametrize(
+    ("record", "why"),
+    [
+        ({"messages": [A, Q, A]}, "no prompt: nothing stands before the assistant's first turn"),
+        ({"prompt": [BRIEF], "chosen": [Q, A], "rejected": [Q, B]}, "chosen does not repeat `prompt`, and"),
+    ],
+)
+def test_dropped(tmp_path, record, why):
+    """A conversation without a prompt is dropped, and one that would lose a part of it."""
+    good = record | ({"messages": [Q, A]} if "messages" in record else {"prompt": [Q]})
+    found, lines = read(chat_model(tmp_path, None), tmp_path, good, record)
+    assert [each.index for each in found] == [0]
+    assert any(line.startswith(f"  dropped 1: {why}") for line in lines)

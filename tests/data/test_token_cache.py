@@ -9,7 +9,16 @@ import pytest
 from chat_model import DATED, RECORD, chat_model
 
 import train_dpo
-from minidpo.data import DataReport, PairTokens, PreferencePair, Tokenizer, chat_template, dataset, load_pairs
+from minidpo.data import (
+    DataReport,
+    PairTokens,
+    PreferencePair,
+    Tokenizer,
+    chat_template,
+    dataset,
+    load_pairs,
+    preference_files,
+)
 from minidpo.errors import UserError
 from minidpo.model import save_model
 from minidpo.sections import DataSection
@@ -188,7 +197,7 @@ def test_turns_and_labels(tokenizer, files, tmp_path, monkeypatch, one):
             others = (((1, 4),), ()) if index == 3 else ()
             yield PreferencePair(f"cat {index}", " a cat", rejected, index, label=label, others=others)
 
-    monkeypatch.setattr(dataset, "read_preferences", records)
+    monkeypatch.setattr(preference_files, "read_preferences", records)
     first = load(tokenizer, tmp_path / "tokens", files[1:])
     second = load(tokenizer, tmp_path / "tokens", files[1:])
     assert isinstance(second.ids.base, np.memmap) and equal(first, second)

@@ -145,7 +145,11 @@ def test_as_transformers(tmp_path, template, eos):
     """Ids and scored tokens are those of transformers' apply_chat_template for the whole conversation."""
     theirs = pytest.importorskip("transformers")
     tokenizer, turns = chat_model(tmp_path, template, eos_token=eos), [YES, SURE, NO, REALLY, YES]
-    pair = tokenizer.encode_pair(first(tokenizer.chat_template(), tmp_path, turns))
+    found, chat = first(tokenizer.chat_template(), tmp_path, turns), tokenizer.chat_template()
+    ((alone,), _) = read(chat, tmp_path, {"messages": [ASKED, *turns]})
+    of_found = (found.prompt, found.chosen, found.others[:1])
+    assert (alone.prompt, alone.chosen, alone.others) == of_found  # from the assistant's first turn on
+    pair = tokenizer.encode_pair(found)
     whole = theirs.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [ASKED, *turns], return_dict=True, return_assistant_tokens_mask=True
     )

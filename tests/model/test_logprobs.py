@@ -125,8 +125,21 @@ def test_chunks(form=token_logps):
 
 def test_one_row_at_a_time(monkeypatch):
     """A CPU works on a few rows of a chunk at once in float32; one row at a time gives the same."""
-    monkeypatch.setattr(logprobs, "CACHED_LOGITS", 1)
+    monkeypatch.setattr(logprobs, "FLOAT32_LOGITS", {"cpu": 1})
     test_chunks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_gradient_on_gpu(dtype):
+    """What a GPU compiles, a comparison in place of a scatter, replaces logits by the same gradients."""
+    logits = torch.randn(5, 7, dtype=dtype)
+    grads = torch.randn(5, 1, dtype=torch.promote_types(dtype, torch.float32))
+    normalizers = logits.to(grads.dtype).logsumexp(1, keepdim=True)
+    targets = torch.tensor([[0], [6], [3], [3], [1]])
+    on_gpu = logits.clone()
+    logprobs._to_gradient(logits, normalizers, targets, grads)
+    logprobs._to_gradient_on_gpu(on_gpu, normalizers, targets, grads)
+    assert_close(on_gpu, logits, rtol=1e-6 if dtype == torch.float64 else 0.01, atol=1e-6)
 
 
 def test_huge_logits():
@@ -175,7 +188,8 @@ def test_products(chunk_size, products):
 def test_tokens_per_chunk(dtype):
     """As many rows of logits as fit into CHUNK_BYTES, and at least one."""
     row = 49_152 * dtype.itemsize
-    assert tokens_per_chunk(49_152, dtype) == CHUNK_BYTES // row
+    assert tokens_per_chunk(49_152, dtype) == CHUNK_BYTES["cpu"] // row
+    assert tokens_per_chunk(49_152, dtype, "cuda") == CHUNK_BYTES["cuda"] // row
     assert tokens_per_chunk(10**12, dtype) == 1
 
 

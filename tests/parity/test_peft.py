@@ -1,21 +1,24 @@
 """minidpo beside PEFT: the same adapters on the same base give the same logits, and learn the same."""
 
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
+from families import PHI3
 from minidpo.data import PairTokens
+from minidpo.errors import UserError
 from minidpo.losses import DPO, PairLogps
-from minidpo.model import load_model, model_fingerprint, response_logps
+from minidpo.model import load_model, model_fingerprint, response_logps, save_model
 from minidpo.model.adapter_files import save_adapter
 from minidpo.model.lora import add_adapters, trained_parameters
 from minidpo.packing import pack
 from minidpo.sections import LoRASection
 from minidpo.textbook import pad, sequence_logps
 from runs import run_dpo, run_rm
-from tiny import random_pairs
+from tiny import random_pairs, tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -51,6 +54,21 @@ def test_reward_model(config, world, tmp_path):
     merged = classifier.from_pretrained(final)
     with torch.no_grad():
         torch.testing.assert_close(theirs(TOKENS).logits, merged(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_fused(config, world, tmp_path):
+    """PEFT refuses the adapter of a family with fused layers, most of which it would not find, and we theirs."""
+    base = shutil.copytree(world / "model", tmp_path / "model")
+    save_model(tiny_model(vocab_size=300, **PHI3), base)
+    run_dpo(config(), *SCALED, f"--model.path={base}")
+    with pytest.raises(KeyError, match="LORA_OF_PARTS"):
+        peft.PeftModel.from_pretrained(their_base(base), tmp_path / "out" / "final" / "adapter")
+    ours = load_model(base, adapter=tmp_path / "out" / "final" / "adapter")
+    torch.testing.assert_close(ours(TOKENS), load_model(tmp_path / "out" / "final")(TOKENS))
+    settings = peft.LoraConfig(r=3, target_modules=["qkv_proj", "o_proj"])
+    peft.get_peft_model(their_base(base), settings).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError, match="qkv_proj is q_proj, k_proj, v_proj here; merge the adapter first"):
+        load_model(base, adapter=tmp_path / "theirs")
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def test_out_refused(world, tmp_path):
     """--out is no file of the data; a column, a limit and a text are checked."""
     file = str(write(tmp_path / "a.jsonl", record("cat")))
     for options, says in (
-        (["--out", file], "--out .*a.jsonl: is a file of the data; name a new one"),
+        (["--out", file], "--out .*a.jsonl: is a file of the data, or in a directory"),
         (["--column", "question"], "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
         (["--column", "question=q"], "--column question=q: give NAME=KEY"),
         (["--limit", "-1"], "data: limit is -1; it must be >= 0"),

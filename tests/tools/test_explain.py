@@ -3,12 +3,11 @@
 import json
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from minidpo.data import PreferencePair
 from minidpo.errors import UserError
 from minidpo.log import console_line
 from minidpo.losses import DPO, IPO, LOSSES, SFT, PairLogps, SimPO
@@ -301,16 +300,18 @@ def test_turns(explained, text, world, tmp_path):
     assert f"{lengths} ({len(others)} by others, not scored); nothing is cut off" in table
 
 
-def test_one_response(explained, text, monkeypatch):
+def test_one_response(explained, text, tmp_path):
     """A record of one response has its own half of the table, under the losses that read one."""
-    pair = PreferencePair("a cat", " yes", " no")
-    monkeypatch.setattr(command, "_read_pair", lambda *_: pair)
-    both = explained("--loss", "sft")
-    monkeypatch.setattr(command, "_read_pair", lambda *_: replace(pair, rejected=None))
-    mine, table = explained("--loss", "sft"), text("--loss", "sft")
+    single = {"prompt": "a cat", "completion": " yes"}
+    pair = {"prompt": "a cat", "chosen": " yes", "rejected": " no"}
+    one, two = (
+        ("--data", str(write(tmp_path / name, record)), "--index", "0", "--loss")
+        for name, record in (("one.jsonl", single), ("two.jsonl", pair))
+    )
+    both, mine, table = explained(*two, "sft"), explained(*one, "sft"), text(*one, "sft")
     assert mine["chosen_logps"] == both["chosen_logps"] and mine["loss"] == both["loss"]
     assert "rejected_logps" not in mine and "chosen - rejected" not in table
-    one = {name for name, loss in LOSSES.items() if loss.responses == 1}
-    assert {loss["name"] for loss in mine["losses"]} == one
+    of_one = {name for name, loss in LOSSES.items() if loss.responses == 1 and not loss.needs_z0}
+    assert {loss["name"] for loss in mine["losses"]} == of_one
     with pytest.raises(UserError, match="dpo compares 2 responses, and the record has 1; give --loss sft"):
-        text("--loss", "dpo")
+        text(*one, "dpo")

@@ -82,7 +82,7 @@ def test_panels(drawn, tmp_path):
     assert [text.get_text() for text in dpo["Accuracy, share of pairs"].texts] == ["rises above 0.5"]
     _, rm = drawn(write_run(tmp_path / "rm", RM))
     first = ["Loss, nats", "Preference loss, nats", *pairs, "LM loss, nats per token", "Mean reward, nats"]
-    assert list(rm) == first and len(first) == command.FIRST
+    assert list(rm) == first and len(first) == 6
     _, ipo = drawn(write_run(tmp_path / "ipo", ("loss",), "ipo"))
     assert list(ipo) == ["Loss, nats²"]
 

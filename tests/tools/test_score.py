@@ -3,7 +3,6 @@
 import math
 import re
 import shutil
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +10,6 @@ from safetensors.torch import save_file
 
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
-from minidpo.tools import score as command
 from minidpo.tools.explain import main as explain
 from minidpo.tools.sample import main as sample
 from minidpo.tools.score import main as score
@@ -67,7 +65,8 @@ def test_whole_pairs(scored, tmp_path):
         ("--max-length 0", "at least 2"),
         ("--max-length 999", "the model takes 256"),
         ("--reference nowhere", "nowhere"),
-        ("--data {tmp}/bad.jsonl", "bad.jsonl: prompts with a chosen response: one response per record"),
+        ("--data {tmp}/one.jsonl --by id", "one.jsonl have one response each"),
+        ("--data {tmp}/bad.jsonl", "bad.jsonl:1: no key 'chosen'"),
         ("--beta 0.1", "--beta goes with --reference"),
         ("--reference {world}/other --beta nan", "--beta nan; it must be > 0"),
         ("--data {tmp}/many.jsonl --by topic", "--by topic: no scored record of .* has such a field"),
@@ -76,11 +75,12 @@ def test_whole_pairs(scored, tmp_path):
 )
 def test_refused(scored, world, tmp_path, arguments, says):
     """What cannot work is refused, and nothing is written."""
-    write(tmp_path / "bad.jsonl", {"prompt": "a", "chosen": "b"})
+    write(tmp_path / "one.jsonl", {"prompt": "a", "chosen": "b"})
+    write(tmp_path / "bad.jsonl", {"prompt": "a", "answer": "b"})
     write(tmp_path / "many.jsonl", *({**GOOD, "id": k} for k in range(51)))
     with pytest.raises(UserError, match=says):
         scored(*arguments.format(world=world, tmp=tmp_path).split())
-    assert {path.name for path in tmp_path.iterdir()} == {"bad.jsonl", "many.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"one.jsonl", "many.jsonl"}
 
 
 @pytest.mark.parametrize(
@@ -197,16 +197,14 @@ def test_calibration_by_hand():
     assert error == pytest.approx(0.06)  # 2 / 4 * (0.62 - 0.5)
 
 
-def test_one_response(scored, world, monkeypatch):
+def test_one_response(scored, world, tmp_path):
     """Of records with one response, the log-probs are those of chosen; there is nothing to compare."""
     two, _ = scored()
-
-    def first_response(*arguments: object, **more: object):
-        for pair in read_preferences(*arguments, **more):
-            yield replace(pair, rejected=None)
-
-    monkeypatch.setattr(command, "read_preferences", first_response)
-    one, text = scored()
+    pairs = list(read_preferences(world / "pairs.jsonl.gz", drop_identical=False))
+    data = write(
+        tmp_path / "one.jsonl", *({"prompt": pair.prompt, "completion": pair.chosen} for pair in pairs)
+    )
+    one, text = scored(data=data)
     columns = ("index", "chosen_logps", "chosen_length")
     assert one[0].keys() == set(columns)
     assert [row["chosen_logps"] for row in one] == pytest.approx(
@@ -216,4 +214,4 @@ def test_one_response(scored, world, monkeypatch):
     assert f"mean log-prob of a token, per response {mean:.4f} ± " in text and "accuracy" not in text
     for option in (["--by", "prompt"], ["--beta", "0.1", "--reference", world / "other"]):
         with pytest.raises(UserError, match="--by and --beta are for pairs, and the records of .* have one"):
-            scored(*option)
+            scored(*option, data=data)

@@ -11,9 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from families import FAMILIES
 from minidpo.errors import UserError
-from minidpo.model import load_model
+from minidpo.model import load_model, save_model
 from minidpo.model.lora import fresh_adapter
+from minidpo.model.tensors import count_parameters
 from minidpo.tools.explain import main as explain
 from minidpo.tools.sample import main as sample
 from minidpo.tools.score import main as score
@@ -21,6 +23,7 @@ from minidpo.training import reference
 from padded import saved_weights
 from record_files import read
 from runs import final, run_dpo, run_rm, steps
+from tiny import tiny_model
 
 LORA = ["--lora.rank=4", "--optim.lr=1e-2"]
 BF16 = ["--run.dtype=bf16", "--lora.base_dtype=bf16"]
@@ -38,6 +41,29 @@ def test_start(config, precision):
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["eval/kl"] == first["eval/rewards/margins"] == 0.0
     assert last["eval/loss"] < math.log(2) - 0.01 and last["eval/kl"] > 0.01
+
+
+@pytest.mark.parametrize(
+    ("family", "loss", "start"), [("granite", "kto", 0.5), ("phi4 mini", "dpo", math.log(2))]
+)
+def test_families(config, world, tmp_path, family, loss, start):
+    """Scaled logits, fused projections and KTO's z0 change nothing of this: start, resume, merged weights."""
+    base = shutil.copytree(world / "model", tmp_path / "model")
+    save_model(tiny_model(vocab_size=300, **FAMILIES[family]), base)
+    same = [*LORA, *SAMPLES, f"--model.path={base}", f"--loss.name={loss}", "--optim.schedule=constant"]
+    first, *whole = run_dpo(config(), *same, f"--run.out={tmp_path / 'whole'}")
+    assert first["eval/loss"] == pytest.approx(start, abs=1e-6) and first["eval/kl"] == 0.0
+    assert first.get("eval/z0", 0.0) == 0.0
+    run_dpo(config(), *same, "--optim.max_steps=2")
+    resumed = run_dpo(config(), *same)
+    assert [line | {"tokens_per_s": 0} for line in resumed[-3:]] == [
+        line | {"tokens_per_s": 0} for line in whole[-3:]
+    ]
+    adapter, tokens = tmp_path / "out" / "final" / "adapter", torch.arange(3, 43)[None]
+    torch.testing.assert_close(
+        load_model(base, adapter=adapter)(tokens), load_model(adapter.parent)(tokens), rtol=1e-4, atol=1e-4
+    )
+    assert count_parameters(adapter.parent) == count_parameters(base)
 
 
 def test_no_second_model(config, world, tmp_path, monkeypatch):
@@ -114,7 +140,7 @@ def test_another_run(config, world, tmp_path):
         (f"model.path={other}", "model = '"),
         ("lora.rank=3", "lora.rank = 4, now it is 3"),
         ("lora.targets=q_proj", "lora.targets = "),
-        ("lora.rank=0", "lora.alpha = 32.0, now it is None"),
+        ("lora.rank=0", "lora.rank = 4, now it is None"),
     ):
         with pytest.raises(UserError, match=f"step-4 was made with {re.escape(says)}"):
             run_dpo(config(), *LORA, f"--{override}")

@@ -4,7 +4,7 @@ import pytest
 
 import train_dpo
 import train_rm
-from minidpo.data import load_pairs
+from minidpo.data import dataset, load_pairs
 from minidpo.errors import UserError
 from minidpo.sections import DataSection
 from record_files import record, write
@@ -70,6 +70,33 @@ def test_refused(single, tmp_path, script, more, label, says):
         script.main([*single, *more])
     assert str(caught.value).startswith(f"{tmp_path}/single.jsonl: one response per record")
     assert not (tmp_path / "out").exists()
+
+
+def test_told_first(single, tmp_path, monkeypatch):
+    """What a loss cannot read is told at the first record of each file, before any is tokenized."""
+    pairs = write(tmp_path / "pairs.jsonl", *(record(f"a dog {i}") for i in range(9)))
+    monkeypatch.setattr(dataset, "tokenize_pairs", None)  # Whoever tokenizes now fails.
+    with pytest.raises(UserError, match="/single.jsonl: one response per record, but the loss dpo reads two"):
+        train_dpo.main([*single, f'--data.train=["{pairs}", "{tmp_path / "single.jsonl"}"]'])
+
+
+def test_kto(single, tmp_path):
+    """KTO trains on labelled responses, with the log that pairs of the same responses give."""
+    labelled = [
+        {"prompt": f"a cat {i}", "completion": text, "label": good}
+        for good, text in ((True, " yes"), (False, " no and no"))
+        for i in range(8)
+    ]
+    files = {
+        "labelled": write(tmp_path / "single.jsonl", *labelled),
+        "pairs": write(tmp_path / "pairs.jsonl", *(record(f"a cat {i}") for i in range(8))),
+    }
+    logs = []
+    for name, file in files.items():
+        more = [f"--data.train={file}", "--data.eval_pairs=0", f"--run.out={tmp_path / name}"]
+        train_dpo.main([*single, "--loss.name=kto", *more])
+        logs.append([row["loss"] for row in steps(metrics(tmp_path / name))])
+    assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 def test_mixed(single, tmp_path):

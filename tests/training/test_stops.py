@@ -7,14 +7,15 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch._dynamo.exc import TorchDynamoException
 
 import train_dpo
 from minidpo.errors import STOPPED, RunStopped, exit_on_user_error
 from minidpo.losses import DPO, BradleyTerry
 from minidpo.training import run as run_module
 from minidpo.training import step
+from minidpo.training import stop as stop_module
 from minidpo.training.device import slowdown_of_threads
-from minidpo.training.run import Run
 
 INF = float("inf")
 
@@ -41,16 +42,20 @@ def test_not_finite(config, monkeypatch, script, tmp_path, spoilt, says):
     assert checkpoint.name == "step-1" and (checkpoint / "model.safetensors").read_bytes() == kept
 
 
-def test_out_of_memory(config, monkeypatch, capsys, script):
+def test_errors_of_a_gpu(config, monkeypatch, capsys, script):
     """One line names the keys to change; a bug keeps its traceback."""
-    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore."), RuntimeError("a bug")]
+    errors = [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")]
+    errors += [TorchDynamoException("No valid triton configs.\nMore."), RuntimeError("a bug")]
     monkeypatch.setattr(sys, "argv", ["script", *config()])
     monkeypatch.setattr(step, "pack", Mock(side_effect=errors))
-    with pytest.raises(SystemExit) as left:
-        exit_on_user_error(script.main)
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert left.value.code == 1 and said.startswith("error: CUDA out of memory")
-    assert "optim.micro_tokens" in said and "run.activation_checkpointing" in said
+    for says, *keys in (
+        ("CUDA out of memory", "optim.micro_tokens", "run.activation_checkpointing", "the same command"),
+        ("No valid triton configs", "run.attention", "run.compile"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            exit_on_user_error(script.main)
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert left.value.code == 1 and said.startswith(f"error: {says}") and all(key in said for key in keys)
     with pytest.raises(RuntimeError, match="a bug"):
         exit_on_user_error(script.main)
 
@@ -65,7 +70,7 @@ def test_closed_pipe(config, monkeypatch, tmp_path):
         real(line)
 
     monkeypatch.setattr(run_module, "print0", closed)
-    monkeypatch.setattr(run_module, "silence_closed_pipes", lambda: None)
+    monkeypatch.setattr(stop_module, "silence_closed_pipes", lambda: None)
     with pytest.raises(SystemExit) as left:
         train_dpo.main(config())
     assert left.value.code == STOPPED and (tmp_path / "out/checkpoints/step-2/state.json").is_file()
@@ -93,12 +98,10 @@ def test_threads_stay(threads):
 @pytest.mark.parametrize(("ranks", "restored"), [(1, True), (2, False)])
 def test_signals_after_an_error(monkeypatch, capfd, ranks, restored):
     """SIGTERM from torchrun does not cut off the line that tells the error of one of several processes."""
-    monkeypatch.setattr(run_module, "ranks", lambda: ranks)
+    monkeypatch.setattr(stop_module, "ranks", lambda: ranks)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    run = object.__new__(Run)
-    run._stop_requested = False
     try:
-        with pytest.raises(RuntimeError), run.stop_on_signals():
+        with pytest.raises(RuntimeError), stop_module.Stop().on_signals():
             raise RuntimeError("Connection closed by peer")
         assert (signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]) == restored
         if not restored:

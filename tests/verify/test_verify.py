@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from minidpo.errors import UserError
-from minidpo.losses import DPO, BradleyTerry, SimPO
+from minidpo.losses import DPO, KTO, BradleyTerry, SimPO
 from minidpo.tools.verify import main as command
 from minidpo.verify import Claims, verify
 from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR
@@ -50,15 +50,40 @@ WRONG = {
 }
 
 
-RETURNS = {"losses": lambda losses: losses, "a tuple": lambda losses: (losses, 0), "a mean": torch.mean}
+RETURNS = {
+    "losses": lambda losses: losses,
+    "a tuple": lambda losses: (losses, 0),
+    "a mean": torch.mean,
+    "a dict": lambda losses: {"loss": losses},
+}
 
 
 @pytest.mark.parametrize("returns", RETURNS.values(), ids=RETURNS)
 def test_right(returns):
-    """A function that is DPO passes, whether it returns losses, a tuple that begins with them or their
-    mean."""
+    """A function that is DPO passes, whatever it returns its losses in."""
     report = verify(of_margin(lambda m, beta: returns(-logsigmoid(beta * m))), DPO(), checks=ALL_BUT_EXACT)
     assert {verdict.verdict for verdict in report.verdicts} == {"holds"}, report
+
+
+def test_constants():
+    """A reference and a z0 that are taken as constants refute nothing."""
+
+    def kto(policy_logps, reference_logps, labels, kl, beta=0.1):
+        z = beta * (policy_logps - (reference_logps + kl).detach())
+        return torch.sigmoid(torch.where(labels, -z, z))
+
+    report = verify(kto, KTO(), checks=ALL_BUT_EXACT)
+    assert not report.refuted and report.verdicts[3].figure.startswith("2 inputs"), report
+
+
+def test_said_once():
+    """What is the same in every check is said once."""
+    for form, says in (
+        (WRONG["an exception"][0], "it raises AttributeError"),
+        (lambda m, beta: None, "it returns NoneType"),
+    ):
+        report = verify(of_margin(form), DPO(), checks=ALL_BUT_EXACT)
+        assert str(report).count(says) == 1 and report.refuted == ALL_BUT_EXACT
 
 
 def test_exact():
@@ -91,6 +116,7 @@ def test_not_asked():
     )
     verdicts = {verdict.check: verdict.verdict for verdict in report.verdicts}
     assert verdicts["points"] == verdicts["exact"] == "not asked" and verdicts["twin"] == "holds"
+    assert "the optimum is that of beta=0.5, and this loss cannot be set to it" in str(report)
 
 
 def test_own_claims():

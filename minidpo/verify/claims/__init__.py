@@ -80,6 +80,16 @@ def log_ratios(p: Pairs, per_token: bool = False) -> tuple[np.ndarray, np.ndarra
     return (chosen / p.chosen_length, rejected / p.rejected_length) if per_token else (chosen, rejected)
 
 
+def rewards(p: Pairs, s: Any, per_token: bool = False) -> list[np.ndarray]:
+    """beta times the log-ratios, of chosen and rejected."""
+    return [s.beta * ratio for ratio in log_ratios(p, per_token)]
+
+
+def margin(p: Pairs, s: Any, per_token: bool = False) -> np.ndarray:
+    chosen, rejected = rewards(p, s, per_token)
+    return chosen - rejected
+
+
 def of_log_ratios(p: Pairs, slope: np.ndarray, per_token: bool = False) -> dict[str, np.ndarray]:
     """The gradient of a loss of the difference of log-ratios, where `slope` is d loss / d difference."""
     chosen, rejected = (slope / p.chosen_length, slope / p.rejected_length) if per_token else (slope, slope)

@@ -5,8 +5,8 @@ from minidpo.verify.claims import (
     PAIR,
     START,
     Claims,
-    log_ratios,
     pair_metrics,
+    rewards,
     shifted,
     sigma,
     with_sft,
@@ -19,11 +19,6 @@ POINTS = [
     (dict(), START, 1.0),  # sigma(0) + sigma(0)
     (dict(sft_weight=0.5), PAIR, 2.1505782957),  # 0.5 * 10 / 4 = 1.25 more than the first
 ]
-
-
-def rewards(p, s):
-    chosen, rejected = log_ratios(p)
-    return s.beta * chosen, s.beta * rejected
 
 
 def twin(p, s):

@@ -5,11 +5,12 @@ from minidpo.verify.claims import (
     PAIR,
     START,
     Claims,
-    log_ratios,
     logistic_loss,
+    margin,
     of_log_ratios,
     pair_metrics,
     repeated,
+    rewards,
     sigma,
     with_sft,
 )
@@ -36,14 +37,8 @@ POINTS = [
 ]
 
 
-def rewards(p, s):
-    chosen, rejected = log_ratios(p, s.length_normalize)
-    return s.beta * chosen, s.beta * rejected
-
-
 def gap(p, s):
-    chosen, rejected = rewards(p, s)
-    return chosen - rejected
+    return margin(p, s, s.length_normalize)
 
 
 def offset(p, s):
@@ -72,7 +67,7 @@ CLAIMS = with_sft(
         optimum=(dict(beta=0.5), lambda world: optimal_policy(world.reference_logps, world.rewards, 0.5)),
         twin=lambda p, s: logistic_loss(z(p, s), s.label_smoothing),
         gradient=gradient,
-        metrics=lambda p, s: pair_metrics(p, *rewards(p, s)),
+        metrics=lambda p, s: pair_metrics(p, *rewards(p, s, s.length_normalize)),
         mirror=mirror,
         unmoved=OF_THE_DIFFERENCE
         | {"per token, both responses said three times": (dict(length_normalize=True), repeated)},

@@ -7,9 +7,10 @@ from minidpo.verify.claims import (
     PAIR,
     START,
     Claims,
-    log_ratios,
+    margin,
     of_log_ratios,
     pair_metrics,
+    rewards,
     with_sft,
 )
 
@@ -21,20 +22,15 @@ POINTS = [
 ]
 
 
-def z(p, s):
-    chosen, rejected = log_ratios(p)
-    return s.beta * (chosen - rejected)
-
-
 CLAIMS = with_sft(
     Claims(
         POINTS,
         optimum="the expected loss is made of straight lines, so its least value lies at a kink: gradient"
         " descent steps to and fro across it, and second derivatives are 0 or not there",
-        twin=lambda p, s: np.maximum(0, 1 - z(p, s)),
-        gradient=lambda p, s: of_log_ratios(p, np.where(z(p, s) < 1, -s.beta, 0.0)),
-        metrics=lambda p, s: pair_metrics(p, *(s.beta * ratio for ratio in log_ratios(p))),
-        mirror=lambda p, s: np.maximum(0, 1 + z(p, s)) - np.maximum(0, 1 - z(p, s)),
+        twin=lambda p, s: np.maximum(0, 1 - margin(p, s)),
+        gradient=lambda p, s: of_log_ratios(p, np.where(margin(p, s) < 1, -s.beta, 0.0)),
+        metrics=lambda p, s: pair_metrics(p, *rewards(p, s)),
+        mirror=lambda p, s: np.maximum(0, 1 + margin(p, s)) - np.maximum(0, 1 - margin(p, s)),
         unmoved=OF_THE_DIFFERENCE,
     )
 )

@@ -8,6 +8,7 @@ from minidpo.verify.claims import (
     log_ratios,
     of_log_ratios,
     pair_metrics,
+    rewards,
     with_sft,
 )
 from minidpo.verify.exact_world import beats_sampler, optimal_policy
@@ -46,9 +47,7 @@ CLAIMS = with_sft(
         ),
         twin=lambda p, s: distance(p, s) ** 2,
         gradient=gradient,
-        metrics=lambda p, s: pair_metrics(
-            p, *(s.beta * ratio for ratio in log_ratios(p, s.length_normalize))
-        ),
+        metrics=lambda p, s: pair_metrics(p, *rewards(p, s, s.length_normalize)),
         mirror=lambda p, s: 2 * h(p, s) / s.beta,  # (-h - 1/(2 beta))^2 - (h - 1/(2 beta))^2
         unmoved=OF_THE_DIFFERENCE,
     )

@@ -6,10 +6,11 @@ from minidpo.verify.claims import (
     PAIR,
     START,
     Claims,
-    log_ratios,
     logistic_loss,
+    margin,
     of_log_ratios,
     pair_metrics,
+    rewards,
     sigma,
     with_sft,
 )
@@ -25,19 +26,14 @@ POINTS = [
 ]
 
 
-def z(p, s):
-    chosen, rejected = log_ratios(p)
-    return s.beta * (chosen - rejected)
-
-
 def twin(p, s):
     e = s.flip_rate
-    return ((1 - e) * logistic_loss(z(p, s)) - e * logistic_loss(-z(p, s))) / (1 - 2 * e)
+    return ((1 - e) * logistic_loss(margin(p, s)) - e * logistic_loss(-margin(p, s))) / (1 - 2 * e)
 
 
 def gradient(p, s):
     """d loss / d z = (-(1-e) sigma(-z) - e sigma(z)) / (1-2e) = -sigma(-z) - e / (1-2e)."""
-    return of_log_ratios(p, -s.beta * (sigma(-z(p, s)) + s.flip_rate / (1 - 2 * s.flip_rate)))
+    return of_log_ratios(p, -s.beta * (sigma(-margin(p, s)) + s.flip_rate / (1 - 2 * s.flip_rate)))
 
 
 def optimum(world):
@@ -54,8 +50,8 @@ CLAIMS = with_sft(
         optimum=(dict(beta=0.5, flip_rate=0.01), optimum),
         twin=twin,
         gradient=gradient,
-        metrics=lambda p, s: pair_metrics(p, *(s.beta * ratio for ratio in log_ratios(p))),
-        mirror=lambda p, s: z(p, s) / (1 - 2 * s.flip_rate),  # ((1-e) z + e z) / (1-2e)
+        metrics=lambda p, s: pair_metrics(p, *rewards(p, s)),
+        mirror=lambda p, s: margin(p, s) / (1 - 2 * s.flip_rate),  # ((1-e) z + e z) / (1-2e)
         unmoved=OF_THE_DIFFERENCE,
         direction=dict(),
     )
