@@ -2,10 +2,10 @@
 
 Everything that depends on what was typed, or on a file that the user named, raises `UserError` with what is
 wrong, where (file, line, key) and what would be right. `exit_on_user_error` prints it as that one line with
-exit status 2, `RunStopped`, a GPU out of memory and a failure of PyTorch's compiler as one line with status 1, Ctrl-C with status 130. If
-whoever read the output has gone (`| head`), it ends without a word, with status 141; if the disk of the
-output is full (`> file`), in one line with status 1. Any other exception is a bug in minidpo and keeps its
-traceback.
+exit status 2, `RunStopped`, a GPU out of memory and a failure of PyTorch's compiler as one line with status
+1, Ctrl-C with status 130. If whoever read the output has gone (`| head`), it ends without a word, with status
+141; if the disk of the output is full (`> file`), in one line with status 1. Any other exception is a bug in
+minidpo and keeps its traceback.
 """
 
 import errno

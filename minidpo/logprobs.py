@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# By the kind of device: most bytes of one chunk of logits (bf16 under autocast), of which each adds a gradient
+# By the kind of device: most bytes of a chunk of logits (bf16 under autocast), of which each adds a gradient
 # as large as the output matrix; and logits that are turned to float32 at a time: on a CPU 8 MiB, which stay
 # in its cache; on a GPU 256 MiB, because few large calls are faster there.
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**28}
@@ -171,7 +171,7 @@ def _to_gradient(logits: Tensor, normalizers: Tensor, targets: Tensor, grads: Te
 
 
 def _to_gradient_on_gpu(logits: Tensor, normalizers: Tensor, targets: Tensor, grads: Tensor) -> None:
-    """The same in a form of which PyTorch's compiler makes one pass: a scatter would be a kernel of its own."""
+    """The same in a form that PyTorch's compiler makes one pass of: a scatter is a kernel of its own."""
     softmax = torch.sub(logits, normalizers).exp()
     of_target = torch.arange(logits.shape[1], device=logits.device) == targets
     logits.copy_(softmax * -grads + torch.where(of_target, grads, 0.0))

@@ -8,9 +8,11 @@ import math
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from minidpo.__main__ import COMMANDS
 from minidpo.__main__ import main as minidpo
 from minidpo.sections import DPOConfig, RewardConfig
 from minidpo.tools.exact import claims
+from minidpo.training import advice
 from minidpo.verify.exact_world import make_world
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,8 @@ def blocks(text: str, language: str) -> list[str]:
 
 # --- commands -----------------------------------------------------------------------------------------------
 
+# The pages whose commands are run, in the order in which a reader would.
+GUIDES = ("README.md", "running.md", "lesson.md")
 # Not run here: installing and downloading, and what has tests of its own.
 ELSEWHERE = (
     r"pip install|hf download|pytest -n 2|torchrun|python -m minidpo (demo|exact|verify|frontier|bench)"
@@ -65,7 +70,7 @@ def run(line: str) -> None:
 
 
 def test_commands(world, tmp_path, monkeypatch):
-    """Every command of the README runs, in its order, and leaves the files that the README promises."""
+    """Every command of the guides runs, in its order, and leaves the files that they promise."""
     # A directory like the reader's: what is downloaded, what the demo leaves, and a file of the reader's own.
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", "configs")
@@ -76,9 +81,11 @@ def test_commands(world, tmp_path, monkeypatch):
     for file in [f"{subset}{split}.jsonl.gz" for subset in subsets for split in ("train", "test")]:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(world / "pairs.jsonl.gz", file)
+    run("python train_rm.py configs/demo_rm.toml")
     run("python train_dpo.py configs/demo_dpo.toml")
 
-    for line in "".join(blocks(README, "sh")).splitlines():
+    commands = "".join("".join(blocks(PAGES[page], "sh")) for page in GUIDES)
+    for line in commands.splitlines():
         if line and not re.match(ELSEWHERE, line) and (find_spec("matplotlib") or " plot " not in line):
             run(line)
     for file in ("final/model.safetensors", "config.toml", "samples/step-2.jsonl"):
@@ -87,6 +94,10 @@ def test_commands(world, tmp_path, monkeypatch):
     first = json.loads(Path("runs/hh_dpo/metrics.jsonl").read_text().splitlines()[0])
     assert first["eval/loss"] == pytest.approx(math.log(2))
     assert "loss is **0.6931** = ln 2" in README
+    # The first losses that the lesson expects.
+    for name, loss in (("one_step", math.log(2)), ("ipo", 25.0), ("kto", 0.5)):
+        metrics = Path("runs/lesson", name, "metrics.jsonl").read_text().splitlines()
+        assert json.loads(metrics[0])["eval/loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -100,13 +111,13 @@ def test_help(command, capsys):
 # --- equations and code -------------------------------------------------------------------------------------
 
 
-EQUATIONS = re.findall(r"^\| .* \| `(.*)` \| `(\w+\(.*\))` \|$", README, re.MULTILINE)
+EQUATIONS = re.findall(r"^\| .* \| `(.*)` \| `(\w+\(.*\))` \|$", PAGES["methods.md"], re.MULTILINE)
 assert len(EQUATIONS) == 12
 
 
 @pytest.mark.parametrize(("equation", "code"), EQUATIONS)
 def test_equations(equation, code):
-    """An equation of the README and the code beside it have the same value."""
+    """An equation of docs/methods.md and the code beside it have the same value."""
     torch.manual_seed(0)
     names = {
         name: -9 * torch.rand(5, dtype=torch.float64) for name in "pi_w pi_l ref_w ref_l r_w r_l".split()
@@ -142,14 +153,32 @@ def test_textbook():
 
 
 def test_report(capsys):
-    """The report that the README shows of another program's loss is printed by the code above it."""
-    exec(blocks(README, "python")[1], {})
-    shown = README[README.index("    my_dpo claims") :].split("\n\n")[0].splitlines()
+    """The report that docs/verify.md shows of another program's loss is printed by the code above it."""
+    page = PAGES["verify.md"]
+    exec(blocks(page, "python")[0], {})
+    shown = page[page.index("    my_dpo claims") :].split("\n\n")[0].splitlines()
 
     def lines(text: list[str]) -> set[str]:  # without the rounding errors, which processors make differently
         return {re.sub(r"\de-\d+", "", line).strip() for line in text} - {"..."}
 
     assert len(shown) > 4 and lines(shown) <= lines(capsys.readouterr().out.splitlines())
+
+
+def test_send(tmp_path, monkeypatch):
+    """The recipe for Weights & Biases sends every line of metrics.jsonl, at its step."""
+    sent = []
+    fake = SimpleNamespace(
+        init=lambda **options: sent.append(options),
+        log=lambda values, step: sent.append((step, values)),
+        finish=lambda: sent.append("end"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 0.7}\n{"step": 1, "loss": 0.6}\n')
+    names: dict = {}
+    exec(blocks(PAGES["final.md"], "python")[0], names)
+    names["send"](str(tmp_path))
+    start = {"project": "minidpo", "name": str(tmp_path)}
+    assert sent == [start, (0, {"eval/loss": 0.7}), (1, {"loss": 0.6}), "end"]
 
 
 # --- names and numbers --------------------------------------------------------------------------------------
@@ -191,11 +220,32 @@ def test_config_keys(page):
     assert (named or page != "README.md") and set(named) <= keys
 
 
+def test_usual_rates():
+    """The lesson's learning rates are those that a run compares optim.lr with."""
+    rows = re.findall(r"^\| `([\w.]+)`[^|]*\| (\de-\d) to (\de-\d) \|", PAGES["lesson.md"], re.MULTILINE)
+    every = {name: loss.usual_lr for name, loss in losses.LOSSES.items()}
+    every["train_rm.py"] = losses.BradleyTerry.usual_lr
+    assert {name for name, *_ in rows} == every.keys() - {"hinge", "apo_zero"}
+    assert all((float(low), float(high)) == every[name] for name, low, high in rows)
+
+
+def test_limits():
+    """The lesson's table of what to watch has the thresholds of training/advice.py."""
+    limits = re.findall(r"^\| `([\w/]+)` \|.* (?:above|more than) (\d+)(?![.\d])", PAGES["lesson.md"], re.M)
+    assert {name: float(limit) for name, limit in limits} == {
+        "eval/rewards/margins": advice.LARGE_MARGIN,
+        "eval/logps/chosen": advice.FALLEN,
+        "eval/kl": advice.MOST_KL,
+        "eval/kl_of_worst": advice.APART,
+    }
+
+
 def test_optima():
     """The exact optima in the pages are those that the exact world computes."""
     expected = {claim.name: f"{claim.minimum:.10f}" for claim in claims(make_world())}
     number = r"-?\d+\.\d{10}"
     pattern = re.compile(rf"^ +(\w.*?)  +{number}  +({number})  +\d\.\de-\d+$", re.MULTILINE)
     assert dict(pattern.findall(PAGES["derivation.md"])) == expected
-    shown = dict(pattern.findall(README))
-    assert shown and shown.items() <= expected.items()
+    for page in ("verify.md", "lesson.md"):
+        shown = dict(pattern.findall(PAGES[page]))
+        assert shown and shown.items() <= expected.items()

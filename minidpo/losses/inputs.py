@@ -34,10 +34,7 @@ class PairLogps(_PairFields):
 
     def __new__(cls, *args: Tensor | None, **kwargs: Tensor | None) -> "PairLogps":
         # A NamedTuple may not define __new__: the base class binds the arguments, this class checks them.
-        fields = _PairFields(*args, **kwargs)  # type: ignore[arg-type]
-        return tuple.__new__(
-            cls, (_checked(fields.chosen, name, value) for name, value in fields._asdict().items())
-        )
+        return tuple.__new__(cls, _all_checked(_PairFields(*args, **kwargs)))  # type: ignore[arg-type]
 
     def log_ratios(self, per_token: bool = False) -> tuple[Tensor, Tensor]:
         """log pi(y|x)/pi_ref(y|x) of chosen and rejected, (B,) each, divided by |y| if per_token."""
@@ -71,10 +68,7 @@ class Rewards(_RewardFields):
     __slots__ = ()
 
     def __new__(cls, *args: Tensor | None, **kwargs: Tensor | None) -> "Rewards":
-        fields = _RewardFields(*args, **kwargs)  # type: ignore[arg-type]
-        return tuple.__new__(
-            cls, (_checked(fields.chosen, name, value) for name, value in fields._asdict().items())
-        )
+        return tuple.__new__(cls, _all_checked(_RewardFields(*args, **kwargs)))  # type: ignore[arg-type]
 
 
 def given(name: str, value: Tensor | None) -> Tensor:
@@ -82,6 +76,10 @@ def given(name: str, value: Tensor | None) -> Tensor:
     if value is None:
         raise ValueError(f"{name} is None, but this loss reads it")
     return value
+
+
+def _all_checked(fields: _PairFields | _RewardFields) -> list[Tensor | None]:
+    return [_checked(fields.chosen, name, value) for name, value in fields._asdict().items()]
 
 
 def _checked(first: Tensor, name: str, value: Tensor | None) -> Tensor | None:

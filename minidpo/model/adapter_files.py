@@ -101,11 +101,6 @@ def with_tokenizer(directory: str | Path, adapter: str | Path | None) -> Path:
     return Path(adapter if adapter and Path(adapter, "tokenizer.json").is_file() else directory)
 
 
-def saves_score(directory: Path) -> bool:
-    """Whether an adapter has a reward model's head."""
-    return SCORE in tensor_files(directory, STEM)
-
-
 def load_adapter(model: Transformer, directory: Path, of_base: str) -> None:
     """Fill the adapters of a model. Raises UserError if the directory's are of other layers, or of another
     base than the one with the fingerprint `of_base`."""

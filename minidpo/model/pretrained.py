@@ -14,7 +14,7 @@ from minidpo.distributed import rank, reshard, shard_like
 from minidpo.errors import UserError
 from minidpo.files import fingerprint, read_object, replacing_file
 from minidpo.log import print0
-from minidpo.model.adapter_files import adapter_settings, load_adapter, saves_score
+from minidpo.model.adapter_files import SCORE, STEM, adapter_settings, load_adapter
 from minidpo.model.hf_config import REWARD_LABEL, format_config, read_config
 from minidpo.model.lora import adapted_layers, add_adapters, fresh_adapter, is_adapter
 from minidpo.model.reward_model import RewardModel, fresh_score
@@ -56,7 +56,7 @@ def load_reward_model(
     """
     if adapter:
         add, path = partial(add_adapters, lora=adapter_settings(Path(adapter))), Path(directory)
-        new_score = saves_score(Path(adapter))
+        new_score = SCORE in tensor_files(Path(adapter), STEM)  # whether the adapter has a head of its own
         if not new_score:
             require_reward_model(path)
         model = _load(RewardModel, path, torch.float32, device, add, lm_head=False, new_score=new_score)

@@ -215,9 +215,10 @@ def necessary_flops(case: Case, rows: np.ndarray) -> int:
     (logits in chunks, activation checkpointing) does not count.
     """
     batch = pack(case.pairs, rows, case.responses, scored=0 if case.rewards else case.responses)
+    config = read_config(case.directory)
     # Fake tensors have shapes, but neither memory nor numbers, so that counting takes no time.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model = Transformer(read_config(case.directory))
+        model = Transformer(config)
         with FlopCounterMode(display=False) as counter:
             response_logps(model, batch)
     return 3 * counter.get_total_flops()

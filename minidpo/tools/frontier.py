@@ -78,6 +78,7 @@ SAME_FOR_ALL = {
     "optim.warmup_steps": "10",
     "optim.weight_decay": "0.0",
     "run.keep_checkpoints": "1000",
+    "run.eval_every": "0",
     "eval.samples": "0",  # The checkpoints are judged afterwards, with many more.
 }
 
@@ -156,6 +157,8 @@ def config_of(loss: PreferenceLoss) -> str:
 def train(loss: PreferenceLoss, directory: Path, scale: Scale, settings: dict[str, str]) -> dict[int, Path]:
     """Train with one loss by the ordinary script; returns its checkpoints by step."""
     of_loss = {f"loss.{name}": str(number) for name, number in numbers(loss).items()}
+    if hasattr(loss, "sft_weight"):  # The demo's DPO has an SFT term, which the figure is not about.
+        of_loss["loss.sft_weight"] = str(loss.sft_weight)
     if loss.unpaired:  # A pair is two of its records.
         of_loss["optim.batch_size"] = str(2 * int(SAME_FOR_ALL["optim.batch_size"]))
     run_script("train_dpo.py", config_of(loss), settings | of_loss | {"run.out": str(directory)})

@@ -33,7 +33,7 @@ class Panel(NamedTuple):
     level: float | None = None  # a value to compare with, such as chance
 
 
-# The six that matter first come first: of a policy the six after the losses, of a reward model the first five.
+# Those that matter come first: of a policy the six after the losses, of a reward model the first five.
 PANELS = (
     Panel("Loss", ("loss",), "falls; held out too, or it overfits"),
     Panel("Preference loss, nats", ("preference_loss",), "falls below ln 2 = 0.69", math.log(2)),

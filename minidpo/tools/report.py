@@ -79,7 +79,8 @@ def in_words(run: Finished) -> Iterator[object]:
     parameters = count_parameters(run.model) if run.model else 0
     yield tag("b", run.curves.name)
     yield f" started from {run.config.model.path} ({parameters:,} parameters{', with adapters' * adapters}). "
-    yield f"Its loss is {loss.name}, {loss.equation}, with {settings(type(loss), vars(loss)) or 'no settings'}. "
+    with_settings = settings(type(loss), vars(loss)) or "no settings"
+    yield f"Its loss is {loss.name}, {loss.equation}, with {with_settings}. "
 
     unit = "pairs" if loss.responses == 2 else "responses"
     steps, epochs = run.curves.curves["epoch"][:, -1] if "epoch" in run.curves.curves else (0, 0)

@@ -139,7 +139,7 @@ def _shaded(content: str, share: float, **attributes: str) -> Markup:
 
 
 def _calculation(e: dict[str, Any]) -> Iterator[Markup]:
-    """From the sums to the loss: a table, and the equation as the loss states it and with the numbers in it."""
+    """From the sums to the loss: a table, and the equation, as the loss states it and with its numbers."""
     loss, kind, names = e["loss"], LOSSES[e["loss"]["name"]], responses_of(e)
     rows: list[list[str]] = [["nats", *names, *["chosen - rejected"] * (len(names) == 2)]]
     rows.append(["|y|, scored tokens", *(str(e[f"{name}_length"]) for name in names)])
@@ -155,7 +155,8 @@ def _calculation(e: dict[str, Any]) -> Iterator[Markup]:
     result = f"loss = {loss['loss']:.4f}{additions(loss)}{sigmoid}"
     yield tag(
         "pre",
-        f"{kind.name}, {settings(kind, loss) or 'no settings'}\n{equation}\n{_filled_in(equation, e)}\n{result}",
+        f"{kind.name}, {settings(kind, loss) or 'no settings'}\n"
+        f"{equation}\n{_filled_in(equation, e)}\n{result}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What `report` shows of the pairs that a run holds out: a few token by token, or how sure a reward model is."""
+"""What `report` shows of held-out pairs: a few token by token, or how sure a reward model is."""
 
 from collections.abc import Iterator
 from pathlib import Path

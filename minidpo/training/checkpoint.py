@@ -40,14 +40,7 @@ from minidpo.sections import LoRASection
 from minidpo.training.optim import load_optimizer_tensors, optimizer_tensors
 from minidpo.training.special_tokens import align_special_tokens, edit_field
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    CONFIG,
-    SPECIAL_TOKENS,
-    ADDED_TOKENS,
-    CHAT_TEMPLATE,
-    GENERATION,
-)
+TOKENIZER_FILES = ("tokenizer.json", CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE, GENERATION)
 
 
 def run_identity(config: dict[str, Any], fingerprints: dict[str, str]) -> dict[str, Any]:
@@ -121,7 +114,7 @@ class Checkpoints:
                 self._save_adapter(model, directory / "adapter")
                 if model.config.fused_projections:
                     print0(
-                        "final/adapter is read here alone, and refused by PEFT: this family's layers are fused there"
+                        "final/adapter is read here alone, and refused by PEFT, where its layers are fused"
                     )
                 for name in (*self.files, CHAT_TEMPLATE) if rank() == 0 else ():
                     if (directory / name).is_file() and "/" not in name:

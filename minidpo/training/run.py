@@ -147,8 +147,8 @@ class Run:
         records = "responses" if train.responses == 1 else "pairs"  # one response each, or two
         trained = f"{self.trained:,} trained of " if self.trained < self.parameters else ""
         print0(
-            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} {records} to train"
-            f" on, {len(held_out)} held out, {self.steps} steps of {batch} {records} on {where}"
+            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} {records} to"
+            f" train on, {len(held_out)} held out, {self.steps} steps of {batch} {records} on {where}"
         )
         if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
             print0(

@@ -4,7 +4,7 @@
 which: those of TRL, the original DPO code, torchtune and OpenRLHF are known (KNOWN). Parameters called like a
 setting of the loss that it claims to be (beta, label_smoothing, ...) are settings, and called with the values
 that this loss has; others keep their defaults. What the names do not tell is told in `arguments` and
-`settings`. It may return B losses, a tuple that begins with them, a dict in which they are `losses` or `loss`,
+`settings`. It may return B losses, a tuple that begins with them, a dict that has them as `losses` or `loss`,
 or their mean.
 """
 
@@ -25,7 +25,7 @@ from minidpo.verify.draws import NotAsked, Refuted
 KNOWN = {
     "chosen": "policy_chosen_logps chosen_logps policy_chosen_logp pi_chosen pi_w policy_logps",
     "rejected": "policy_rejected_logps rejected_logps policy_rejected_logp pi_rejected pi_l",
-    "ref_chosen": "reference_chosen_logps ref_chosen_logps reference_chosen_logp ref_w reference_logps ref_logps",
+    "ref_chosen": "reference_chosen_logps ref_chosen_logps reference_chosen_logp ref_w reference_logps",
     "ref_rejected": "reference_rejected_logps ref_rejected_logps reference_rejected_logp ref_l",
     "chosen_length": "chosen_lengths chosen_len chosen_num_tokens n_w",
     "rejected_length": "rejected_lengths rejected_len rejected_num_tokens n_l",
@@ -44,20 +44,17 @@ KNOWN_WORDS = set(" ".join((KNOWN_REWARDS["chosen"], KNOWN_REWARDS["rejected"]))
 Argument = str | Callable[[Any], Tensor]  # a field's name, or a function of the fields
 
 
+def _raw(cls: Any, **values: Tensor) -> Any:
+    """Tensors stay as they are: another program's loss gets bf16 as bf16."""
+    return tuple.__new__(cls, map(values.get, cls._fields))
+
+
 class _RawPairs(PairLogps):
-    """Pairs whose tensors stay as they are: another program's loss gets bf16 as bf16."""
-
-    __slots__ = ()
-
-    def __new__(cls, **values: Tensor) -> "_RawPairs":
-        return tuple.__new__(cls, map(values.get, cls._fields))
+    __new__ = _raw  # type: ignore[assignment]
 
 
 class _RawRewards(Rewards):
-    __slots__ = ()
-
-    def __new__(cls, **values: Tensor) -> "_RawRewards":
-        return tuple.__new__(cls, map(values.get, cls._fields))
+    __new__ = _raw  # type: ignore[assignment]
 
 
 class Stranger:
@@ -85,9 +82,8 @@ class Stranger:
         elif isinstance(values, tuple | list):
             values = values[0]
         if not isinstance(values, Tensor):
-            raise Refuted(
-                f"it returns {type(values).__name__}; a tensor of losses is needed, alone or in a tuple or dict"
-            )
+            what = type(values).__name__
+            raise Refuted(f"it returns {what}; a tensor of losses is needed, alone or in a tuple or dict")
         return values
 
     def __call__(self, pairs: Any) -> Tensor:

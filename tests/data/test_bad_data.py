@@ -181,4 +181,4 @@ def test_anything(tmp_path_factory, lines, is_list, skip_bad):
     except UserError as error:
         assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
     else:
-        assert pairs and all(pair.chosen.strip() and pair.rejected.strip() for pair in pairs)
+        assert pairs and all(text.strip() for pair in pairs for text in pair.responses)

@@ -102,7 +102,7 @@ def step(loss, dtype: str, lora: bool = False, checkpointing: bool = False, atte
 
 
 def main() -> None:
-    # FlexAttention uncompiled: Triton's kernels are the business of kernels.py.
+    # FlexAttention uncompiled: Triton's kernels are the business of compile_kernels.py.
     flex_module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     torch.compiler.set_stance("force_eager")
     attention_module._flex_attention = lambda device_type: flex_module.flex_attention

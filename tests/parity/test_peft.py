@@ -57,7 +57,7 @@ def test_reward_model(config, world, tmp_path):
 
 
 def test_fused(config, world, tmp_path):
-    """PEFT refuses the adapter of a family with fused layers, most of which it would not find, and we theirs."""
+    """PEFT, which would find few of its parts, refuses the adapter of a family with fused layers, and we theirs."""
     base = shutil.copytree(world / "model", tmp_path / "model")
     save_model(tiny_model(vocab_size=300, **PHI3), base)
     run_dpo(config(), *SCALED, f"--model.path={base}")

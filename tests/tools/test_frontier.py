@@ -85,6 +85,7 @@ def test_figure_and_numbers(quick):
         assert len({run["optim"][key] for run in runs}) == 1, key
     assert len({run["model"]["path"] for run in runs}) == 1
     assert [run["optim"]["batch_size"] for run in runs] == [16] * 4 + [32]  # KTO's are half a pair each
+    assert [run["loss"].get("sft_weight") for run in runs] == [0, 0, 0, 1, None]  # ORPO's is a part of it
     numbers = [(run["loss"]["name"], run["loss"].get("beta", run["loss"].get("lambda_or"))) for run in runs]
     assert numbers == [("dpo", 0.1), ("ipo", 0.2), ("simpo", 2.0), ("orpo", 1.0), ("kto", 0.1)]
 

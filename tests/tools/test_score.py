@@ -80,7 +80,7 @@ def test_refused(scored, world, tmp_path, arguments, says):
     write(tmp_path / "many.jsonl", *({**GOOD, "id": k} for k in range(51)))
     with pytest.raises(UserError, match=says):
         scored(*arguments.format(world=world, tmp=tmp_path).split())
-    assert {path.name for path in tmp_path.iterdir()} == {"one.jsonl", "many.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {"one.jsonl", "bad.jsonl", "many.jsonl"}
 
 
 @pytest.mark.parametrize(

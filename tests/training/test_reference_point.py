@@ -47,11 +47,11 @@ def test_labels():
     """Records of one response need a label each; pairs are their own."""
     single = PAIRS.unpaired()
     for fine in (PAIRS, single):
-        require_responses(KTO(), fine)
+        require_responses(KTO(), "a", fine.responses, fine.label is not None)
     with pytest.raises(
         UserError, match="the loss kto reads responses with a label; .* give each record `label`"
     ):
-        require_responses(KTO(), replace(single, label=None))
+        require_responses(KTO(), "a", 1, labelled=False)
     assert replace(single, label=~single.label).fingerprint() != single.fingerprint()
 
 

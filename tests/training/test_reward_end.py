@@ -133,7 +133,7 @@ def test_trained_on_text(chat, scored, tmp_path, capsys, data):
     """A reward model that has a chat template but was trained on text is told where messages are read."""
     arguments = chat("nothing")
     if data == "text":
-        text = write(tmp_path / "text.jsonl", *({**GOOD, "prompt": f"{n}"} for n in range(6)))
+        text = write(tmp_path / "text.jsonl", *({**GOOD, "prompt": f"{n} "} for n in range(6)))
         arguments.append(f"--data.train={text}")
     run_rm(arguments, "--optim.max_steps=1")
     for directory in ("final", "checkpoints/step-1"):
@@ -167,7 +167,10 @@ def test_other_template(chat, messages, tmp_path, capsys, command, own, template
     save_reward_model(tiny_reward_model(**SIZES), tmp_path / "scorer")
     option = ["--template", template]
     if template == "text":
-        messages, option = write(tmp_path / "text.jsonl", *({**GOOD, "prompt": f"{n}"} for n in range(6))), []
+        messages, option = (
+            write(tmp_path / "text.jsonl", *({**GOOD, "prompt": f"{n} "} for n in range(6))),
+            [],
+        )
     given = ["--reward-model", scorer, "--data", str(messages), "--out", str(tmp_path / "o.jsonl"), *option]
     if command == "score":
         score(given)

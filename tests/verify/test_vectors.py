@@ -29,7 +29,8 @@ def test_copy(tmp_path, capsys):
     """The command writes the file that is in docs/vectors, of a modest size."""
     command(["--out", str(tmp_path / "vectors.json")])
     assert "cases" in capsys.readouterr().out
-    assert same(json.loads((tmp_path / "vectors.json").read_text()), VECTORS)
+    told = "write it again: python -m minidpo vectors --out docs/vectors/vectors.json"
+    assert same(json.loads((tmp_path / "vectors.json").read_text()), VECTORS), told
     assert FILE.stat().st_size < 300_000
 
 

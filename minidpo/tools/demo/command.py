@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> None:
     report(out)
     write_page([*(f"{out}/{name}" for name in ("dpo", "rm", "sft")), "--out", f"{out}/report.html"])
     print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}.")
+    print(f"See what changed, token by token: open {out}/report.html in a browser.")
     if out == OUT:
         print("Next: python train_dpo.py configs/demo_ipo.toml")
         print("and:  python -m minidpo demo --judge runs/demo/dpo runs/demo/ipo")

@@ -2,7 +2,7 @@
 each GPU has. Nothing runs.
 
     pip install triton           # beside a CPU build of PyTorch
-    python tests/gpu/kernels.py 90 89 120 80
+    python tests/gpu/compile_kernels.py 90 89 120 80
 """
 
 import fakecuda  # noqa: F401  # isort: skip
