@@ -35,7 +35,7 @@ class BradleyTerry:
     # As in preference.py. The warnings of a run read name, usual_lr and needs_reference.
     name = "reward model"
     equation, unit, usual_lr = "-log sigma(r_w - r_l - margin)", "nats", (1e-6, 5e-5)
-    needs_reference, responses = False, 2
+    needs_reference, responses, unpaired, needs_z0 = False, 2, False, False
 
     lm_weight: float = setting(
         1.0, "weight of the language-modelling loss on the chosen response", not_negative

@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         config = config_of(options, Path(temporary))
-        if getattr(config.loss, "needs_z0", False) or config.loss.margin_from_data:
+        if config.loss.needs_z0 or config.loss.margin_from_data:
             raise UserError(f"bench has neither z0 nor margins, which {config.loss} reads")
         if options.against in MODES:
             require_trl(options.against, config.loss)

@@ -60,7 +60,7 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         for pairs in (train, held_out):
             if config.loss.margin_from_data:
                 require_margins(pairs)
-        if isinstance(config, DPOConfig) and config.loss.needs_z0 and config.optim.batch_size < 2:
+        if config.loss.needs_z0 and config.optim.batch_size < 2:
             given, name = config.named("optim.batch_size"), config.loss.name
             raise UserError(
                 f"{given} = 1, but {name} compares with the other responses of a batch; give 2 or more"
@@ -76,12 +76,12 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         data = replace(config.data, date=config.data.date or data_of_run(out, "date"))
         train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check, check_first)
         config.data.date = train.date or held_out.date or config.data.date
-    if isinstance(config, DPOConfig) and config.loss.unpaired:
+    if config.loss.unpaired:
         return _unpaired(train, config), _unpaired(held_out, config)
     return train, held_out
 
 
-def _unpaired(pairs: PairTokens, config: DPOConfig) -> PairTokens:
+def _unpaired(pairs: PairTokens, config: DPOConfig | RewardConfig) -> PairTokens:
     """Labelled responses as they are, pairs as two of them."""
     if pairs.label is not None or not len(pairs):
         return pairs
@@ -97,15 +97,14 @@ def require_responses(
 ) -> None:
     """Raises UserError unless the records have the responses that the loss reads: two, or one, or one with a
     label."""
-    reads_labels = getattr(loss, "unpaired", False)
-    if responses == 2 or (loss.responses == 1 and labelled == reads_labels):
+    if responses == 2 or (loss.responses == 1 and labelled == loss.unpaired):
         return
     has = f"{files}: one response per record" + (" and a label" if labelled else "")
     fit = [name for name, each in LOSSES.items() if each.responses == 1 and each.unpaired == labelled]
     right = f"the loss for that is {' or '.join(map(toml, fit))} (train_dpo.py, loss.name); or give "
     if loss.responses > 1:
         reads, right = "two responses", right + "records with chosen and rejected"
-    elif reads_labels:
+    elif loss.unpaired:
         reads, right = "responses with a label", right + "each record `label`, true or false"
     else:
         reads = "responses that are all desirable"
