@@ -10,10 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# By the kind of device: most bytes of a chunk of logits (bf16 under autocast), of which each adds a gradient
-# as large as the output matrix; and logits that are turned to float32 at a time: on a CPU 8 MiB, which stay
-# in its cache; on a GPU 256 MiB, because few large calls are faster there.
+# Logits are computed in chunks of this many bytes at most. Each chunk costs a product and a sum as large as the
+# output matrix, so that fewer and larger ones are faster, where there is memory for them.
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**28}
+# Of a chunk so many logits at a time are turned to float32: on a CPU 8 MiB, which stay in its cache; on a GPU
+# 256 MiB, because few large calls are faster there.
 FLOAT32_LOGITS = {"cuda": 2**26, "cpu": 2**21}
 
 
@@ -149,7 +150,7 @@ class _ChunkedTokenLogps(torch.autograd.Function):
             # The chain rule through logits = hidden @ weight.T.
             grad_hidden[chunk] = grad_logits @ weight
             if grad_weight is not None:
-                _add_product(grad_weight, grad_logits.T, hidden[chunk])
+                grad_weight += grad_logits.T @ hidden[chunk]
             del grad_logits  # before the next chunk is computed beside it
         if grad_weight is not None:
             grad_weight = grad_weight.to(output_weight.dtype)
@@ -181,14 +182,6 @@ def _to_gradient_on_gpu(logits: Tensor, normalizers: Tensor, targets: Tensor, gr
 def _compiled(body: Callable) -> Callable:
     # Uncompiled, each of its operations would read and write all logits once more.
     return torch.compile(body, dynamic=True)
-
-
-def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
-    """sums += a @ b. On NVIDIA's GPUs a product of bf16 is added in float32, and never stored in bf16."""
-    if sums.is_cuda and a.dtype != sums.dtype and not torch.version.hip:
-        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
-    else:
-        sums += a @ b
 
 
 def _few_rows(logits: Tensor) -> list[slice]:

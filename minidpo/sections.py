@@ -156,7 +156,7 @@ class RunSection:
     compile: bool | str = setting("auto", "torch.compile the layers; auto: on cuda only", _true_false_or_auto)
     attention: str = setting(
         "auto",
-        "on cuda: flex (one compiled kernel) or sdpa (text by text); auto: flex where it compiles",
+        "on cuda: flex (one compiled kernel), sdpa (text by text); auto: FlashAttention in bf16, else flex",
         one_of("auto", "flex", "sdpa"),
     )
     activation_checkpointing: bool = setting(

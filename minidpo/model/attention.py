@@ -1,4 +1,4 @@
-"""Attention over packed rows: SDPA per prompt and per response on the CPU, one FlexAttention mask on CUDA.
+"""Attention over packed rows: SDPA per prompt and per response on the CPU, one call for all of them on CUDA.
 
 A row holds [prompt | response 1 | response 2 | ...] of each prompt. The rule: a query may attend to a key if
 both belong to the same prompt, the key does not come later in the text, and the key is in the prompt or in
@@ -17,25 +17,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 from minidpo.model.transformer import Attend, causal_attention
-from minidpo.packing import BLOCK, PackedBatch
+from minidpo.packing import BLOCK, PackedBatch, to_device
 
 SMALLEST_HEAD = 16  # FlexAttention's CUDA kernel takes no smaller head size
 # Of a GPU like the H100 or A100 a block of threads may use more shared memory than this, of others (L4, A10,
 # RTX 3090 to 5090) 99 KiB.
 LARGE_SHARED_MEMORY = 128 * 1024
 
-# How attention is computed on each kind of device: "flex" or "sdpa". `choose_device` sets that of "cuda".
-KINDS = {"cuda": "flex"}
+# How attention is computed on CUDA, by the dtype of v (bf16 under autocast): "flash", "flex", or "sdpa", which
+# is the only one that needs no particular GPU and no compiler. `choose_device` sets them.
+KINDS = {torch.bfloat16: "flash", torch.float32: "flex"}
 
 
 def packed_attention(batch: PackedBatch) -> Attend:
     """The rule for one packed row, as the attention function of every layer."""
     # Short matrix products are fast on a CPU. On a GPU one large call is faster than many small ones.
-    if KINDS.get(batch.tokens.device.type) == "flex":
-        return masked_attention(shared_prompt_mask(batch.prompt, batch.response, batch.position))
-    return attention_per_piece(batch)
+    if batch.tokens.device.type != "cuda":
+        return attention_per_piece(batch)
+    ways = {"flash": attention_in_bf16, "flex": masked_attention, "sdpa": attention_per_piece}
+    way = cache(lambda kind: ways[kind](batch))  # made for the first layer, and then kept
+    return lambda q, k, v, layer: way(KINDS.get(v.dtype, "sdpa"))(q, k, v, layer)
 
 
 def attention_per_piece(batch: PackedBatch) -> Attend:
@@ -69,40 +73,76 @@ def attention_per_piece(batch: PackedBatch) -> Attend:
     return attend
 
 
-def shared_prompt_mask(prompt: Tensor, response: Tensor, position: Tensor) -> BlockMask:
-    """The rule as a FlexAttention mask (N, N); arguments (N,) as in PackedBatch, N a multiple of BLOCK."""
-    # The kernel keeps these in registers, of which int64 takes twice as many.
-    prompt, response, position = (values.to(torch.int32) for values in (prompt, response, position))
+def attention_in_bf16(batch: PackedBatch) -> Attend:
+    """The rule as one FlashAttention call over all pieces. Its kernel takes 16 bits only.
 
-    def may_attend(batch: Tensor, head: Tensor, q_index: Tensor, k_index: Tensor) -> Tensor:
-        same_prompt = prompt[q_index] == prompt[k_index]
-        not_later = position[k_index] <= position[q_index]
-        own_text = (response[k_index] == 0) | (response[k_index] == response[q_index])
-        return same_prompt & not_later & own_text
+    The keys of a response's piece are the prompt's and its own, so the prompt's are copied for each response.
+    """
+    index, queries, keys = [], [], []  # which keys each piece meets; how many queries and keys it has
+    padding = [int(batch.bounds.max(initial=0)), len(batch.tokens)]  # from where to where: like a prompt
+    for start, *ends in [*batch.bounds.tolist(), *([padding] if padding[1] > padding[0] else [])]:
+        for begin, end in zip([start, *ends], ends, strict=False):
+            prompt = np.arange(start, ends[0] if begin > start else start)  # Empty for the prompt itself.
+            index += [prompt, np.arange(begin, end)]
+            queries.append(end - begin)
+            keys.append(len(prompt) + end - begin)
+    device, q_longest, k_longest = batch.tokens.device, max(queries), max(keys)
+    index_of_keys = to_device(torch.from_numpy(np.concatenate(index)), device)
+    q_bounds, k_bounds = (
+        to_device(torch.tensor([0, *np.cumsum(sizes)], dtype=torch.int32), device)
+        for sizes in (queries, keys)
+    )
 
-    # Blocks whose ranges of prompts or positions rule out any allowed pair of tokens are skipped.
-    # create_block_mask would write out the whole (N, N) rule to find them.
-    (first, last), (earliest, latest) = _block_ranges(prompt), _block_ranges(position)
-    may_overlap = (first[:, None] <= last) & (first <= last[:, None]) & (earliest <= latest[:, None])
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+        # float32 for the copies, because the gradients of all copies are added up.
+        copies = (heads.float().index_select(0, index_of_keys).to(v.dtype) for heads in (k, v))
+        # As many key heads as query heads: PyTorch before 2.12 has no option for fewer.
+        k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in copies)
+        # window_size (-1, 0): causal, aligned at the bottom right, as in `causal_attention`.
+        return varlen_attn(q.to(v.dtype), k, v, q_bounds, k_bounds, q_longest, k_longest, window_size=(-1, 0))
+
+    return attend
+
+
+def shared_prompt_mask(batch: PackedBatch) -> BlockMask:
+    """The rule as a FlexAttention mask (N, N) of a row of N tokens, a multiple of BLOCK."""
+    n, device = len(batch.tokens), batch.tokens.device
+    sizes = np.diff(batch.bounds, axis=1)  # (P, K + 1): tokens of each prompt and of its responses
+    of_prompt = sizes.sum(axis=1)
+    padding = np.arange(of_prompt.sum(), n)  # Each padding token is a text of its own.
+    ranges = (
+        np.repeat(batch.bounds[:, :-1].flatten(), sizes.flatten()),  # where a token's own piece starts
+        np.repeat(batch.bounds[:, 0], of_prompt),  # where its prompt starts and ends
+        np.repeat(batch.bounds[:, 1], of_prompt),
+    )
+    # int32: the kernel keeps these in registers, of which int64 takes twice as many.
+    table = np.stack([np.append(values, padding) for values in ranges]).astype(np.int32)  # (3, N)
+    own, start, end = to_device(torch.from_numpy(table), device)
+
+    def may_attend(batch: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        # Of a key only its index counts, so that nothing about keys is read in the kernel's inner loop.
+        return (k <= q) & ((k >= own[q]) | ((k >= start[q]) & (k < end[q])))
+
+    # Blocks that no query of a block may see are skipped. create_block_mask would write out the whole (N, N)
+    # rule to find them.
+    first = torch.arange(0, n, BLOCK, device=device)  # the first token of each block of keys
+    earliest = start.view(-1, BLOCK).amin(dim=1)  # the first key that a block of queries may see
+    needed = (first <= first[:, None]) & (first + BLOCK > earliest[:, None])
     # For each block of queries FlexAttention reads a count n and a list of key blocks, of which it computes
     # the first n. A stable sort puts the needed ones first.
-    columns = (~may_overlap).to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
+    columns = (~needed).to(torch.int8).argsort(dim=1, stable=True).to(torch.int32)
     return BlockMask.from_kv_blocks(
-        may_overlap.sum(dim=1, dtype=torch.int32)[None, None],
+        needed.sum(dim=1, dtype=torch.int32)[None, None],
         columns[None, None],
         BLOCK_SIZE=BLOCK,
         mask_mod=may_attend,
-        seq_lengths=(len(prompt), len(prompt)),
+        seq_lengths=(n, n),
     )
 
 
-def _block_ranges(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Minimum and maximum of every block: (N,) -> two of (N / BLOCK,)."""
-    return values.view(-1, BLOCK).amin(dim=1), values.view(-1, BLOCK).amax(dim=1)
-
-
-def masked_attention(mask: BlockMask) -> Attend:
+def masked_attention(batch: PackedBatch) -> Attend:
     """The rule as one FlexAttention call, in the dtype of v (bf16 under autocast)."""
+    mask = shared_prompt_mask(batch)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
         size = v.shape[-1]

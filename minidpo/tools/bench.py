@@ -19,15 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from minidpo.config import load_config
 from minidpo.errors import UserError
 from minidpo.log import print0
 from minidpo.losses import DPO, LOSSES
-from minidpo.model import Transformer, read_config, response_logps
+from minidpo.model import Transformer, read_config
 from minidpo.packing import pack
 from minidpo.sections import DPOConfig, RewardConfig
 from minidpo.settings import toml
@@ -63,6 +60,10 @@ def main(arguments: list[str]) -> None:
             raise UserError(
                 f"--against textbook: minidpo/textbook.py has plain DPO alone, and this is {config.loss}"
             )
+        if options.their_passes < 1 or config.optim.batch_size % options.their_passes:
+            raise UserError(
+                f"--their-passes {options.their_passes} must divide the {config.optim.batch_size} pairs of a step"
+            )
         case = make_case(options, config, Path(temporary))
         result = {
             "model": options.shape or config.model.path,
@@ -92,6 +93,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=10, help="steps measured (default 10)")
     parser.add_argument("--against", choices=("textbook", *MODES), help="another's steps in turn with ours")
+    parser.add_argument(
+        "--their-passes", type=int, default=1, help="TRL: passes of a step whose pairs do not fit at once"
+    )
     for key in KEYS:
         option = "--" + key.partition(".")[2].replace("_", "-")
         parser.add_argument(option, dest=key, nargs="?", const="true", help=f"as {key} of a configuration")
@@ -208,7 +212,7 @@ def _peak_mib(case: Case, who: str) -> float:
 
 
 def necessary_flops(case: Case, rows: np.ndarray) -> int:
-    """FLOPs that the forward and backward pass over these pairs need, as PyTorch counts them.
+    """FLOPs that the forward and backward pass over these pairs need.
 
     Counted are the matrix products of one forward pass, and backward as twice that. Attention counts as whole
     rectangles of queries and keys, although half of each is masked. What backward computes a second time
@@ -216,12 +220,20 @@ def necessary_flops(case: Case, rows: np.ndarray) -> int:
     """
     batch = pack(case.pairs, rows, case.responses, scored=0 if case.rewards else case.responses)
     config = read_config(case.directory)
-    # Fake tensors have shapes, but neither memory nor numbers, so that counting takes no time.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        model = Transformer(config)
-        with FlopCounterMode(display=False) as counter:
-            response_logps(model, batch)
-    return 3 * counter.get_total_flops()
+    with torch.device("meta"):  # shapes without memory
+        layers = Transformer(config).model.layers
+    # Every token meets every weight of the layers' matrices once: a product and a sum are 2 FLOPs.
+    products = len(batch.tokens) * sum(p.numel() for p in layers.parameters() if p.ndim == 2)
+    # Scored tokens meet the output matrix.
+    products += len(batch.targets) * config.hidden_size * config.vocab_size
+    # A query of a prompt meets the keys of the prompt, one of a response also its own. Each time E numbers
+    # of each head are multiplied with a key's, and then a weight with E numbers of a value.
+    sizes = np.diff(batch.bounds, axis=1)  # (P, K + 1): tokens of each prompt and of its responses
+    prompts, responses = sizes[:, :1], sizes[:, 1:]
+    meetings = (prompts**2).sum() + (responses * (prompts + responses)).sum()
+    width = config.num_attention_heads * config.head_dim
+    products += config.num_hidden_layers * 2 * width * int(meetings)
+    return 3 * 2 * products
 
 
 def show(result: dict[str, Any]) -> None:

@@ -48,6 +48,7 @@ class Case:
     pairs: PairTokens
     config: Any  # DPOConfig or RewardConfig
     device: torch.device
+    their_passes: int = 1  # passes that one step of TRL is cut into
 
     @property
     def rewards(self) -> bool:
@@ -89,7 +90,7 @@ def make_case(options: Namespace, config: DPOConfig | RewardConfig, temporary: P
     if isinstance(config.loss, BradleyTerry):
         reward_model = pretrained.new_reward_model(directory, language_modelling=False)
         pretrained.save_reward_model(reward_model, directory := temporary / "reward")
-    return Case(directory, pairs.select(np.arange(count)), config, device)
+    return Case(directory, pairs.select(np.arange(count)), config, device, options.their_passes)
 
 
 def random_pairs(config: ModelConfig, count: int) -> PairTokens:

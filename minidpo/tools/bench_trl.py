@@ -52,7 +52,8 @@ def make_trainer(mode: str, case: Case, out: Path, steps: int):
     settings: dict[str, object] = dict(output_dir=str(out), max_steps=steps, max_length=None)
     settings |= dict(use_cpu=case.device.type == "cpu", bf16=case.config.run.dtype == "bf16")
     settings |= dict(learning_rate=optim.lr, lr_scheduler_type="constant")
-    settings |= dict(per_device_train_batch_size=optim.batch_size)
+    settings |= dict(per_device_train_batch_size=optim.batch_size // case.their_passes)
+    settings |= dict(gradient_accumulation_steps=case.their_passes)
     settings |= dict(report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no")
     settings |= dict(remove_unused_columns=False)  # keeps "row" and "length"
     settings |= dict(gradient_checkpointing=False, train_sampling_strategy="group_by_length")
@@ -97,10 +98,11 @@ def train_trl(
     from transformers import TrainerCallback
 
     times: list[tuple[float, float]] = []
+    passes: list[list[int]] = []  # the rows of each
     batches: list[np.ndarray] = []
 
     def remember(examples):
-        batches.append(np.array([example["row"] for example in examples]))
+        passes.append([example["row"] for example in examples])
         return collate(examples)
 
     class Turns(TrainerCallback):
@@ -108,11 +110,13 @@ def train_trl(
             self.started = now(case.device)
 
         def on_step_end(self, args, state, control, **others):
-            times.append((now(case.device) - self.started, ours(batches[state.global_step - 1])))
+            theirs, end = now(case.device) - self.started, state.global_step * case.their_passes
+            batches.append(np.concatenate(passes[end - case.their_passes : end]))
+            times.append((theirs, ours(batches[-1])))
 
     with tempfile.TemporaryDirectory() as out:
         trainer = make_trainer(mode, case, Path(out), steps)
         collate, trainer.data_collator = trainer.data_collator, remember
         trainer.add_callback(Turns())
         trainer.train()
-    return times, batches[: len(times)]
+    return times, batches

@@ -21,7 +21,7 @@ GB = 1e9
 
 def choose_device(name: str, threads: int = 0, dtype: str = "fp32", attention: str = "auto") -> torch.device:
     """The device that `name` (auto, cpu, cuda, mps) means, and how attention is computed on it: auto, flex or
-    sdpa.
+    sdpa, as run.attention.
 
     Raises UserError if the device is absent, or cannot do what is asked for.
     """
@@ -68,9 +68,12 @@ def _choose_attention(device: torch.device, attention: str) -> None:
     if obstacle:
         # What is compiled on GPUs in any case (logprobs.py) then runs as it is written.
         torch.compiler.set_stance("force_eager")
-    if obstacle and attention == "auto":
-        print0(f"run.attention: sdpa, several times slower than flex, which is compiled: {obstacle}")
-    KINDS["cuda"] = "sdpa" if obstacle or attention == "sdpa" else "flex"
+        print0(f"nothing is compiled, so that steps take longer, in float32 many times longer: {obstacle}")
+    # FlashAttention comes with PyTorch for NVIDIA's GPUs from Ampere on. It has no float32.
+    nvidia = not torch.version.hip
+    flash = attention == "auto" and nvidia and torch.cuda.get_device_capability(device) >= (8, 0)
+    compiled = "sdpa" if obstacle or attention == "sdpa" else "flex"
+    KINDS.update({torch.bfloat16: "flash" if flash else compiled, torch.float32: compiled})
 
 
 def compile_obstacle(device: torch.device) -> str:
@@ -112,26 +115,34 @@ def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
 
 
+def products_per_second(dtype: torch.dtype = torch.float32) -> float:
+    """How many matrix products like those of a layer the CPU makes, measured for a fifth of a second."""
+    matrix = torch.ones(256, 256, dtype=dtype)
+    torch.mm(matrix, matrix)  # The first one starts the threads.
+    done, begin = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - begin) < 0.2:
+        torch.mm(matrix, matrix)
+        done += 1
+    return done / seconds
+
+
+def slowdown_of_bf16() -> float:
+    """How many times slower bf16 is than float32 on this CPU. Some have no instructions for it."""
+    return products_per_second() / products_per_second(torch.bfloat16)
+
+
 def slowdown_of_threads() -> float:
-    """How many times faster one CPU thread is than all of this process, for products like those of a layer.
+    """How many times faster one CPU thread is than all of this process.
 
     Threads wait for each other after every product. Where other programs use the processors, the wait is for
-    a thread that has none. It is measured for half a second, because nothing else tells it beforehand.
+    a thread that has none. It is measured, because nothing else tells it beforehand.
     """
-    matrix, threads = torch.ones(256, 256), torch.get_num_threads()
-
-    def products_per_second(count: int) -> float:
-        torch.set_num_threads(count)
-        torch.mm(matrix, matrix)  # The first one starts the threads.
-        done, begin = 0, time.perf_counter()
-        while (seconds := time.perf_counter() - begin) < 0.2:
-            torch.mm(matrix, matrix)
-            done += 1
-        return done / seconds
-
-    if threads == 1:
+    if (threads := torch.get_num_threads()) == 1:
         return 1.0
-    return products_per_second(1) / products_per_second(threads)  # In this order: all of them stay set.
+    torch.set_num_threads(1)
+    alone = products_per_second()
+    torch.set_num_threads(threads)
+    return alone / products_per_second()
 
 
 def describe(device: torch.device, run: RunSection) -> str:

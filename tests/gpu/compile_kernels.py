@@ -26,8 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from minidpo import logprobs
-from minidpo.model.attention import masked_attention, shared_prompt_mask
+from minidpo import logprobs, packing
+from minidpo.model import ModelConfig, attention
+from minidpo.tools.bench_steps import random_pairs
 
 # Bytes that a block of threads may use, by compute capability: A100, L4 and RTX 4090, H100, RTX 5090.
 SHARED_MEMORY = {80: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
@@ -72,6 +73,8 @@ def pretend(sm: int) -> GPUTarget:
         setattr(device_interface.CudaInterface, name, reply)
     torch.version.cuda = "13.0"
     torch._C._cuda_getCurrentRawStream = lambda device: 0
+    # Shapes are all that the compiler reads.
+    packing.to_device = attention.to_device = lambda values, device: torch.empty_like(values, device=device)
     driver = SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: 0,
@@ -124,13 +127,13 @@ def lower(function, *arguments) -> None:
 
 
 def main(sm: int) -> bool:
-    target, fits, n = pretend(sm), True, 2560
-    cuda = torch.device("cuda")
+    target, fits, cuda = pretend(sm), True, torch.device("cuda")
+    row = packing.pack(random_pairs(ModelConfig(512, 64, 64, 1, 1, 1, 64), 12))
     for heads, kv_heads, size, dtype in HEADS:
         print(f"sm_{sm} attention: {heads} and {kv_heads} heads of {size}, {dtype}", flush=True)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            places = torch.arange(n, device=cuda)
-            attend = masked_attention(shared_prompt_mask(places // 300, places % 3, places))
+            on_gpu = row.to(cuda)
+            attend, n = attention.masked_attention(on_gpu), len(on_gpu.tokens)
             q, k, v = (
                 torch.empty(n, count, size, device=cuda, dtype=dtype, requires_grad=True)
                 for count in (heads, kv_heads, kv_heads)

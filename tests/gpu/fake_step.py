@@ -30,7 +30,7 @@ from minidpo.training.optim import adamw
 from minidpo.training.step import pair_logps, pair_rewards
 from tiny import random_pairs
 
-CUDA = torch.device("cuda")
+CUDA, KINDS = torch.device("cuda"), dict(attention_module.KINDS)
 CONFIG = ModelConfig(512, 256, 128, 2, 4, 2, 64, tie_word_embeddings=True, qkv_bias=True)
 PAIRS = PairTokens.from_pairs(random_pairs(np.random.default_rng(0), 12, (5, 90), (2, 60)))
 # A value that Python reads off a tensor, and shapes that depend on values: the CPU waits until the GPU has them.
@@ -68,8 +68,8 @@ def on_gpu(model: Transformer) -> Transformer:
     return model
 
 
-def step(loss, dtype: str, lora: bool = False, checkpointing: bool = False, attention: str = "flex") -> None:
-    attention_module.KINDS["cuda"] = attention
+def step(loss, dtype: str, lora: bool = False, checkpointing: bool = False, attention: str = "") -> None:
+    attention_module.KINDS.update(KINDS | dict.fromkeys(KINDS if attention else (), attention))
     pairs = replace(PAIRS, ref_logps=np.zeros((12, 2), np.float32), margin=np.ones(12))
     if getattr(loss, "unpaired", False):
         pairs = replace(pairs.unpaired(), ref_logps=np.zeros((24, 1), np.float32))
@@ -109,7 +109,7 @@ def main() -> None:
     attention_module._shared_memory = lambda device: 2**20
     losses = [loss() for loss in LOSSES.values()] + [BradleyTerry(), BradleyTerry(margin_from_data=True)]
     cases = [(loss, dtype, {}) for loss in losses for dtype in ("bf16", "fp32")]
-    for extra in ({"lora": True}, {"checkpointing": True}, {"attention": "sdpa"}):
+    for extra in ({"lora": True}, {"checkpointing": True}, {"attention": "sdpa"}, {"attention": "flex"}):
         cases += [(loss, dtype, extra) for loss in (losses[0], losses[-1]) for dtype in ("bf16", "fp32")]
     failed = 0
     for loss, dtype, extra in cases:

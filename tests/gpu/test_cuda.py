@@ -26,7 +26,7 @@ CUDA = torch.device("cuda")
 
 def logps_and_gradients(attention: str, dtype: str, head: int, tokens: int) -> tuple[Tensor, Tensor]:
     """Log-probs of the responses in a row of about that many tokens, and the gradient of every weight."""
-    attention_module.KINDS["cuda"] = attention
+    attention_module.KINDS.update(dict.fromkeys(attention_module.KINDS, attention))
     torch.manual_seed(0)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=head, hidden_size=4 * head)
     model = Transformer(tiny_config(**heads, initializer_range=0.05, max_position_embeddings=512)).to(CUDA)
@@ -40,12 +40,13 @@ def logps_and_gradients(attention: str, dtype: str, head: int, tokens: int) -> t
 
 @pytest.mark.parametrize("tokens", [2560, 301])
 @pytest.mark.parametrize("head", [64, 128])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_flex(monkeypatch, dtype, head, tokens):
-    """The compiled FlexAttention kernel gives what SDPA per piece gives, in backward too."""
-    monkeypatch.setitem(attention_module.KINDS, "cuda", "flex")
-    flex, sdpa = (logps_and_gradients(kind, dtype, head, tokens) for kind in ("flex", "sdpa"))
-    for ours, expected in zip(flex, sdpa, strict=True):
+@pytest.mark.parametrize(("kind", "dtype"), [("flash", "bf16"), ("flex", "fp32"), ("flex", "bf16")])
+def test_attention(monkeypatch, kind, dtype, head, tokens):
+    """FlashAttention and the compiled FlexAttention give what SDPA per piece gives, in backward too."""
+    for each in (torch.bfloat16, torch.float32):
+        monkeypatch.setitem(attention_module.KINDS, each, kind)  # so that the changes below are undone
+    one_call, sdpa = (logps_and_gradients(each, dtype, head, tokens) for each in (kind, "sdpa"))
+    for ours, expected in zip(one_call, sdpa, strict=True):
         # bf16: q, k and v are rounded to 8 bits in one of the two.
         worst = (ours - expected).abs().max() / expected.abs().max()
         assert ours.isfinite().all() and worst < (1e-3 if dtype == "fp32" else 0.05)
@@ -58,7 +59,7 @@ def test_output_layer(dtype):
     hidden, weight, targets = torch.randn(301, 64), torch.randn(1001, 64) / 8, torch.randint(0, 1001, (301,))
     found = []
     for device, chunk in (("cpu", 301), ("cuda", 301), ("cuda", 110)):
-        h, w = (values.to(device).requires_grad_() for values in (hidden, weight))
+        h, w = (values.to(device, copy=True).requires_grad_() for values in (hidden, weight))
         with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
             logps = token_logps(h, w, targets.to(device), chunk)
         logps.sum().backward()
@@ -69,7 +70,9 @@ def test_output_layer(dtype):
             assert worst < (1e-4 if dtype == torch.float32 else 0.03)
 
 
-@pytest.mark.parametrize("setting", ["run.attention=flex", "run.attention=sdpa", "run.compile=false"])
+@pytest.mark.parametrize(
+    "setting", ["run.attention=auto", "run.attention=flex", "run.attention=sdpa", "run.compile=false"]
+)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("script", [train_dpo, train_rm])
 def test_runs(config, script, tmp_path, dtype, setting):

@@ -9,22 +9,45 @@ from torch.testing import assert_close
 
 from families import FAMILIES
 from minidpo.data import PairTokens
-from minidpo.model.attention import attention_per_piece, masked_attention, shared_prompt_mask
+from minidpo.model import attention as attention_module
+from minidpo.model.attention import (
+    attention_in_bf16,
+    attention_per_piece,
+    masked_attention,
+    shared_prompt_mask,
+)
 from minidpo.model.transformer import Attend, causal_attention
 from minidpo.packing import BLOCK, PackedBatch, pack, padded
 from tiny import EOS, random_pairs, tiny_model
 
 
-def flex_mask(row: PackedBatch):
-    return shared_prompt_mask(row.prompt, row.response, row.position)
-
-
 def flex(row: PackedBatch) -> Attend:
     """FlexAttention on the row, filled up to a whole block; the padding's results are dropped."""
     n, filled = len(row.tokens), padded(row, BLOCK)
-    attend = masked_attention(flex_mask(filled))
+    attend = masked_attention(filled)
     zeros = (0, 0, 0, 0, 0, len(filled.tokens) - n)
     return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
+
+
+def flash(row: PackedBatch) -> Attend:
+    """The FlashAttention call on the same row; what its kernel does is `one_by_one` here."""
+    n, filled = len(row.tokens), padded(row, BLOCK)
+    attend = attention_in_bf16(filled)
+    zeros = (0, 0, 0, 0, 0, len(filled.tokens) - n)
+    return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
+
+
+@pytest.fixture(autouse=True)
+def one_by_one(monkeypatch):
+    """PyTorch's `varlen_attn`, which exists on GPUs alone, as one causal attention per sequence."""
+
+    def varlen_attn(q, k, v, q_bounds, k_bounds, q_longest, k_longest, window_size):
+        q_sizes, k_sizes = q_bounds.diff().tolist(), k_bounds.diff().tolist()
+        assert (q_longest, k_longest) == (max(q_sizes), max(k_sizes)) and window_size == (-1, 0)
+        sequences = zip(q.split(q_sizes), k.split(k_sizes), v.split(k_sizes), strict=True)
+        return torch.cat([causal_attention(*(heads[None] for heads in three))[0] for three in sequences])
+
+    monkeypatch.setattr(attention_module, "varlen_attn", varlen_attn)
 
 
 def per_piece_padded(row: PackedBatch) -> Attend:
@@ -54,7 +77,7 @@ SEES = [
 ]
 
 
-@pytest.mark.parametrize("attention", [attention_per_piece, flex])
+@pytest.mark.parametrize("attention", [attention_per_piece, flash, flex])
 def test_who_sees_whom(attention):
     """Another value of a token changes what comes out for those that see it, and for no other."""
     row = pack(PairTokens.from_responses([[3, 4], [5]], [[[6, EOS], [EOS]], [[7], [8]]]))
@@ -84,9 +107,9 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, may: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("responses", [1, 2, 3])
-@pytest.mark.parametrize("attention", [attention_per_piece, per_piece_padded, flex])
+@pytest.mark.parametrize("attention", [attention_per_piece, per_piece_padded, flash, flex])
 def test_values(attention, responses):
-    """Both ways give the formula's values, for heads of 8 too, where FlexAttention's kernel needs 16."""
+    """All ways give the formula's values, for heads of 8 too, where FlexAttention's kernel needs 16."""
     rng = np.random.default_rng(responses)
     prompts = [p.prompt for p in random_pairs(rng, 4)]
     texts = [[p.chosen for p in random_pairs(rng, responses)] for _ in prompts]
@@ -152,7 +175,7 @@ def test_blocks(shape):
     for seed in range(8):
         pairs = PairTokens.from_pairs(random_pairs(np.random.default_rng(seed), *SHAPES[shape]))
         row = padded(pack(pairs), BLOCK)
-        mask, allowed, token = flex_mask(row), rule(row), torch.arange(len(row.tokens))
+        mask, allowed, token = shared_prompt_mask(row), rule(row), torch.arange(len(row.tokens))
         computed = listed(mask.kv_num_blocks, mask.kv_indices)
         assert not (in_blocks(allowed) & ~computed).any()
         assert not (computed & ~in_blocks(row.prompt[:, None] == row.prompt)).any()

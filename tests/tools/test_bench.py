@@ -3,16 +3,20 @@
 import json
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from minidpo.__main__ import main
 from minidpo.data import PairTokens
 from minidpo.errors import UserError
 from minidpo.losses import DPO, SFT, BradleyTerry
-from minidpo.model import save_model, save_reward_model
+from minidpo.model import response_logps, save_model, save_reward_model
+from minidpo.packing import pack
 from minidpo.sections import DPOConfig, OptimSection, RewardConfig, RunSection
 from minidpo.tools import bench, bench_trl
 from minidpo.tools.bench_steps import Case, Step, TextbookStep, random_pairs
@@ -40,16 +44,15 @@ def case(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("loss", "responses", "scored"), [(DPO(), 2, 5), (SFT(), 1, 3), (BradleyTerry(), 2, 0)]
+    ("loss", "responses", "scored"), [(DPO(), 2, 2), (SFT(), 1, 1), (BradleyTerry(), 2, 0)]
 )
 def test_flops(loss, responses, scored, case):
-    """A hand count: a prompt of 2, responses of 3 and 2; 2 layers of width 32, MLP 48, 4 heads of 8."""
+    """What PyTorch counts in one forward pass, with attention written out; backward costs twice that."""
     pairs = PairTokens.from_responses([[5, 6]], [[[7, 8, 2], [9, 2]]])
-    weights = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48  # q and o, k and v (2 heads), MLP
-    tokens, products = (7, 2 * 2 + 3 * 5 + 2 * 4) if responses == 2 else (5, 2 * 2 + 3 * 5)  # queries x keys
-    attention = 2 * 4 * 8 * products  # scores and sums
-    forward = 2 * (2 * (tokens * weights + attention) + scored * 32 * 61)
-    assert bench.necessary_flops(case(loss, pairs), np.arange(1)) == 3 * forward
+    batch = pack(pairs, responses=responses, scored=scored)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        response_logps(tiny_model(), batch)
+    assert bench.necessary_flops(case(loss, pairs), np.arange(1)) == 3 * counter.get_total_flops()
 
 
 def test_textbook(case):
@@ -99,9 +102,12 @@ def test_random_pairs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("loss", "mode"), [(DPO(), "trl:fused"), (BradleyTerry(lm_weight=0.0), "trl:best")])
-def test_trl(loss, mode, case, monkeypatch):
-    """An epoch of TRL's trainer sees the ids of every pair, and ours is told which pairs each step took."""
+@pytest.mark.parametrize(
+    ("loss", "mode", "passes"), [(DPO(), "trl:fused", 1), (BradleyTerry(lm_weight=0.0), "trl:best", 2)]
+)
+def test_trl(loss, mode, passes, case, monkeypatch):
+    """An epoch of TRL's trainer sees the ids of every pair, in as many passes per step as asked for, and ours
+    is told which pairs each step took."""
     pytest.importorskip("trl", reason="needs the extra `peers`")
     batches, make_trainer = [], bench_trl.make_trainer
 
@@ -112,10 +118,12 @@ def test_trl(loss, mode, case, monkeypatch):
         return trainer
 
     monkeypatch.setattr(bench_trl, "make_trainer", spied)
-    times, rows = bench_trl.train_trl(mode, case(loss), 3, lambda batch: float(batch[0]))
+    in_passes = replace(case(loss), their_passes=passes)
+    times, rows = bench_trl.train_trl(mode, in_passes, 3, lambda batch: float(batch[0]))
+    assert len(times) == 3 and len(batches) == 3 * passes
     assert [ours for _, ours in times] == [batch[0] for batch in rows] and min(times)[0] > 0
     assert sorted(np.concatenate(rows)) == list(range(12))
-    for row, ids in zip(rows[0], batches[0]["input_ids"], strict=False):
+    for row, ids in zip(rows[0][: 4 // passes], batches[0]["input_ids"], strict=False):  # the first pass
         start, _, end, _ = PAIRS.bounds[row]  # prompt and chosen
         assert ids[: end - start].tolist() == PAIRS.ids[start:end].tolist()
 
@@ -129,6 +137,7 @@ def test_trl(loss, mode, case, monkeypatch):
         ("--against trl --loss sft", "--loss sft has no counterpart"),
         ("--against textbook --loss ipo", "plain DPO alone"),
         ("--against trl", "extra `peers`"),
+        ("--their-passes 3", "must divide the 8 pairs"),
     ],
 )
 def test_refused(arguments, says, monkeypatch):

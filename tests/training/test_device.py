@@ -21,7 +21,8 @@ def gpu(monkeypatch):
 
     def make(capability=(9, 0), triton=True, compiler=True, headers=True) -> list[str]:
         stances: list[str] = []
-        monkeypatch.setitem(KINDS, "cuda", "flex")
+        for dtype, kind in list(KINDS.items()):
+            monkeypatch.setitem(KINDS, dtype, kind)  # so that what `choose_device` sets is undone
         monkeypatch.delenv("CC", raising=False)
         for name, value in (
             ("is_available", True),
@@ -51,10 +52,12 @@ LACKING = [
 
 @pytest.mark.parametrize(("lacking", "says"), LACKING)
 def test_fallback(gpu, capsys, lacking, says):
-    """Where PyTorch cannot compile for a GPU, auto takes SDPA and compiles nothing, and says why; who asks
-    for a compiled kernel gets an error."""
+    """Where PyTorch cannot compile for a GPU, auto compiles nothing, and says why; who asks for a compiled
+    kernel gets an error."""
     stances = gpu(**lacking)
-    assert choose_device("auto") == CUDA and KINDS["cuda"] == "sdpa" and stances == ["force_eager"]
+    assert choose_device("auto") == CUDA and KINDS[torch.float32] == "sdpa" and stances == ["force_eager"]
+    # FlashAttention needs no compiler, but a GPU that has its instructions.
+    assert KINDS[torch.bfloat16] == ("sdpa" if "capability" in lacking else "flash")
     assert says in capsys.readouterr().out and not compiles_layers("auto", CUDA)
     with pytest.raises(UserError, match=f'{says}.*run.attention = "sdpa"'):
         choose_device("cuda", attention="flex")
@@ -63,12 +66,15 @@ def test_fallback(gpu, capsys, lacking, says):
 
 
 def test_all_there(gpu, capsys):
-    """Otherwise a GPU gets FlexAttention and compiled layers, unless they are switched off."""
+    """Otherwise a GPU gets FlashAttention in bf16, FlexAttention in float32 and compiled layers, unless
+    something else is asked for."""
     stances = gpu()
-    assert choose_device("auto", dtype="bf16") == CUDA and KINDS["cuda"] == "flex" and not stances
+    assert choose_device("auto", dtype="bf16") == CUDA and not stances
+    assert {torch.bfloat16: "flash", torch.float32: "flex"} == KINDS
     assert compiles_layers("auto", CUDA) and not compiles_layers(False, CUDA)
-    choose_device("auto", attention="sdpa")
-    assert KINDS["cuda"] == "sdpa" and capsys.readouterr().out == ""
+    for kind in ("sdpa", "flex"):
+        choose_device("auto", attention=kind)
+        assert set(KINDS.values()) == {kind} and capsys.readouterr().out == ""
     assert not compiles_layers("auto", torch.device("cpu")) and compiles_layers(True, torch.device("cpu"))
 
 
