@@ -21,7 +21,7 @@ from minidpo import losses
 from minidpo.__main__ import COMMANDS
 from minidpo.__main__ import main as minidpo
 from minidpo.sections import DPOConfig, RewardConfig
-from minidpo.tools.exact import claims
+from minidpo.tools.exact import table
 from minidpo.training import advice
 from minidpo.verify.exact_world import make_world
 
@@ -242,7 +242,7 @@ def test_limits():
 
 def test_optima():
     """The exact optima in the pages are those that the exact world computes."""
-    expected = {claim.name: f"{claim.minimum:.10f}" for claim in claims(make_world())}
+    expected = {row.name: f"{row.minimum:.10f}" for row in table(make_world())}
     number = r"-?\d+\.\d{10}"
     pattern = re.compile(rf"^ +(\w.*?)  +{number}  +({number})  +\d\.\de-\d+$", re.MULTILINE)
     assert dict(pattern.findall(PAGES["derivation.md"])) == expected

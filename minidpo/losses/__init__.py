@@ -1,4 +1,4 @@
-"""The losses. Start with preference.py, then log_ratios.py, which begins with DPO. reward.py has the reward
+"""The losses. Start with preference.py, then log_ratios.py, whose first is DPO. reward.py has the reward
 model's loss, inputs.py the tensors that losses read."""
 
 from minidpo.losses.inputs import PairLogps, Rewards
@@ -12,24 +12,3 @@ from minidpo.losses.without_reference import ORPO, SFT, SimPO
 LOSSES: dict[str, type[PreferenceLoss]] = {
     loss.name: loss for loss in (DPO, IPO, SimPO, ORPO, KTO, RobustDPO, Hinge, APOZero, SFT)
 }
-
-__all__ = [
-    "DPO",
-    "IPO",
-    "KTO",
-    "LOSSES",
-    "ORPO",
-    "SATURATED",
-    "SFT",
-    "APOZero",
-    "BradleyTerry",
-    "Hinge",
-    "PairLogps",
-    "PairLoss",
-    "PreferenceLoss",
-    "Rewards",
-    "RobustDPO",
-    "SimPO",
-    "bradley_terry",
-    "logistic",
-]

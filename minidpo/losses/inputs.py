@@ -34,7 +34,8 @@ class PairLogps(_PairFields):
 
     def __new__(cls, *args: Tensor | None, **kwargs: Tensor | None) -> "PairLogps":
         # A NamedTuple may not define __new__: the base class binds the arguments, this class checks them.
-        return tuple.__new__(cls, _all_checked(_PairFields(*args, **kwargs)))  # type: ignore[arg-type]
+        fields = _PairFields(*args, **kwargs)  # type: ignore[arg-type]
+        return tuple.__new__(cls, (_checked(fields.chosen, *field) for field in fields._asdict().items()))
 
     def log_ratios(self, per_token: bool = False) -> tuple[Tensor, Tensor]:
         """log pi(y|x)/pi_ref(y|x) of chosen and rejected, (B,) each, divided by |y| if per_token."""
@@ -68,7 +69,8 @@ class Rewards(_RewardFields):
     __slots__ = ()
 
     def __new__(cls, *args: Tensor | None, **kwargs: Tensor | None) -> "Rewards":
-        return tuple.__new__(cls, _all_checked(_RewardFields(*args, **kwargs)))  # type: ignore[arg-type]
+        fields = _RewardFields(*args, **kwargs)  # type: ignore[arg-type]
+        return tuple.__new__(cls, (_checked(fields.chosen, *field) for field in fields._asdict().items()))
 
 
 def given(name: str, value: Tensor | None) -> Tensor:
@@ -76,10 +78,6 @@ def given(name: str, value: Tensor | None) -> Tensor:
     if value is None:
         raise ValueError(f"{name} is None, but this loss reads it")
     return value
-
-
-def _all_checked(fields: _PairFields | _RewardFields) -> list[Tensor | None]:
-    return [_checked(fields.chosen, name, value) for name, value in fields._asdict().items()]
 
 
 def _checked(first: Tensor, name: str, value: Tensor | None) -> Tensor | None:

@@ -1,5 +1,4 @@
-"""Losses of the log-ratios log pi(y|x)/pi_ref(y|x) of two responses: DPO, robust DPO, hinge, APO-zero and
-IPO."""
+"""Losses of the log-ratios of two responses: DPO, IPO, robust DPO, hinge and APO-zero."""
 
 from dataclasses import dataclass
 
@@ -12,7 +11,22 @@ from minidpo.settings import positive, setting, smoothing
 
 
 @dataclass(frozen=True)
-class DPO(PairLoss):
+class LogRatioLoss(PairLoss):
+    """What the losses of this file share: DPO's implicit reward, beta times the log-ratio."""
+
+    needs_reference = True
+    length_normalize = False  # whether log-ratios are means over tokens; a setting of DPO and IPO
+
+    beta: float = setting(0.1, "strength of the pull towards the reference", positive)
+
+    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
+        # r_hat(x, y) = beta log pi(y|x)/pi_ref(y|x), known up to a constant per prompt, which cancels in z.
+        chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
+        return self.beta * chosen, self.beta * rejected
+
+
+@dataclass(frozen=True)
+class DPO(LogRatioLoss):
     """Direct preference optimisation. Rafailov et al. 2023, Eq. 7.
 
         loss = -log sigma(z),    z = beta [ log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x) ]
@@ -23,20 +37,14 @@ class DPO(PairLoss):
     the record's margin, so that a response that is much better must become much likelier.
     """
 
-    name, trl, needs_reference, saturates, z_is_logit = "dpo", "sigmoid", True, True, True
+    name, trl, saturates, z_is_logit = "dpo", "sigmoid", True, True
     equation, gradient = "-log sigma(z)", "beta * sigma(-z)"
 
-    beta: float = setting(0.1, "strength of the pull towards the reference", positive)
     label_smoothing: float = setting(0.0, "assumed share of swapped labels", smoothing)
     length_normalize: bool = setting(False, "log-ratios per token instead of summed")
     margin_from_data: bool = setting(
         False, "take each record's margin (or score_chosen - score_rejected) from z"
     )
-
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        # r_hat(x, y) = beta log pi(y|x)/pi_ref(y|x), known up to a constant per prompt, which cancels in z.
-        chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
-        return self.beta * chosen, self.beta * rejected
 
     def z(self, logps: PairLogps) -> Tensor:
         z = super().z(logps)
@@ -51,7 +59,7 @@ class DPO(PairLoss):
 
 
 @dataclass(frozen=True)
-class IPO(PairLoss):
+class IPO(LogRatioLoss):
     """Identity preference optimisation. Azar et al. 2023, Eq. 17; beta is the paper's tau.
 
         loss = (h - 1/(2 beta))^2,    h = log pi(y_w|x)/pi_ref(y_w|x) - log pi(y_l|x)/pi_ref(y_l|x)
@@ -61,19 +69,15 @@ class IPO(PairLoss):
     tokens; the authors ran it with means per token (length_normalize), which need another beta.
     """
 
-    name, trl, needs_reference, unit = "ipo", "ipo", True, "nats²"
+    name, trl, unit = "ipo", "ipo", "nats²"
     equation, gradient = "(h - 1/(2 beta))^2", "2 (1/(2 beta) - h)"
 
     beta: float = setting(0.1, "tau: the difference of log-ratios is pulled to 1/(2 beta)", positive)
     length_normalize: bool = setting(False, "log-ratios per token instead of summed")
 
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        # The paper defines no reward. With beta, these compare with DPO's in the log.
-        chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
-        return self.beta * chosen, self.beta * rejected
-
     def z(self, logps: PairLogps) -> Tensor:
-        # h. In the paper's equation beta is in the target and not in front of the log-ratios.
+        # h. In the paper's equation beta is in the target and not in front of the log-ratios. It defines no
+        # reward; those of DPO are what is logged, so that they compare.
         chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
         return chosen - rejected
 
@@ -82,20 +86,7 @@ class IPO(PairLoss):
 
 
 @dataclass(frozen=True)
-class _OfLogRatios(PairLoss):
-    """What the next three losses share: DPO's implicit reward, summed over tokens."""
-
-    needs_reference = True
-
-    beta: float = setting(0.1, "strength of the pull towards the reference", positive)
-
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        chosen, rejected = logps.log_ratios()
-        return self.beta * chosen, self.beta * rejected
-
-
-@dataclass(frozen=True)
-class RobustDPO(_OfLogRatios):
+class RobustDPO(LogRatioLoss):
     """DPO for labels of which a share e (flip_rate) is swapped. Chowdhury et al. 2024.
 
         loss = ( -(1-e) log sigma(z) + e log sigma(-z) ) / (1 - 2e),    z as in DPO
@@ -116,7 +107,7 @@ class RobustDPO(_OfLogRatios):
 
 
 @dataclass(frozen=True)
-class Hinge(_OfLogRatios):
+class Hinge(LogRatioLoss):
     """The hinge loss of SLiC, Zhao et al. 2023, on the margin of DPO, as in RSO, Liu et al. 2024.
 
         loss = max(0, 1 - z),    z as in DPO
@@ -133,7 +124,7 @@ class Hinge(_OfLogRatios):
 
 
 @dataclass(frozen=True)
-class APOZero(_OfLogRatios):
+class APOZero(LogRatioLoss):
     """Anchored preference optimisation, "zero". D'Oosterlinck et al. 2024, Eq. 7.
 
         loss = 1 - sigma(r_w) + sigma(r_l),    r = beta log pi(y|x)/pi_ref(y|x)
@@ -147,6 +138,5 @@ class APOZero(_OfLogRatios):
 
     def preference(self, logps: PairLogps) -> Tensor:
         chosen, rejected = self.rewards(logps)
-        return torch.sigmoid(-chosen) + torch.sigmoid(
-            rejected
-        )  # 1 - sigma(r) = sigma(-r), without a difference
+        # 1 - sigma(r) = sigma(-r), without the rounding of a difference.
+        return torch.sigmoid(-chosen) + torch.sigmoid(rejected)

@@ -13,8 +13,7 @@ Calling it on the log-probs of B pairs returns B losses and not their mean: a ba
 of unequal size, so only the training loop can divide by the size of the whole batch.
 
 To add a loss of pairs, write a subclass of PairLoss with `rewards` and `preference`, put it into LOSSES in
-__init__.py, and write what you claim of it into minidpo/verify/claims/NAME.py, where the tests find it. The
-configuration, --help, `explain`, the plots and train_dpo.py need no other change.
+__init__.py, and write what you claim of it into minidpo/verify/claims/NAME.py, where the tests find it.
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -41,9 +40,8 @@ def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
 class PreferenceLoss:
     """What every loss has. DPO, in log_ratios.py, is an example.
 
-    The class attributes say what training computes for the loss (needs_reference, responses), and describe it
-    to --help, `explain`, the plots, the warnings of a run and the comparison with TRL. `explain` also prints
-    the first line of the docstring, and the equation, which is the docstring's second paragraph.
+    The class attributes say what training computes for the loss, and describe it to the commands. `explain`
+    also prints the first line of the docstring, and the equation, which is the docstring's second paragraph.
     """
 
     # How it is called in a configuration, and its equation and gradient weight in short. The gradient weight
@@ -98,8 +96,7 @@ class PreferenceLoss:
             "rewards/margins": chosen - rejected,
         }
         if self.saturates:
-            # Training has nothing left to do for such a pair. If nearly all are such, the model is
-            # overfitted.
+            # Training has nothing left to do for such a pair.
             values["saturated"] = losses < SATURATED
         return values | {
             # The margin can grow while both of these fall.
@@ -113,10 +110,8 @@ class PreferenceLoss:
         """-d loss / d log pi(y|x) of each response that the loss reads, (B,) each: how hard the pair pushes
         it up."""
         # Leaves of their own, so that no gradient flows on into the model.
-        names = ("chosen", "rejected")[: self.responses]
-        leaves = [
-            given(name, value).detach().requires_grad_() for name, value in zip(names, logps, strict=False)
-        ]
+        read = [logps.chosen, given("rejected", logps.rejected)] if self.responses == 2 else [logps.chosen]
+        leaves = [value.detach().requires_grad_() for value in read]
         # Each loss depends on its own pair alone, so the gradient of the sum holds all B gradients.
         losses = self(PairLogps(*leaves, *logps[self.responses :]))
         return tuple(-gradient for gradient in torch.autograd.grad(losses.sum(), leaves))

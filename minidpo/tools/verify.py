@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--checks", metavar="CHECK", nargs="+", help=checks)
     options = parser.parse_args(arguments)
 
-    model = None if options.like is None else _ours(options.like[0])(**_settings(*options.like))
+    model = _ours(*options.like) if options.like else None
     losses = [_loss(name, model) for name in options.losses or every_loss()]
     refuted = []
     for loss, like in losses:
@@ -44,41 +44,28 @@ def _loss(name: str, model: Any) -> tuple[Any, Any]:
     if not colon:
         if model is not None:
             raise UserError(f"--like is for a function, MODULE:NAME; {name} has claims of its own")
-        return _ours(name)(), None
+        return _ours(name), None
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except AttributeError:
-        raise UserError(f"{name}: the module {module} has no {attribute!r}") from None
     except Exception as error:
-        reason = f"{type(error).__name__}: {one_line(error)}"
-        raise UserError(f"{name}: the module {module} cannot be imported ({reason})") from None
+        raise UserError(f"{name} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
     if not callable(found):
         raise UserError(f"{name} is {type(found).__name__}; a function of tensors is needed")
     return found, model
 
 
-def _ours(name: str) -> Any:
+def _ours(name: str, *assignments: str) -> Any:
+    """The loss of this name. The assignments are KEY=VALUE, as in a configuration."""
     if name not in every_loss():
         there = ", ".join(every_loss())
         raise UserError(f"no loss {name!r}; there are {there}; a function of yours is MODULE:NAME")
-    return every_loss()[name]
-
-
-def _settings(name: str, *assignments: str) -> dict[str, Any]:
-    """KEY=VALUE, as in a configuration."""
-    defaults: dict[str, Any] = {key: of.default for key, of in keys_of(_ours(name)).items()}
-    values = {}
-    for assignment in assignments:
-        key, _, text = assignment.partition("=")
-        if key not in defaults:
-            there = ", ".join(defaults) or "none"
-            raise UserError(f"--like {name} {assignment}: no key {key!r}; {name} has {there}")
-        try:
-            values[key] = type(defaults[key])(tomllib.loads(f"value = {text}")["value"])
-        except (tomllib.TOMLDecodeError, ValueError, TypeError):
-            raise UserError(f"--like {name} {assignment}: {text!r} is no value for {key}") from None
+    loss, values = every_loss()[name], {}
+    defaults: dict[str, Any] = {key: of.default for key, of in keys_of(loss).items()}
     try:
-        _ours(name)(**values)
-    except ValueError as error:
-        raise UserError(f"--like {error}") from None
-    return values
+        for key, _, text in (assignment.partition("=") for assignment in assignments):
+            if key not in defaults:
+                raise ValueError(f"no key {key!r}; {name} has {', '.join(defaults) or 'none'}")
+            values[key] = type(defaults[key])(tomllib.loads(f"value = {text}")["value"])
+        return loss(**values)
+    except (ValueError, TypeError) as error:  # a TOMLDecodeError is a ValueError, too
+        raise UserError(f"--like {name} {' '.join(assignments)}: {one_line(error)}") from None

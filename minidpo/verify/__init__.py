@@ -4,22 +4,10 @@
         ...                                         # B losses, a tuple that begins with them, or their mean
     print(verify(my_loss, like=DPO(beta=0.1)))      # held to what is claimed of DPO
 
-claims/ says what is claimed of each of ours, draws.py and checks.py how it is asked, stranger.py how another
-program's function is read, exact_world.py and exact_train.py where training ends.
+claims/ says what is claimed of each of ours, checks.py how it is asked, with random pairs of draws.py,
+stranger.py how another program's function is read. Where training ends: exact_world.py, optima.py,
+exact_train.py.
 """
 
-from minidpo.verify.claims import OF_THE_DIFFERENCE, Claims, claims_of, every_loss, repeated, shifted
+from minidpo.verify.claims import Claims, claims_of, every_loss
 from minidpo.verify.report import BY_NAME, Report, Verdict, verify
-
-__all__ = [
-    "BY_NAME",
-    "OF_THE_DIFFERENCE",
-    "Claims",
-    "Report",
-    "Verdict",
-    "claims_of",
-    "every_loss",
-    "repeated",
-    "shifted",
-    "verify",
-]

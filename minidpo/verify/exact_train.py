@@ -1,12 +1,7 @@
-"""Train the project's own transformer to convergence on a population loss, in the listed world of
-exact_world.py.
+"""Train the project's own transformer to convergence on a population loss, in the world of exact_world.py.
 
 Nothing is sampled: the loss sums over *all* pairs of responses, weighted by how often they are drawn and so
-labelled. To check a loss of your own:
-
-    world = make_world()
-    trained = train_to_convergence(world, loss)        # an object of minidpo/losses/ or any function like one
-    total_variation(trained.values, what_you_derived)  # of log pi(y|x); below 1e-5, or one of them is wrong
+labelled. `train_to_convergence` takes an object of minidpo/losses/ or any function like one.
 
 Dimensions: X prompts, Y responses per prompt; a table is (X, Y). W weights of the model.
 """
@@ -16,11 +11,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
+from minidpo.data import PairTokens
 from minidpo.losses import PairLogps, bradley_terry
 from minidpo.model import RewardModel, response_logps
 from minidpo.packing import PackedBatch, pack
@@ -41,11 +36,12 @@ class Trained(NamedTuple):
 
 def train_to_convergence(world: World, loss: Loss) -> Trained:
     """Minimise the population loss, starting at the reference. `values` are log-probs."""
-    return _train_policy(world, partial(population_loss, world, loss))
+    model = copy.deepcopy(world.reference)
+    return gauss_newton(world, model, partial(response_logps, model), partial(population_loss, world, loss))
 
 
 def train_rlhf(world: World, beta: float) -> Trained:
-    """Maximise E_pi r* - beta KL(pi, pi_ref), starting at the reference. `values` are log-probs.
+    """Minimise `rlhf_loss`, starting at the reference. `values` are log-probs.
 
     The curvature is the Fisher matrix, beta diag(pi) / X: this is the natural policy gradient, which on a
     table without weights in between would be at pi* after one step. The Hessian itself has negative
@@ -55,46 +51,47 @@ def train_rlhf(world: World, beta: float) -> Trained:
     def fisher(logps: Tensor) -> Tensor:
         return torch.diag(beta * logps.exp().flatten() / len(logps))
 
-    return _train_policy(world, partial(rlhf_loss, world, beta), fisher)
+    model = copy.deepcopy(world.reference)
+    objective = partial(rlhf_loss, world, beta)
+    return gauss_newton(world, model, partial(response_logps, model), objective, fisher)
 
 
 def train_reward_model(world: World) -> Trained:
-    """Minimise the Bradley-Terry loss. `values` are rewards, those of each prompt up to a constant."""
+    """Minimise `reward_loss`. `values` are rewards, those of each prompt up to a constant."""
     model = RewardModel.from_language_model(copy.deepcopy(world.reference))
 
-    def objective(rewards: Tensor) -> Tensor:
-        return (label_weights(world) * bradley_terry(*winners_and_losers(rewards))).sum()
+    def read(batch: PackedBatch) -> Tensor:
+        return model.forward_packed(batch)[0]
 
-    return gauss_newton(world, model, lambda batch: model.forward_packed(batch)[0], objective)
-
-
-def _train_policy(world: World, objective: Objective, curvature: Curvature | None = None) -> Trained:
-    model = copy.deepcopy(world.reference)
-    return gauss_newton(world, model, partial(response_logps, model), objective, curvature)
+    return gauss_newton(world, model, read, partial(reward_loss, world))
 
 
 # --- what is minimised --------------------------------------------------------------------------------------
 
 
 def population_loss(world: World, loss: Loss, logps: Tensor) -> Tensor:
-    """E over pairs from mu x mu and labels from p* of loss(winner, loser): a sum over all ordered pairs.
+    """E over pairs from mu x mu and labels from p* of loss(winner, loser): a sum over all ordered pairs. A
+    loss that takes a share of the labels to be swapped (robust DPO's flip_rate) is given such labels.
 
     The probabilities sum to one already, so log_softmax changes no value. It tells the derivatives that they
     keep doing so, without which a loss that is linear in log-probs would have no curvature.
     """
-    policy, reference, lengths = map(
-        winners_and_losers, (logps.log_softmax(-1), world.reference_logps, world.lengths)
-    )
-    return (label_weights(world) * loss(PairLogps(*policy, *reference, *lengths))).sum()
+    tables = (logps.log_softmax(-1), world.reference_logps, world.lengths)
+    pairs = PairLogps(*(column for table in tables for column in winners_and_losers(table)))
+    return (label_weights(world, getattr(loss, "flip_rate", 0.0)) * loss(pairs)).sum()
+
+
+def reward_loss(world: World, rewards: Tensor) -> Tensor:
+    """The same of the Bradley-Terry loss."""
+    return (label_weights(world) * bradley_terry(*winners_and_losers(rewards))).sum()
 
 
 def rlhf_loss(world: World, beta: float, logps: Tensor) -> Tensor:
-    """-( E_pi r* - beta KL(pi, pi_ref) ), mean over prompts. Its gradient is the exact policy gradient:
+    """-( E_pi r* - beta KL(pi, pi_ref) ), mean over prompts. Rafailov et al. 2023, Eq. 3.
 
-        -E_pi [ (A(y) - E_pi A) grad log pi(y|x) ],    A(y) = r*(x, y) - beta log( pi(y|x) / pi_ref(y|x) )
-
-    This is REINFORCE with the mean for a baseline, which log_softmax brings in; the expectation is summed and
-    not sampled. Source of the objective: Rafailov et al. 2023, Eq. 3.
+    Its gradient is the exact policy gradient, -E_pi [ (A(y) - E_pi A) grad log pi(y|x) ] with the advantage
+    A(y) = r*(x, y) - beta log( pi(y|x) / pi_ref(y|x) ): REINFORCE with the mean for a baseline, which
+    log_softmax brings in. The expectation is summed and not sampled.
     """
     logps = logps.log_softmax(-1)
     advantages = world.rewards - beta * (logps - world.reference_logps)
@@ -107,9 +104,11 @@ def winners_and_losers(table: Tensor) -> tuple[Tensor, Tensor]:
     return table[:, :, None].expand(shape).flatten(), table[:, None, :].expand(shape).flatten()
 
 
-def label_weights(world: World) -> Tensor:
-    """2 mu(y) mu(y') p*(y beats y') / X: how often y wins over y', drawn first or second. They sum to one."""
-    return (2 * world.meetings * world.preferences).flatten()
+def label_weights(world: World, flip_rate: float = 0.0) -> Tensor:
+    """2 mu(y) mu(y') q(y beats y') / X: how often y wins over y', drawn first or second. They sum to one. q
+    is p*, of which a share is swapped."""
+    q = (1 - flip_rate) * world.preferences + flip_rate * world.preferences.mT
+    return (2 * world.meetings * q).flatten()
 
 
 # --- how ----------------------------------------------------------------------------------------------------
@@ -122,20 +121,20 @@ def gauss_newton(
     objective: Objective,
     curvature: Curvature | None = None,
 ) -> Trained:
-    """Minimise objective(z) over the weights w, where z is the table that `read` gives: packed batch -> (P,
-    K).
+    """Minimise objective(z) over the weights w, where z is the table (P, K) that `read` makes of a batch.
 
         (J^T H J + lambda I) step = -J^T g        J = dz/dw, g and H the objective's derivatives in z
         step = -J^T u,  (H K + lambda I) u = g    K = J J^T: the same step from X Y equations, not thousands
 
-    Source: Levenberg 1944, Marquardt 1963. Adam needs tens of thousands of steps for the fifth digit. With
-    more weights than responses this is Newton's method on the table itself, and near the end every step
-    doubles the digits. J is the project's own backward, one response at a time: were it wrong, steps would
-    not lower the loss. lambda falls when a step lowers it, and rises until one does. curvature: H, if not the
-    objective's Hessian. Raises RuntimeError when no step lowers the objective, or MOST_STEPS were not enough.
+    Source: Levenberg 1944, Marquardt 1963. Adam needs tens of thousands of steps for the fifth digit; here
+    every step near the end doubles the digits. J is the project's own backward, one response at a time: were
+    it wrong, steps would not lower the loss. lambda falls when a step lowers it, and rises until one does.
+    curvature: H, if not the objective's Hessian. Raises RuntimeError when no step lowers the objective, or
+    MOST_STEPS were not enough.
     """
     parameters = list(model.parameters())
-    together, alone = pack(world.texts), [pack(world.alone, np.array([i])) for i in range(len(world.alone))]
+    together = world.batch
+    alone = [pack(PairTokens.from_responses([x], [[y]])) for x in world.prompts for y in world.responses]
     weights = parameters_to_vector(parameters).detach()
     with torch.no_grad():
         values = read(together)
@@ -145,7 +144,9 @@ def gauss_newton(
         values.requires_grad_()
         loss = objective(values)
         g = torch.autograd.grad(loss, values)[0].flatten()
-        jacobian = torch.stack([weight_gradient(read(batch), parameters) for batch in alone])  # (X Y, W)
+        # (X Y, W); a weight without influence has a gradient of 0.
+        rows = (torch.autograd.grad(read(b).sum(), parameters, materialize_grads=True) for b in alone)
+        jacobian = torch.stack([parameters_to_vector(row) for row in rows])
         k = jacobian @ jacobian.T
         hk = (curvature or partial(hessian, objective))(values.detach()) @ k
         scale = (hk.trace() + 1e-9 * k.trace()) / len(g)  # not 0 for a loss made of straight lines
@@ -170,12 +171,6 @@ def gauss_newton(
     raise RuntimeError(f"not converged in {MOST_STEPS} steps: the last promised to gain {promised / 2:.1e}")
 
 
-def weight_gradient(output: Tensor, parameters: list[nn.Parameter]) -> Tensor:
-    """d output / d weights: (1, 1) -> (W,). Weights without influence get zeros."""
-    return parameters_to_vector(torch.autograd.grad(output.sum(), parameters, materialize_grads=True))
-
-
 def hessian(objective: Objective, values: Tensor) -> Tensor:
-    """Second derivatives in every entry of the table: (X Y, X Y)."""
     second = torch.autograd.functional.hessian(objective, values, vectorize=True)
     return second.reshape(values.numel(), values.numel())

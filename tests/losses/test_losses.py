@@ -3,9 +3,11 @@
 import math
 
 import pytest
+import torch
 
 from minidpo.losses import LOSSES
 from minidpo.verify.claims import claims_of, every_loss
+from minidpo.verify.draws import draw, evaluate, tensors
 from minidpo.verify.exact_world import make_world, total_variation
 from minidpo.verify.report import BY_NAME, HOLDS, NOT_ASKED, verify
 
@@ -24,19 +26,33 @@ def test_claims(loss, check):
 
 @each_loss
 def test_described(loss):
-    """Every loss has a point computed by hand, a twin, a gradient, an optimum or the reason why none is
-    known, and its texts."""
+    """Every loss has points computed by hand that use all its settings, a twin, a gradient, an optimum or the
+    reason why none is known, and its texts."""
     claims = claims_of(loss)
-    assert claims.points and claims.optimum and claims.twin and claims.gradient and claims.metrics
+    assert {name for settings, _, _ in claims.points for name in settings} == set(vars(loss()))
+    assert claims.points and claims.optimum and claims.twin and claims.gradient
+    assert isinstance(claims.optimum, str) != bool(claims.optima)
     assert loss.equation and loss.__doc__ and (loss.name not in LOSSES or LOSSES[loss.name] is loss)
 
 
 @each_loss
 def test_something_to_learn(loss):
-    """The optimum is not where training begins."""
-    if not isinstance(optimum := claims_of(loss).optimum, str):
-        world = make_world(seed=0, prompts=2, words=2, max_tokens=2, hidden_size=16)
-        assert total_variation(world.reference_logps, optimum[1](world)) > 0.05
+    """The optima are not where training begins."""
+    claims, world = claims_of(loss), make_world(seed=0, prompts=2, words=2, max_tokens=2, hidden_size=16)
+    for settings in claims.optima.values():
+        assert total_variation(world.reference_logps, claims.optimum(world, loss(**settings))) > 0.05
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_gradient_weights(loss):
+    """The gradient weight of a response is -d loss / d log pi(y|x)."""
+    claims = claims_of(loss)
+    pairs = tensors(claims, draw(claims, 16))
+    _, gradients = evaluate(loss(), pairs)
+    for name, weight in zip(
+        ("chosen", "rejected")[: loss.responses], loss().gradient_weights(pairs), strict=True
+    ):
+        torch.testing.assert_close(weight, -gradients[name], rtol=0, atol=0)
 
 
 @each_loss

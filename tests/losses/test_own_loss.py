@@ -9,42 +9,36 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minidpo.losses import PairLogps, PairLoss
-from minidpo.settings import positive, setting
+from minidpo.losses import PairLogps
+from minidpo.losses.log_ratios import LogRatioLoss
 from minidpo.verify import verify
 from minidpo.verify.claims import PAIR, START, Claims
-from minidpo.verify.exact_world import optimal_policy
+from minidpo.verify.optima import optimal_policy
 
 
-# 1. The class. Its fields are its settings: default, a line of help, which values are allowed.
+# 1. The class. Its fields are its settings, here beta alone, which every loss of log-ratios has.
 @dataclass(frozen=True)
-class Savage(PairLoss):
+class Savage(LogRatioLoss):
     """The squared error of the probability that DPO gives to the label. Savage 1971; Tang et al. 2024 (GPO).
 
     loss = (1 - sigma(z))^2,    z as in DPO
     """
 
-    name, needs_reference = "savage", True
-    equation, gradient = "(1 - sigma(z))^2", "2 beta sigma(z) sigma(-z)^2"
-
-    beta: float = setting(0.1, "strength of the pull towards the reference", positive)
-
-    def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        chosen, rejected = logps.log_ratios()
-        return self.beta * chosen, self.beta * rejected
+    name, equation, gradient = "savage", "(1 - sigma(z))^2", "2 beta sigma(z) sigma(-z)^2"
 
     def preference(self, logps: PairLogps) -> Tensor:
         return torch.sigmoid(-self.z(logps)).square()
 
 
-# 2. What you claim: points computed by hand, and as many equations as you can write (see claims/dpo.py). Where it
-# ends: with s = sigma(z), p (1-s)^2 + (1-p) s^2 is least at s = p, as for DPO.
+# 2. What you claim: points computed by hand, and as many equations as you can write (see claims/dpo.py).
+# Where it ends: with s = sigma(z), p (1-s)^2 + (1-p) s^2 is least at s = p, as for DPO.
 CLAIMS = Claims(
     points=[
         (dict(), PAIR, 0.1610515942),  # z = 0.1 * 4 = 0.4; sigma(-0.4) = 0.4013123399, squared
         (dict(), START, 0.25),  # z = 0; (1/2)^2
     ],
-    optimum=(dict(beta=0.5), lambda world: optimal_policy(world.reference_logps, world.rewards, 0.5)),
+    optimum=lambda world, s: optimal_policy(world.reference_logps, world.rewards, s.beta),
+    optima={"Savage": dict(beta=0.5)},
 )
 
 

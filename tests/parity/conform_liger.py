@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 import torch
-from conformance import Program
+from conformance import Pair, Program, averages
 from liger_kernel.chunked_loss.dpo_loss import LigerFusedLinearDPOFunction
 from liger_kernel.chunked_loss.fused_linear_preference import LigerFusedLinearPreferenceBase
 from liger_kernel.chunked_loss.kto_loss import LigerFusedLinearKTOFunction
@@ -14,40 +14,35 @@ from torch import Tensor
 PAIR = torch.zeros(2, 1)  # it reads the number of texts from the shape of their targets
 
 
-def averages(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return p["chosen"] / p["chosen_length"], p["rejected"] / p["rejected_length"]
-
-
-def with_nll(s: dict, p: dict[str, Tensor], loss: Tensor) -> Tensor:
+def with_nll(s: dict, p: Pair, losses: tuple[Tensor, ...]) -> Tensor:
     """What it adds of the chosen response with compute_nll_loss."""
-    return loss + s["sft_weight"] * -p["chosen"] / p["chosen_length"] if s["sft_weight"] else loss
+    return losses[0] - s["sft_weight"] * averages(p)[0] if s["sft_weight"] else losses[0]
 
 
 def of_dpo(kind: str, smoothing: str = ""):
-    def loss(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+    def loss(s: dict, p: Pair) -> tuple[str, Tensor]:
         if s.get("margin_from_data") or s.get("length_normalize"):
             raise NotImplementedError
         logps = (p["chosen"], p["rejected"], PAIR, p["ref_chosen"], p["ref_rejected"])
         settings = dict(beta=s["beta"], loss_type=kind, label_smoothing=s.get(smoothing, 0.0))
-        return f"DPO {kind}", with_nll(
-            s, p, LigerFusedLinearDPOFunction.preference_loss_fn(*logps, **settings)[0]
-        )
+        losses = LigerFusedLinearDPOFunction.preference_loss_fn(*logps, **settings)
+        return f"DPO {kind}", with_nll(s, p, losses)
 
     return loss
 
 
-def simpo(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def simpo(s: dict, p: Pair) -> tuple[str, Tensor]:
     settings = {name: s[name] for name in ("beta", "gamma", "label_smoothing")}
-    loss = LigerFusedLinearSimPOFunction.preference_loss_fn(*averages(p), PAIR, **settings)[0]
-    return "SimPO", with_nll(s, p, loss)
+    losses = LigerFusedLinearSimPOFunction.preference_loss_fn(*averages(p), PAIR, **settings)
+    return "SimPO", with_nll(s, p, losses)
 
 
-def orpo(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
-    loss = LigerFusedLinearORPOFunction.preference_loss_fn(*averages(p), PAIR, s["lambda_or"])[0]
-    return "ORPO", with_nll(s, p, loss)
+def orpo(s: dict, p: Pair) -> tuple[str, Tensor]:
+    losses = LigerFusedLinearORPOFunction.preference_loss_fn(*averages(p), PAIR, s["lambda_or"])
+    return "ORPO", with_nll(s, p, losses)
 
 
-def kto(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def kto(s: dict, p: Pair) -> tuple[str, Tensor]:
     if s["lambda_d"] != 1 or s["lambda_u"] != 1:
         raise NotImplementedError
     inputs = (p["chosen"], p["label"], PAIR[:1], p["ref_chosen"], s["beta"], p["z0"])
@@ -57,12 +52,8 @@ def kto(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
 def gather(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """It scores what it is given, so the caller shifts; the output layer is here the identity."""
     labels = tokens.masked_fill(~mask, -100)[:, 1:]
-    identity = torch.eye(logits.shape[-1], dtype=logits.dtype)
-    return torch.cat(
-        LigerFusedLinearPreferenceBase.chunk_forward(
-            logits[:, :-1], identity, labels, average_log_prob=False
-        )[:2]
-    )
+    inputs = (logits[:, :-1], torch.eye(logits.shape[-1], dtype=logits.dtype), labels)
+    return torch.cat(LigerFusedLinearPreferenceBase.chunk_forward(*inputs, average_log_prob=False)[:2])
 
 
 def program() -> Program:

@@ -1,5 +1,5 @@
-"""TRL's losses on given log-probs: its trainers' own methods, on a trainer that was not built and a model that
-returns the log-probs it is given."""
+"""TRL's losses on given log-probs: its trainers' own methods, on a trainer that was not built and a model
+that returns the log-probs it is given."""
 
 from collections import defaultdict
 from types import SimpleNamespace as Record
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import trl
-from conformance import Program
+from conformance import Pair, Program, averages
 from torch import Tensor
 from trl.experimental.cpo import CPOTrainer
 from trl.experimental.orpo import ORPOTrainer
@@ -46,7 +46,7 @@ def texts(logps: list[Tensor], lengths: list[int]) -> tuple[dict[str, Tensor], A
     return inputs, lambda **_: output
 
 
-def dpo_trainer(s: dict, p: dict[str, Tensor], kind: str, smoothing: float = 0.0) -> tuple[str, Tensor]:
+def dpo_trainer(s: dict, p: Pair, kind: str, smoothing: float = 0.0) -> tuple[str, Tensor]:
     if s.get("margin_from_data"):
         raise NotImplementedError
     weight = s.get("sft_weight", 0.0)
@@ -64,34 +64,28 @@ def dpo_trainer(s: dict, p: dict[str, Tensor], kind: str, smoothing: float = 0.0
     responses = [p["chosen"], p.get("rejected", one)]
     lengths = [int(p.get(name, torch.tensor([4]))) for name in ("chosen_length", "rejected_length")]
     inputs, model = texts(responses, lengths)
-    references = dict(
-        ref_chosen_logps=p.get("ref_chosen", one), ref_rejected_logps=p.get("ref_rejected", one)
-    )
+    inputs |= {f"{name}_logps": p.get(name, one) for name in ("ref_chosen", "ref_rejected")}
     name = f"{kind}{' + sft' if weight else ''}{f', label_smoothing {smoothing}' if smoothing else ''}"
-    return name, made._compute_loss(model, inputs | references, False)
+    return name, made._compute_loss(model, inputs, False)
 
 
-def dpo(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def dpo(s: dict, p: Pair) -> tuple[str, Tensor]:
     return dpo_trainer(s, p, "sigmoid_norm" if s["length_normalize"] else "sigmoid", s["label_smoothing"])
 
 
-def averages(p: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    return p["chosen"] / p["chosen_length"], p["rejected"] / p["rejected_length"]
-
-
-def simpo(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def simpo(s: dict, p: Pair) -> tuple[str, Tensor]:
     fields = dict(beta=s["beta"], simpo_gamma=s["gamma"], label_smoothing=s["label_smoothing"])
     made = trainer(CPOTrainer, loss_type="simpo", alpha=0.0, **fields)
     losses = made.cpo_loss(*averages(p))[0]
     return "CPO simpo", losses + s["sft_weight"] * -averages(p)[0]  # cpo_alpha * its NLL
 
 
-def orpo(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def orpo(s: dict, p: Pair) -> tuple[str, Tensor]:
     ratio = trainer(ORPOTrainer, beta=s["lambda_or"]).odds_ratio_loss(*averages(p))[0]
     return "ORPO", -s["sft_weight"] * averages(p)[0] - ratio  # its NLL less its ratio
 
 
-def kto(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def kto(s: dict, p: Pair) -> tuple[str, Tensor]:
     made = trainer(
         trl.KTOTrainer,
         beta=s["beta"],
@@ -107,16 +101,15 @@ def kto(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
     return "KTO", made._compute_loss(model, inputs, False)
 
 
-def reward_model(s: dict, p: dict[str, Tensor]) -> tuple[str, Tensor]:
+def reward_model(s: dict, p: Pair) -> tuple[str, Tensor]:
     if s["lm_weight"] or s["label_smoothing"]:
         raise NotImplementedError
     center = s["center_weight"] or None
     made = trainer(trl.RewardTrainer, args=Record(center_rewards_coefficient=center))
-    margin = s["margin"] + (p["margin"] if s["margin_from_data"] else 0.0)
     logits = torch.stack([p["chosen"], p["rejected"]])
-    inputs = dict(attention_mask=torch.ones(2, 1)) | (
-        dict(margin=margin) if s["margin"] or s["margin_from_data"] else {}
-    )
+    inputs = dict(attention_mask=torch.ones(2, 1))
+    if s["margin"] or s["margin_from_data"]:
+        inputs["margin"] = s["margin"] + (p["margin"] if s["margin_from_data"] else 0.0)
     return "Reward", made.compute_loss(lambda **_: Record(logits=logits), inputs)
 
 

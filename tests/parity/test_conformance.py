@@ -23,4 +23,4 @@ def test_wrong():
     """A program that is wrong is found out: a loss that is a half too large."""
     right = program().losses["hinge"]
     wrong = program()._replace(losses={"hinge": lambda s, p: ("hinge", right(s, p)[1] + 0.5)}, reasons={})
-    assert {row.why for row in rows(wrong)[:-1]} == {"UNEXPLAINED"}
+    assert {row[-1] for row in rows(wrong)[:-1]} == {"UNEXPLAINED"}

@@ -57,7 +57,7 @@ def test_reward_model(config, world, tmp_path):
 
 
 def test_fused(config, world, tmp_path):
-    """PEFT, which would find few of its parts, refuses the adapter of a family with fused layers, and we theirs."""
+    """PEFT, which would find few of its parts, refuses an adapter of a family with fused layers; we theirs."""
     base = shutil.copytree(world / "model", tmp_path / "model")
     save_model(tiny_model(vocab_size=300, **PHI3), base)
     run_dpo(config(), *SCALED, f"--model.path={base}")

@@ -2,35 +2,18 @@
 
 import numpy as np
 
-from minidpo.verify.claims import (
-    OF_THE_DIFFERENCE,
-    PAIR,
-    START,
-    Claims,
-    margin,
-    of_log_ratios,
-    pair_metrics,
-    rewards,
-    with_sft,
-)
+from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR, START, Claims, margin, of_margin
 
-POINTS = [
-    (dict(), PAIR, 0.6),  # z = 0.1 * (3 - -1) = 0.4; 1 - 0.4
-    (dict(beta=0.3), PAIR, 0.0),  # z = 1.2, beyond 1
-    (dict(), START, 1.0),  # z = 0
-    (dict(sft_weight=0.5), PAIR, 1.85),  # 0.5 * 10 / 4 = 1.25 more than the first
-]
-
-
-CLAIMS = with_sft(
-    Claims(
-        POINTS,
-        optimum="the expected loss is made of straight lines, so its least value lies at a kink: gradient"
-        " descent steps to and fro across it, and second derivatives are 0 or not there",
-        twin=lambda p, s: np.maximum(0, 1 - margin(p, s)),
-        gradient=lambda p, s: of_log_ratios(p, np.where(margin(p, s) < 1, -s.beta, 0.0)),
-        metrics=lambda p, s: pair_metrics(p, *rewards(p, s)),
-        mirror=lambda p, s: np.maximum(0, 1 + margin(p, s)) - np.maximum(0, 1 - margin(p, s)),
-        unmoved=OF_THE_DIFFERENCE,
-    )
+CLAIMS = Claims(
+    points=[
+        (dict(), PAIR, 0.6),  # z = 0.1 * (3 - -1) = 0.4; 1 - 0.4
+        (dict(beta=0.3), PAIR, 0.0),  # z = 1.2, beyond 1
+        (dict(), START, 1.0),  # z = 0
+        (dict(sft_weight=0.5), PAIR, 1.85),  # 0.5 * 10 / 4 = 1.25 more than the first
+    ],
+    twin=lambda p, s: np.maximum(0, 1 - s.beta * margin(p)),
+    gradient=lambda p, s: of_margin(p, np.where(s.beta * margin(p) < 1, -s.beta, 0.0)),
+    unmoved=OF_THE_DIFFERENCE,
+    optimum="the expected loss is made of straight lines, so its least value lies at a kink: gradient descent"
+    " steps to and fro across it, and second derivatives are 0 or not there",
 )

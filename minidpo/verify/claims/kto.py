@@ -6,14 +6,6 @@ from minidpo.verify.claims import Claims, shifted, sigma
 
 LIKED = dict(chosen=-10, ref_chosen=-13, z0=1.0, label=True, chosen_length=4)  # its log-ratio is 3
 DISLIKED = LIKED | dict(label=False)
-POINTS = [
-    (dict(), LIKED, 0.4501660027),  # z = 0.1 * (3 - 1) = 0.2; 1 - sigma(0.2)
-    (dict(), DISLIKED, 0.5498339973),  # z = -0.2; 1 - sigma(-0.2)
-    (dict(), LIKED | dict(ref_chosen=-10, z0=0.0), 0.5),  # the start: 1 - sigma(0)
-    (dict(lambda_d=1.5, lambda_u=4.0), LIKED, 0.6752490040),  # 1.5 * 0.4501660027
-    (dict(lambda_d=1.5, lambda_u=4.0), DISLIKED, 2.1993359892),  # 4 * 0.5498339973
-    (dict(beta=0.5), DISLIKED, 0.7310585786),  # z = -0.5 * 2 = -1; sigma(1)
-]
 
 
 def sign(p):
@@ -29,34 +21,27 @@ def weight(p, s):
 
 
 def gradient(p, s):
-    """d loss / d z = -lambda sigma(z) sigma(-z); z0 and the reference stand on the other side of the
-    policy."""
+    """d loss / d z = -lambda sigma(z) sigma(-z); z0 and the reference oppose the policy."""
     slope = -weight(p, s) * sigma(z(p, s)) * sigma(-z(p, s)) * sign(p) * s.beta
     return dict(chosen=slope, ref_chosen=-slope, z0=-slope)
 
 
-def metrics(p, s):
-    reward = s.beta * (p.chosen - p.ref_chosen)
-    return {
-        "rewards/chosen": reward[p.label],
-        "rewards/rejected": reward[~p.label],
-        "accuracy": (p.chosen - p.ref_chosen > p.z0) == p.label,
-        "z0": p.z0,
-        "logps/chosen": p.chosen,
-        "response_length/chosen": p.chosen_length,
-    }
-
-
 CLAIMS = Claims(
-    POINTS,
-    optimum="none: mass moved to responses that are desirable more often than not, from the others, always"
-    " lowers the loss, so its limit is at probability 0 (docs/derivation.md)",
+    points=[
+        (dict(), LIKED, 0.4501660027),  # z = 0.1 * (3 - 1) = 0.2; 1 - sigma(0.2)
+        (dict(), DISLIKED, 0.5498339973),  # z = -0.2; 1 - sigma(-0.2)
+        (dict(), LIKED | dict(ref_chosen=-10, z0=0.0), 0.5),  # the start: 1 - sigma(0)
+        (dict(lambda_d=1.5, lambda_u=4.0), LIKED, 0.6752490040),  # 1.5 * 0.4501660027
+        (dict(lambda_d=1.5, lambda_u=4.0), DISLIKED, 2.1993359892),  # 4 * 0.5498339973
+        (dict(beta=0.5), DISLIKED, 0.7310585786),  # z = -0.5 * 2 = -1; sigma(1)
+    ],
     twin=lambda p, s: weight(p, s) * (1 - sigma(z(p, s))),
     gradient=gradient,
-    metrics=metrics,
     unmoved={
-        "the same number added to policy and reference": ({}, shifted("chosen", "ref_chosen")),
-        "the same number added to the log-ratio and z0": ({}, shifted("chosen", "z0")),
-        "another rejected response": ({}, shifted("rejected", "ref_rejected")),
+        "the same number added to policy and reference": shifted("chosen", "ref_chosen"),
+        "the same number added to the log-ratio and z0": shifted("chosen", "z0"),
+        "another rejected response": shifted("rejected", "ref_rejected"),
     },
+    optimum="none: mass moved to responses that are desirable more often than not, from the others, always"
+    " lowers the loss, so its limit is at probability 0 (docs/derivation.md)",
 )

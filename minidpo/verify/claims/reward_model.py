@@ -1,26 +1,12 @@
 """The reward model's loss: Bradley-Terry, margins, label smoothing, language modelling and centring."""
 
 from minidpo.losses import Rewards
-from minidpo.verify.claims import Claims, logistic_loss, shifted, sigma
+from minidpo.verify.claims import Claims, logistic, shifted, sigma
 
 APART = dict(chosen=1.5, rejected=0.5, margin=0.25, chosen_logps=-10, chosen_length=4)
 ALIKE = APART | dict(chosen=-3, rejected=-3)
 NO_LM = dict(lm_weight=0.0)
 EVERYTHING = dict(lm_weight=0.5, margin=0.5, margin_from_data=True, center_weight=0.5, label_smoothing=0.1)
-POINTS = [
-    (NO_LM, APART, 0.3132616875),  # z = 1.5 - 0.5 = 1; ln(1 + exp(-1)) = ln 1.3678794412
-    (NO_LM, ALIKE, 0.6931471806),  # z = 0; ln 2
-    (NO_LM | dict(margin=0.5), APART, 0.4740769842),  # z = 1 - 0.5; ln(1 + exp(-0.5))
-    (NO_LM | dict(margin=0.5, label_smoothing=0.1), APART, 0.5240769842),  # e z = 0.1 * 0.5 more
-    (NO_LM | dict(margin_from_data=True), APART, 0.3868710061),  # z = 1 - 0.25; ln(1 + exp(-0.75))
-    (NO_LM | dict(margin_from_data=True, margin=0.5), APART, 0.5759394199),  # z = 1 - 0.25 - 0.5
-    (NO_LM | dict(center_weight=0.5), APART, 2.3132616875),  # 0.5 (1.5 + 0.5)^2 = 2 more
-    (NO_LM | dict(center_weight=1.0), ALIKE, 36.6931471806),  # (-3 - 3)^2 = 36 more
-    (dict(), APART, 2.8132616875),  # -(-10) / 4 = 2.5 more, because lm_weight = 1 by default
-    (dict(lm_weight=0.5), APART, 1.5632616875),  # 0.5 * 2.5 = 1.25 more
-    # z = 1 - 0.25 - 0.5 = 0.25: 0.5759394199, and e z = 0.025, 2 and 1.25 more
-    (EVERYTHING, APART, 3.8509394199),
-]
 
 
 def z(p, s):
@@ -28,7 +14,7 @@ def z(p, s):
 
 
 def twin(p, s):
-    losses = logistic_loss(z(p, s), s.label_smoothing) + s.center_weight * (p.chosen + p.rejected) ** 2
+    losses = logistic(z(p, s), s.label_smoothing) + s.center_weight * (p.chosen + p.rejected) ** 2
     return losses - s.lm_weight * p.chosen_logps / p.chosen_length
 
 
@@ -40,22 +26,24 @@ def gradient(p, s):
     return of_rewards | dict(margin=-slope * s.margin_from_data, chosen_logps=-s.lm_weight / p.chosen_length)
 
 
-def metrics(p, s):
-    return {
-        "preference_loss": logistic_loss(z(p, s), s.label_smoothing),
-        "accuracy": p.chosen > p.rejected,
-        "margin": p.chosen - p.rejected,
-        "mean_reward": (p.chosen + p.rejected) / 2,
-    } | ({"lm_loss": -p.chosen_logps / p.chosen_length} if s.lm_weight else {})
-
-
 CLAIMS = Claims(
-    POINTS,
-    optimum="a reward and not a policy: `python -m minidpo exact` trains it",
+    points=[
+        (NO_LM, APART, 0.3132616875),  # z = 1.5 - 0.5 = 1; ln(1 + exp(-1)) = ln 1.3678794412
+        (NO_LM, ALIKE, 0.6931471806),  # z = 0; ln 2
+        (NO_LM | dict(margin=0.5), APART, 0.4740769842),  # z = 1 - 0.5; ln(1 + exp(-0.5))
+        (NO_LM | dict(margin=0.5, label_smoothing=0.1), APART, 0.5240769842),  # e z = 0.1 * 0.5 more
+        (NO_LM | dict(margin_from_data=True), APART, 0.3868710061),  # z = 1 - 0.25; ln(1 + exp(-0.75))
+        (NO_LM | dict(margin_from_data=True, margin=0.5), APART, 0.5759394199),  # z = 1 - 0.25 - 0.5
+        (NO_LM | dict(center_weight=0.5), APART, 2.3132616875),  # 0.5 (1.5 + 0.5)^2 = 2 more
+        (NO_LM | dict(center_weight=1.0), ALIKE, 36.6931471806),  # (-3 - 3)^2 = 36 more
+        (dict(), APART, 2.8132616875),  # -(-10) / 4 = 2.5 more, because lm_weight = 1 by default
+        (dict(lm_weight=0.5), APART, 1.5632616875),  # 0.5 * 2.5 = 1.25 more
+        # z = 1 - 0.25 - 0.5 = 0.25: 0.5759394199, and e z = 0.025, 2 and 1.25 more
+        (EVERYTHING, APART, 3.8509394199),
+    ],
     twin=twin,
     gradient=gradient,
-    metrics=metrics,
-    unmoved={"the same number added to both rewards": (NO_LM, shifted("chosen", "rejected"))},
-    direction=NO_LM,
+    unmoved={"the same number added to both rewards": shifted("chosen", "rejected")},
+    optimum="a reward and not a policy: `python -m minidpo exact` trains it",
     fields=Rewards,
 )
