@@ -10,10 +10,6 @@ from minidpo.errors import UserError
 Values = dict[str, dict[str, Any]]  # section -> key -> value
 
 
-class Typed(str):
-    """A value from the command line: the type of its key decides how the text is read."""
-
-
 def file_of(arguments: list[str]) -> tuple[str, Values]:
     """The one configuration file among the arguments, and what it says."""
     files = [argument for argument in arguments if not argument.startswith("--")]
@@ -37,7 +33,7 @@ def read_toml(path: Path) -> Values:
 
 
 def typed(arguments: list[str]) -> Values:
-    """`--section.key=value`; `--section.key.name=value` is one entry of a table."""
+    """`--section.key=value`, as text; `--section.key.name=value` is one entry of a table."""
     sections: Values = {}
     for argument in arguments:
         name, equals, text = argument[2:].partition("=")
@@ -46,7 +42,7 @@ def typed(arguments: list[str]) -> Values:
             raise UserError(f"{argument}: command-line settings have the form --section.key=value")
         values, (name, is_entry, entry) = sections.setdefault(section, {}), name.partition(".")
         if not is_entry:
-            values[name] = Typed(text)
+            values[name] = text
         elif isinstance(values.setdefault(name, {}), dict):
             values[name][entry] = text
         else:

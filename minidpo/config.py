@@ -1,18 +1,17 @@
 """Configuration: the defaults, then the TOML file, then `--section.key=value`. Unknown keys are errors.
 
-The keys are those of sections.py; the keys of train_dpo.py's [loss] are `name` and the fields of the loss it
-names.
+The keys are those of sections.py; those of train_dpo.py's [loss] are `name` and the fields of that loss.
 """
 
 import dataclasses
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_origin, get_type_hints
 
-from minidpo.arguments import Typed, Values, file_of, read_toml, read_value, typed
+from minidpo.arguments import Values, file_of, read_toml, read_value, typed
 from minidpo.distributed import rank
 from minidpo.errors import UserError
 from minidpo.files import write_file, writing
-from minidpo.losses import DPO, LOSSES, PreferenceLoss
+from minidpo.losses import DPO, LOSSES, BradleyTerry, PreferenceLoss
 from minidpo.sections import COMMAND_LINE, DPOConfig, RewardConfig, named_key
 from minidpo.settings import fault, help_lines, keys_of, one_of, setting, toml
 
@@ -24,6 +23,18 @@ class LossName:
     name: str = setting(DPO.name, "which loss", one_of(*LOSSES))
 
 
+NAME = keys_of(LossName)["name"]
+IN_WORDS: dict[Any, str] = {
+    str: "text",
+    bool: "true or false",
+    bool | str: 'true, false or "auto"',
+    int: "a whole number",
+    float: "a number",
+    list[str]: "a list of texts",
+    dict[str, str]: "a table of texts",
+}
+
+
 def load_config(kind: type[Config], arguments: list[str]) -> Config:
     """The configuration that `FILE.toml --section.key=value ...` means. A UserError names file and key."""
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -32,9 +43,6 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
         raise SystemExit(0)
     file, of_file = file_of(arguments)
     from_command_line = typed([argument for argument in arguments if argument.startswith("--")])
-    if kind is DPOConfig:
-        _drop_keys_of_another_loss(of_file, from_command_line, file)
-
     sections = _section_types(kind, file, of_file, from_command_line)
     values: Values = {section: {} for section in sections}
     sources: dict[str, str] = {}
@@ -47,24 +55,18 @@ def load_config(kind: type[Config], arguments: list[str]) -> Config:
                 former = values[section].get(name)
                 values[section][name] = former | value if isinstance(former, dict) else value
                 sources[f"{section}.{name}"] = where
-    if kind is DPOConfig:
-        values["loss"].pop("name", None)  # It has chosen the class of the section.
-    made = {section: sections[section](**values[section]) for section in sections}
-    config = kind(**made)
+    config = kind(**{section: sections[section](**values[section]) for section in sections})
     config.sources = sources
     _check(config)
     return config
 
 
 def load_either_config(arguments: list[str]) -> DPOConfig | RewardConfig:
-    """As `load_config`, for the configuration of either script: train_rm.py's if [loss] has a key only it
-    knows."""
+    """As `load_config`, of either script: train_rm.py's if [loss] has a key that only it knows."""
     _, of_file = file_of(arguments)
     of_losses = {name for loss in LOSSES.values() for name in keys_of(loss)}
-    of_reward_model = keys_of(get_type_hints(RewardConfig)["loss"]).keys() - of_losses
-    if of_reward_model & of_file.get("loss", {}).keys():
-        return load_config(RewardConfig, arguments)
-    return load_config(DPOConfig, arguments)
+    of_reward_model = (keys_of(BradleyTerry).keys() - of_losses) & of_file.get("loss", {}).keys()
+    return load_config(RewardConfig, arguments) if of_reward_model else load_config(DPOConfig, arguments)
 
 
 def config_of_run(model: Path) -> Path | None:
@@ -144,73 +146,53 @@ def describe(kind: type[DPOConfig] | type[RewardConfig]) -> str:
     return "\n".join(lines)
 
 
-def _drop_keys_of_another_loss(of_file: Values, typed: Values, file: str) -> None:
-    """Where the command line changes loss.name, the keys in the file's [loss] belong to another loss."""
-    loss, name = of_file.get("loss", {}), typed.get("loss", {}).get("name")
-    former = loss.get("name", DPO.name)
-    dropped = [key for key in loss if key != "name"]
-    if name is not None and name != former and dropped:
-        of_file["loss"] = {}
-        if rank() == 0:
-            print(f"loss.name = {name}: {', '.join(dropped)} in {file} belong to {former} and are not read")
-
-
 def _section_types(kind: type, file: str, of_file: Values, typed: Values) -> dict[str, Any]:
-    """Section -> its dataclass. loss.name chooses that of train_dpo.py's [loss]."""
+    """Section -> its dataclass. loss.name, which is taken out here, chooses that of train_dpo.py's [loss]."""
     types = get_type_hints(kind)
-    if kind is DPOConfig:
-        name, where = of_file.get("loss", {}).get("name", DPO.name), file
-        if "name" in typed.get("loss", {}):
-            name, where = typed["loss"]["name"], COMMAND_LINE
-        types["loss"] = LOSSES[_value("loss", keys_of(LossName)["name"], name, where)]
-    return types
+    if kind is RewardConfig:
+        return types
+
+    def name(given: Values, where: str, default: str) -> str:
+        loss = given.get("loss", {})
+        return _value("loss", NAME, loss.pop("name"), where) if "name" in loss else default
+
+    former = name(of_file, file, DPO.name)
+    chosen = name(typed, COMMAND_LINE, former)
+    # Where the command line chooses another loss, the keys in the file's [loss] belong to the former one.
+    if chosen != former and (dropped := of_file.pop("loss", {})) and rank() == 0:
+        print(f"loss.name = {chosen}: {', '.join(dropped)} in {file} belong to {former} and are not read")
+    return types | {"loss": LOSSES[chosen]}
 
 
 def _key(sections: dict[str, Any], section: str, name: str, where: str) -> dataclasses.Field:
     """The field that section.name is. Raises UserError that lists those there are."""
-    other, script = (RewardConfig, "train_rm.py") if "reference" in sections else (DPOConfig, "train_dpo.py")
-    theirs = get_type_hints(other)
-    theirs["loss"] = theirs["loss"] if other is RewardConfig else DPO
+    keys = keys_of(sections.get(section))
+    if name in keys:
+        return keys[name]
+    theirs, script = {**get_type_hints(DPOConfig), "loss": DPO}, "train_dpo.py"
+    if "reference" in sections:
+        theirs, script = get_type_hints(RewardConfig), "train_rm.py"
+    hint = f" (it belongs to {script})" if name in keys_of(theirs.get(section)) else ""
     if section not in sections:
-        hint = f" (it belongs to {script})" if section in theirs else ""
         raise UserError(f"{where}: no section [{section}]; there are {', '.join(sections)}{hint}")
-    keys = keys_of(sections[section])
-    if issubclass(sections[section], PreferenceLoss):
-        keys = keys_of(LossName) | keys
-    if name not in keys:
-        of_loss = f" of {sections[section].name}" if section == "loss" else ""
-        hint = f" (it belongs to {script})" if name in keys_of(theirs.get(section)) else ""
-        raise UserError(f"{where}: no key {section}.{name}; [{section}]{of_loss} has {', '.join(keys)}{hint}")
-    return keys[name]
+    of_loss = f" of {sections[section].name}" if section == "loss" else ""
+    names = ", ".join(["name"] * issubclass(sections[section], PreferenceLoss) + [*keys])
+    raise UserError(f"{where}: no key {section}.{name}; [{section}]{of_loss} has {names}{hint}")
 
 
 def _value(section: str, key: dataclasses.Field, value: Any, where: str) -> Any:
     """`value` for the setting `key`, of its type and allowed."""
-    if isinstance(value, Typed):
-        value = read_value(key, str(value))
+    if where == COMMAND_LINE and isinstance(value, str):
+        value = read_value(key, value)
     if key.type is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if key.type == list[str]:
-        fits = isinstance(value, list) and all(isinstance(item, str) for item in value)
-    elif key.type == dict[str, str]:
-        fits = isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
-    elif key.type == bool | str:
-        fits = isinstance(value, bool | str)
-    else:
-        fits = type(value) is key.type
-    if not fits:
-        wanted = {
-            str: "text",
-            bool: "true or false",
-            bool | str: 'true, false or "auto"',
-            int: "a whole number",
-            float: "a number",
-        }
-        tables = {list[str]: "a list of texts", dict[str, str]: "a table of texts"}
-        needed = (wanted | tables)[key.type]  # type: ignore[index]
-        raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {value!r}; {needed} is needed")
+    types = (bool, str) if key.type == bool | str else (get_origin(key.type) or key.type,)
+    items = value if isinstance(value, list) else value.values() if isinstance(value, dict) else ()
+    named = named_key(f"{section}.{key.name}", where)
+    if type(value) not in types or not all(isinstance(item, str) for item in items):
+        raise UserError(f"{named} = {value!r}; {IN_WORDS[key.type]} is needed")
     if wrong := fault(key, value):
-        raise UserError(f"{named_key(f'{section}.{key.name}', where)} = {toml(value)}; {wrong}")
+        raise UserError(f"{named} = {toml(value)}; {wrong}")
     return value
 
 
@@ -219,16 +201,14 @@ def _check(config: DPOConfig | RewardConfig) -> None:
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for name, key in keys_of(values).items():
-            if wrong := fault(key, value := getattr(values, name)):
-                raise UserError(f"{config.named(f'{section.name}.{name}')} = {toml(value)}; {wrong}")
+            if wrong := fault(key, getattr(values, name)):
+                raise UserError(f"{config.as_set(section.name, name)}; {wrong}")
     if (Path(config.run.out) / "config.json").is_file():
-        holds = f"{config.named('run.out')} = {config.run.out} holds a model (config.json)"
-        raise UserError(f"{holds}; a run needs a directory of its own")
+        out = config.as_set("run", "out")
+        raise UserError(f"{out} holds a model (config.json); a run needs a directory of its own")
     if config.optim.warmup_steps and config.optim.warmup_ratio:
-        steps = f"{config.named('optim.warmup_steps')} = {config.optim.warmup_steps}"
-        ratio = f"{config.named('optim.warmup_ratio')} = {config.optim.warmup_ratio}"
+        steps, ratio = config.as_set("optim", "warmup_steps"), config.as_set("optim", "warmup_ratio")
         raise UserError(f"{steps} and {ratio}; give one of them, and 0 for the other")
     if config.data.max_prompt_length >= config.data.max_length:
-        prompt = f"{config.named('data.max_prompt_length')} = {config.data.max_prompt_length}"
-        longest = f"{config.named('data.max_length')} = {config.data.max_length}"
-        raise UserError(f"{prompt} leaves no room for a response; it must be below {longest}")
+        prompt, text = config.as_set("data", "max_prompt_length"), config.as_set("data", "max_length")
+        raise UserError(f"{prompt} leaves no room for a response; it must be below {text}")

@@ -1,7 +1,7 @@
 """One run over several processes: `torchrun --nproc_per_node=N train_dpo.py CONFIG`, sharded by FSDP2.
 
-Every process ("rank") runs the same script on the same batches and takes its share of the micro-batches.
-Rank 0 alone prints and writes. All must see the same files. With one process, nothing here does anything.
+Every process ("rank") runs the same script and takes its share of each batch's micro-batches. Rank 0 alone
+prints and writes. All must see the same files. With one process, nothing here does anything.
 """
 
 import os
@@ -44,8 +44,8 @@ def rank() -> int:
 def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
     """`main` as one process of the group that torchrun started.
 
-    An error is told once, by the process that meets it first. The others, which lose their peer or meet the
-    same error, end silently. If a process was killed, one of the others raises RunStopped.
+    An error is told once, by the process that meets it first; the others end silently. If a process was
+    killed, one of the others raises RunStopped.
     """
 
     def run(arguments: list[str]) -> None:
@@ -60,9 +60,8 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             if ranks() > 1:
                 leave(0)
         except Exception as error:
-            told = (
-                error if isinstance(error, UserError | RunStopped) or remedy(error) else _peers(error, size)
-            )
+            known = isinstance(error, UserError | RunStopped) or remedy(error)
+            told = error if known else _peers(error, size)
             if told is None:
                 raise
             raise (SystemExit(1) if store.add("errors told", 1) > 1 else told) from None
@@ -82,11 +81,8 @@ def _peers(error: Exception, size: int) -> RunStopped | None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with an exit status once all processes have come this far.
-
-    Without waiting, torchrun would end the others as soon as one has a status other than 0, while rank 0 may
-    still be writing the shards that they gave it.
-    """
+    """End this process with an exit status once all processes have come this far: after a status other than
+    0, torchrun ends the others at once, while rank 0 may still be writing."""
     if ranks() == 1:
         raise SystemExit(status)
     with suppress(RuntimeError):  # A peer that has already exited is fine here.
@@ -150,9 +146,8 @@ def shard(model: nn.Module, device: torch.device, dtype: str) -> None:
     """Split each parameter of a decoder over the ranks by its first dimension, before it has weights.
 
     A layer's weights are gathered while it computes, in bf16 if dtype is "bf16"; the shards, their gradients,
-    the reduction and AdamW stay float32. The parameters outside the layers form one more group, which stays
-    gathered from the start of a forward to the end of its backward. Gradients are summed, not averaged: every
-    micro-batch already divides by the whole batch's size.
+    the reduction and AdamW stay float32. The parameters outside the layers form one more group. Gradients are
+    summed, not averaged: every micro-batch already divides by the whole batch's size.
     """
     if ranks() == 1:
         return

@@ -1,11 +1,8 @@
 """What a user can get wrong, told in one line.
 
-Everything that depends on what was typed, or on a file that the user named, raises `UserError` with what is
-wrong, where (file, line, key) and what would be right. `exit_on_user_error` prints it as that one line with
-exit status 2, `RunStopped`, a GPU out of memory and a failure of PyTorch's compiler as one line with status
-1, Ctrl-C with status 130. If whoever read the output has gone (`| head`), it ends without a word, with status
-141; if the disk of the output is full (`> file`), in one line with status 1. Any other exception is a bug in
-minidpo and keeps its traceback.
+Exit status 2: a `UserError`, about what was typed or a file that was named. 1: `RunStopped`, a GPU out of
+memory, PyTorch's compiler, a full disk where the output goes (`> file`). 130: Ctrl-C. 141, without a word:
+whoever read the output has gone (`| head`). Any other exception is a bug in minidpo and keeps its traceback.
 """
 
 import errno
@@ -20,12 +17,11 @@ NOT_FINITE = (
     "some of its weights are nan, inf or far too large (a run that diverged, a torn file);"
     " take an earlier checkpoint, or fetch it again"
 )
-STOPPED = 130  # the exit status that shells give Ctrl-C: `train && publish` does not publish half a run
-UNREAD = 141  # what they give to a program that writes into a pipe which nobody reads
+STOPPED, UNREAD = 130, 141  # The exit statuses of shells: `train && publish` does not publish half a run.
 
 
 class UserError(ValueError):
-    """Bad input from the user. The message is a single line that says what, where and what is right."""
+    """Bad input from the user. The message is a single line: what, where (file, line, key), what is right."""
 
 
 class RunStopped(RuntimeError):
@@ -73,7 +69,7 @@ def exit_on_user_error(main: Callable[[list[str]], None]) -> None:
 
 
 def silence_closed_pipes() -> None:
-    """Send what is still to be printed nowhere, where it would go to a pipe that nobody reads any more."""
+    """Send what is still to be printed into a pipe that nobody reads any more nowhere."""
     if not hasattr(select, "poll"):  # Windows, where a broken pipe is an OSError of another kind anyway.
         return
     for stream in filter(None, (sys.stdout, sys.stderr)):

@@ -1,14 +1,11 @@
-"""Files and directories that are either whole or absent: written beside their place, then renamed into it.
-
-A link is replaced like a file: what is written never lands where a link points to.
-"""
+"""Files and directories that are either whole or absent: written beside their place, then renamed into it. A
+link is replaced like a file: what is written never lands where it points to."""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,17 +30,15 @@ def replacing_file(path: Path) -> Iterator[Path]:
     temporary = _beside(path, "tmp")
     remove(temporary)
     temporary.touch(exist_ok=False)
-    mode = temporary.stat().st_mode
     try:
         yield temporary
-        _finish(temporary, mode)
+        _sync(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def write_file(path: Path, text: str) -> None:
-    """A text file in UTF-8; whole or absent."""
     with replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -54,12 +49,10 @@ def replacing_directory(path: Path) -> Iterator[Path]:
     temporary, aside = _beside(path, "tmp"), _beside(path, "old")
     remove(temporary)
     temporary.mkdir(parents=True)
-    mode = temporary.stat().st_mode
     try:
         yield temporary
-        for part in filter(Path.is_file, temporary.rglob("*")):
-            _finish(part, mode & 0o666)
-        _sync(temporary)
+        for part in (*filter(Path.is_file, temporary.rglob("*")), temporary):
+            _sync(part)
         # A directory cannot be renamed over a full one, so the old one is renamed out of the way first. If
         # the process is killed between the two renames, `clear_leftovers` gives the old one its name back.
         if os.path.lexists(path):
@@ -107,13 +100,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON object per line; the file is whole or absent."""
     with writing(path), replacing_file(path) as temporary, temporary.open("w") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def require_place(option: str, path: str | Path) -> None:
-    """Raises UserError that names the option unless a file can be made at `path`; called before the work."""
+    """Raises UserError unless a file can be made at `path`; called before the work."""
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise UserError(f"{option} {path}: a file in a directory that exists is needed")
     require_regular(Path(path), f"{option} ")
@@ -164,7 +156,7 @@ def hub_name(path: Path) -> str:
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in `file`. Raises UserError for anything else."""
+    """The JSON object in `file`."""
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
@@ -194,7 +186,7 @@ def read_arrays(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def fingerprint(*parts: bytes | str | Path) -> str:
-    """Hex digest of texts, bytes and whole files, in order: equal contents give equal fingerprints."""
+    """Hex digest of texts, bytes and whole files, in order."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         if isinstance(part, Path):
@@ -213,13 +205,6 @@ def _digest(arrays: Mapping[str, np.ndarray], about: dict[str, str]) -> str:
 
 def _beside(path: Path, kind: str) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.{kind}")
-
-
-def _finish(path: Path, mode: int) -> None:
-    """Give a file the mode that the umask allows: safetensors writes files that only their owner may read."""
-    if stat.S_IMODE(path.stat().st_mode) != stat.S_IMODE(mode):
-        path.chmod(stat.S_IMODE(mode))
-    _sync(path)
 
 
 def _sync(path: Path) -> None:

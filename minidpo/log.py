@@ -1,7 +1,6 @@
 """What a run says: lines on the console, progress lines, and metrics.jsonl."""
 
 import json
-import math
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from minidpo.distributed import all_reduce_sum, rank
 from minidpo.errors import UserError
-from minidpo.files import write_file, writing
+from minidpo.files import write_json_lines, writing
 from minidpo.logprobs import widest_float
 
 
@@ -50,75 +49,43 @@ class Means:
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The lines of a metrics.jsonl. A torn last line is passed over: the run was killed, or is writing it
-    now.
+    """The lines of a metrics.jsonl. A torn last line is passed over: the run was killed, or is writing it.
 
     Raises UserError that names the file and the line for any other line that is no JSON object with a step.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     values = []
     for number, line in enumerate(lines, start=1):
-        if _step(line) < math.inf:
-            values.append(json.loads(line))
+        try:
+            read = json.loads(line)
+        except (ValueError, RecursionError):
+            read = None
+        if isinstance(read, dict) and type(read.get("step")) is int:
+            values.append(read)
         elif number < len(lines):
-            raise UserError(f"{path}:{number}: {line[:40]!r} is no line of metrics; give the file of a run")
+            raise UserError(f"{path}:{number}: {line[:40]!r} is no line of metrics; delete it, or name a run")
     return values
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object per logged step. On resume, lines later than the checkpoint are dropped.
+    """metrics.jsonl: one JSON object per logged step. Lines after last_step, the checkpoint's, are dropped;
+    if that is 0, all are: step 0 is evaluated again."""
 
-    last_step: the checkpoint's, or 0 if there is none; then step 0 is evaluated again, so its line is dropped
-    too.
-    tensorboard: whether the same numbers go to `tensorboard` beside it, one scalar per key and step.
-    """
-
-    def __init__(self, path: Path, last_step: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
-        self._events = None
         if rank() == 0:
-            with writing(path):  # Written anew even if nothing goes: a link would lead out of the run.
-                lines = (
-                    path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []
-                )
-                steps = list(map(_step, lines))
-                kept = (line for line, step in zip(lines, steps, strict=True) if step <= (last_step or -1))
-                write_file(path, "".join(line + "\n" for line in kept))
-            if strange := sum(line != "" and steps[i] == math.inf for i, line in enumerate(lines[:-1])):
-                print0(f"warning: {path}: {strange} lines were no lines of metrics and are gone")
-        if rank() == 0 and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # sections.py has checked that it is there
-
-            with writing(path.parent / "tensorboard"):
-                # TensorBoard forgets what a run has written before that began at this step or later.
-                purge = last_step + 1 if last_step else 0
-                self._events = SummaryWriter(str(path.parent / "tensorboard"), purge_step=purge)
+            with writing(path):  # Written anew even if all lines stay: a link would lead out of the run.
+                lines = read_metrics(path) if path.exists() else []
+                write_json_lines(path, (line for line in lines if line["step"] <= (last_step or -1)))
 
     def write(self, values: dict[str, float]) -> None:
-        if rank() != 0:
-            return
-        with writing(self.path):
-            with self.path.open("a") as file:
+        if rank() == 0:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(values) + "\n")
-            if self._events:
-                for name in values.keys() - {"step"}:
-                    self._events.add_scalar(name, values[name], values["step"])
-                self._events.flush()  # so that a killed run has lost nothing
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that is none, such as a torn one."""
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError):
-        return math.inf
-    step = values.get("step") if isinstance(values, dict) else None
-    return step if type(step) is int and 0 <= step < 2**53 else math.inf
 
 
 class Progress:
-    """Count, rate and time left: one line that rewrites itself on a terminal, one line per minute
-    elsewhere."""
+    """Count, rate and time left: a line that rewrites itself on a terminal; elsewhere one per minute."""
 
     def __init__(self, label: str, total: int | None = None, unit: str = "items") -> None:
         self.label, self.total, self.unit = label, total, unit
@@ -135,8 +102,7 @@ class Progress:
             print(begin + self._line(now), end=end, file=sys.stderr, flush=True)
 
     def close(self, last_line: bool = True) -> None:
-        """Remove the line from a terminal; print it a last time unless what is printed next says the
-        result."""
+        """Remove the line from a terminal; print it a last time unless what comes next says the result."""
         if self._live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
         if last_line and rank() == 0:
@@ -144,8 +110,7 @@ class Progress:
 
     def _line(self, now: float) -> str:
         seconds = max(now - self._start, 1e-9)
-        rate = self.done / seconds
-        of, left = (f"/{self.total}" if self.total else ""), ""
+        rate, of, left = self.done / seconds, f"/{self.total}" if self.total else "", ""
         if self.total and 0 < self.done < self.total:
             left = f", {duration((self.total - self.done) / rate)} left"
         per_second = f"{rate:{',.0f' if rate >= 10 else '.2g'}} per second"

@@ -8,22 +8,12 @@ from pathlib import Path
 
 from minidpo.errors import UserError
 from minidpo.losses import DPO, BradleyTerry, PreferenceLoss
-from minidpo.settings import Check, at_least, fraction, not_negative, one_of, positive, setting
+from minidpo.settings import Check, at_least, fraction, not_negative, one_of, positive, setting, toml
 
 TEMPLATES = ("model", "hh", "chatml")
 TEXTS = ("", "template", "raw")  # what text becomes where the model has a chat template; empty: ask
 COLUMNS = ("prompt", "system", "chosen", "rejected", "messages", "completion", "label", "margin", "tools")
 COMMAND_LINE = "command line"
-
-
-def _tensorboard_is_there(asked_for: bool) -> bool:
-    """Checked before a run does anything, because minutes of data and reference later is too late."""
-    try:
-        if asked_for:
-            import torch.utils.tensorboard  # noqa: F401  (the import fails for a tensorboard that is too old)
-    except ImportError:
-        return False
-    return True
 
 
 def _is_date(text: str) -> bool:
@@ -41,10 +31,8 @@ _date = Check(_is_date, "a date as 2026-11-26, or empty")
 _true_false_or_auto = Check((True, False, "auto").__contains__, 'true, false or "auto"')
 _text = Check(TEXTS.__contains__, "template, raw or empty")
 _columns = Check(set(COLUMNS).issuperset, "a table with keys of " + ", ".join(COLUMNS))
+_dtype_or_auto = one_of("auto", "bf16", "fp32")
 _seed = Check(lambda number: 0 <= number < 2**63, "from 0 to 2^63 - 1")
-_tensorboard = Check(
-    _tensorboard_is_there, "false where the package tensorboard is missing: pip install tensorboard"
-)
 
 
 @dataclass
@@ -61,32 +49,14 @@ class ReferenceSection:
 class DataSection:
     train: list[str] = setting([], "preference files, or directories of them, to learn from", _files)
     eval: list[str] = setting([], "held-out preference files; empty: hold eval_pairs out of train")
-    eval_pairs: int = setting(
-        256, "with no eval file, about this many pairs are held out by prompt", not_negative
-    )
+    eval_pairs: int = setting(256, "with no eval file, so many pairs are held out by prompt", not_negative)
     max_length: int = setting(512, "most tokens of prompt + one response", at_least(2))
     max_prompt_length: int = setting(384, "longer prompts lose their beginning", positive)
-    template: str = setting(
-        "model",
-        "how messages become text: the model's own, hh or chatml (final/ then has it for its own)",
-        one_of(*TEMPLATES),
-    )
-    date: str = setting(
-        "", "the date that a chat template which asks for it is given; empty: that of the run's start", _date
-    )
-    text: str = setting(
-        "",
-        "prompts in text: template (a user's turn of it) or raw; empty: raw, unless that looks wrong",
-        _text,
-    )
-    columns: dict[str, str] = setting(
-        {}, "names for keys of the records, as --data.columns.prompt=KEY, where theirs do not tell", _columns
-    )
-    pairs_per_prompt: str = setting(
-        "best-worst",
-        "of several answers: the best against the worst, or all pairs",
-        one_of("best-worst", "all"),
-    )
+    template: str = setting("model", "the chat template; final/ gets it, too", one_of(*TEMPLATES))
+    date: str = setting("", "the day, for a chat template that asks; empty: of the start", _date)
+    text: str = setting("", "template: text becomes a user's turn; raw; empty: raw, or ask", _text)
+    columns: dict[str, str] = setting({}, "names of records' keys: --data.columns.prompt=KEY", _columns)
+    pairs_per_prompt: str = setting("best-worst", "of several answers", one_of("best-worst", "all"))
     min_margin: float = setting(0.0, "drop pairs with a smaller margin, or with none; 0: keep all")
     limit: int = setting(0, "read only the first so many records of train, and of eval; 0: all", not_negative)
     skip_bad: bool = setting(False, "leave out and count records that cannot be read, instead of stopping")
@@ -95,13 +65,9 @@ class DataSection:
 
 @dataclass
 class EvalSection:
-    samples: int = setting(
-        0, "held-out prompts to respond to at every evaluation: KL, length, rewards; 0: none", not_negative
-    )
+    samples: int = setting(0, "held-out prompts to respond to at an evaluation; 0: none", not_negative)
     max_new_tokens: int = setting(128, "tokens after which a sampled response is cut off", positive)
-    reward_model: str = setting(
-        "", "a reward model's directory: mean reward, and win rate against the reference"
-    )
+    reward_model: str = setting("", "a reward model's directory: mean reward, wins over the reference")
 
 
 @dataclass
@@ -110,14 +76,8 @@ class LoRASection:
     alpha: float = setting(32.0, "the product of both adapters is scaled by alpha / rank", positive)
     rank_scaled: bool = setting(False, "it is scaled by alpha / sqrt(rank) instead (rsLoRA)")
     targets: list[str] = setting(_LINEAR_LAYERS, "the linear layers that get adapters", _names)
-    base_dtype: str = setting(
-        "auto",
-        "of the frozen weights; auto: bf16 on cuda with run.dtype = bf16, else fp32",
-        one_of("auto", "bf16", "fp32"),
-    )
-    final_dtype: str = setting(
-        "fp32", "of the merged weights in final/; bf16 rounds updates away", one_of("fp32", "bf16")
-    )
+    base_dtype: str = setting("auto", "of frozen weights; auto: run.dtype on cuda", _dtype_or_auto)
+    final_dtype: str = setting("fp32", "of merged weights; bf16 rounds updates away", one_of("fp32", "bf16"))
 
 
 @dataclass
@@ -141,27 +101,18 @@ class OptimSection:
 class RunSection:
     out: str = setting("", "directory for the results of this run", _path)
     seed: int = setting(0, "of the data order, the held-out split and a new reward head", _seed)
-    device: str = setting(
-        "auto", "auto: cuda if there is one, else cpu", one_of("auto", "cpu", "cuda", "mps")
-    )
+    device: str = setting("auto", "auto: cuda, else cpu", one_of("auto", "cpu", "cuda", "mps"))
     dtype: str = setting("bf16", "bf16: autocast over float32 weights", one_of("bf16", "fp32"))
     threads: int = setting(0, "CPU threads; 0: PyTorch's choice", not_negative)
     log_every: int = setting(10, "steps between two lines of the log", positive)
-    eval_every: int = setting(
-        0, "steps between evaluations; 0: before the first and after the last", not_negative
-    )
+    eval_every: int = setting(0, "steps between evaluations; 0: first and last step only", not_negative)
     save_every: int = setting(0, "steps between checkpoints; 0: only at the end", not_negative)
     keep_checkpoints: int = setting(1, "newest checkpoints kept", positive)
-    tensorboard: bool = setting(False, "write metrics to OUT/tensorboard too", _tensorboard)
     compile: bool | str = setting("auto", "torch.compile the layers; auto: on cuda only", _true_false_or_auto)
     attention: str = setting(
-        "auto",
-        "on cuda: flex (one compiled kernel), sdpa (text by text); auto: FlashAttention in bf16, else flex",
-        one_of("auto", "flex", "sdpa"),
+        "auto", "on cuda; auto: FlashAttention in bf16, flex in fp32", one_of("auto", "flex", "sdpa")
     )
-    activation_checkpointing: bool = setting(
-        False, "compute layers again in backward: less memory, a third more time"
-    )
+    activation_checkpointing: bool = setting(False, "less memory, a third more time per step")
 
 
 class Sources:
@@ -173,6 +124,10 @@ class Sources:
     def named(self, key: str) -> str:
         """A key as its user knows it: "data.eval in configs/hh_dpo.toml", or "--data.eval"."""
         return named_key(key, self.sources.get(key, ""))
+
+    def as_set(self, section: str, name: str) -> str:
+        """Such as "optim.lr in configs/hh_dpo.toml = 1e-06"."""
+        return f"{self.named(f'{section}.{name}')} = {toml(getattr(getattr(self, section), name))}"
 
 
 def named_key(key: str, where: str) -> str:

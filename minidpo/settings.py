@@ -1,9 +1,10 @@
 """A setting: a dataclass field with a default, a line of help, and a check of its value.
 
-Losses and the sections of a configuration declare their keys with `setting`. The configuration, --help and
-the commands read all that they need to know about a key from its field.
+Losses and the sections of a configuration declare their keys with `setting`; all else about a key is read
+from its field.
 """
 
+import json
 from collections.abc import Callable
 from copy import copy
 from dataclasses import Field, field, fields
@@ -32,7 +33,7 @@ def one_of(*names: str) -> Check:
 
 
 def setting(default: Any, about: str, check: Check | None = None) -> Any:
-    """A dataclass field with its default, a line for --help, and the check of its values."""
+    """A dataclass field; `about` is its line of --help."""
     metadata = {"about": about, "check": check}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
@@ -61,23 +62,18 @@ def keys_of(settings: Any) -> dict[str, Field]:
 
 def help_lines(settings: Any, indent: str = "  ") -> list[str]:
     """The lines of --help for a dataclass: each setting with its default, help and choices."""
-    lines, defaults = [], settings()
+    lines = []
     for name, key in keys_of(settings).items():
         check = key.metadata["check"]
         choices = f" ({check.must})" if check and check.must.startswith("one of") else ""
-        assignment = f"{name} = {toml(getattr(defaults, name))}"
+        assignment = f"{name} = {toml(getattr(settings(), name))}"
         lines.append(f"{indent}{assignment:<{32 - len(indent)}} {key.metadata['about']}{choices}")
     return lines
 
 
 def toml(value: Any) -> str:
     """A value as TOML writes it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-    if isinstance(value, list):
-        return "[" + ", ".join(map(toml, value)) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {toml(of_key)}" for key, of_key in value.items()) + "}"
-    return repr(value)
+    # Python's inf is TOML's, but not JSON's.
+    return repr(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)

@@ -27,10 +27,7 @@ FAMILIES = {
     "mistral, window not reached": dict(model_type="mistral", sliding_window=64),
     "qwen2": dict(model_type="qwen2", qkv_bias=True),
     "qwen2 yarn": dict(model_type="qwen2", qkv_bias=True, rope_scaling=YARN, rope_theta=1000.0, head_dim=16),
-    "yarn, all numbers": dict(
-        rope_scaling=YarnRope(4.0, 50, 7.0, 0.5, mscale=1.3, mscale_all_dim=0.6, truncate=False), head_dim=16
-    ),
-    "yarn, attention_factor": dict(rope_scaling=YarnRope(4.0, 64, attention_factor=1.6)),
+    "yarn, all numbers": dict(rope_scaling=YarnRope(4.0, 50, 7.0, 0.5, attention_factor=1.6), head_dim=16),
     "qwen3": dict(model_type="qwen3", qk_norm=True, head_dim=16),
     "qwen3 tied, biases": dict(
         model_type="qwen3", qk_norm=True, tie_word_embeddings=True, qkv_bias=True, output_bias=True

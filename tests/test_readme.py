@@ -9,6 +9,7 @@ import re
 import shlex
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -164,21 +165,27 @@ def test_report(capsys):
     assert len(shown) > 4 and lines(shown) <= lines(capsys.readouterr().out.splitlines())
 
 
-def test_send(tmp_path, monkeypatch):
-    """The recipe for Weights & Biases sends every line of metrics.jsonl, at its step."""
-    sent = []
+def test_recipes(tmp_path, monkeypatch):
+    """The recipes for Weights & Biases and TensorBoard send every number of metrics.jsonl, at its step."""
+    sent, shown = [], []
     fake = SimpleNamespace(
         init=lambda **options: sent.append(options),
         log=lambda values, step: sent.append((step, values)),
         finish=lambda: sent.append("end"),
     )
+    writer = nullcontext(SimpleNamespace(add_scalar=lambda *point: shown.append(point)))
     monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setitem(
+        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda run: writer)
+    )
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 0.7}\n{"step": 1, "loss": 0.6}\n')
     names: dict = {}
-    exec(blocks(PAGES["final.md"], "python")[0], names)
+    exec("".join(blocks(PAGES["final.md"], "python")), names)
     names["send"](str(tmp_path))
     start = {"project": "minidpo", "name": str(tmp_path)}
     assert sent == [start, (0, {"eval/loss": 0.7}), (1, {"loss": 0.6}), "end"]
+    names["show"](str(tmp_path))
+    assert shown == [("eval/loss", 0.7, 0), ("loss", 0.6, 1)]
 
 
 # --- names and numbers --------------------------------------------------------------------------------------

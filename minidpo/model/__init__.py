@@ -20,23 +20,3 @@ from minidpo.model.pretrained import (
 )
 from minidpo.model.reward_model import RewardModel
 from minidpo.model.transformer import ModelConfig, Transformer
-
-__all__ = [
-    "ModelConfig",
-    "RewardModel",
-    "Sampling",
-    "Transformer",
-    "generate",
-    "hidden_states",
-    "load_model",
-    "load_reward_model",
-    "model_fingerprint",
-    "new_reward_model",
-    "read_config",
-    "require_reward_model",
-    "response_logps",
-    "response_token_logps",
-    "reward_read_at",
-    "save_model",
-    "save_reward_model",
-]

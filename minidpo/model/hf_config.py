@@ -1,14 +1,8 @@
-"""config.json of a Hugging Face model directory <-> ModelConfig.
-
-hf_fields.py says what each field may hold and which are ignored.
-"""
+"""config.json of a Hugging Face model directory <-> ModelConfig; hf_fields.py knows its fields."""
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from minidpo.errors import UserError
 from minidpo.files import read_object, require_model_file
@@ -29,7 +23,7 @@ from minidpo.model.hf_fields import (
     Family,
 )
 from minidpo.model.model_config import ModelConfig
-from minidpo.model.rotary import ROPE_SCALINGS, LongRope, RopeScaling, rotary_frequencies
+from minidpo.model.rotary import ROPE_SCALINGS, LongRope, RopeScaling
 from minidpo.settings import Check, one_of
 
 REWARD_LABEL = {"0": "reward"}  # by which a reward model of `format_config` is known
@@ -48,11 +42,8 @@ def read_config(directory: Path) -> ModelConfig:
 def parse_config(fields: dict[str, Any]) -> ModelConfig:
     """ModelConfig from config.json's fields. Raises ValueError that names the field."""
     family = FAMILIES[_value(fields, "model_type", *FIELDS["model_type"])]
-    read = {name: spec for name, spec in FIELDS.items() if family.reads(name)}
-    values = {
-        name: _value(fields, name, check, family.defaults.get(name, default))
-        for name, (check, default) in read.items()
-    }
+    read = FIELDS | family.own
+    values = {name: _value(fields, name, check, default) for name, (check, default) in read.items()}
     _require_known(fields, [*read, *" ".join(HARMLESS.values()).split()])
     kind, heads, eos = values["model_type"], values["num_attention_heads"], values["eos_token_id"]
     kv_heads = values["num_key_value_heads"] or heads
@@ -67,15 +58,11 @@ def parse_config(fields: dict[str, Any]) -> ModelConfig:
         "num_key_value_heads": kv_heads,
         "head_dim": head_dim,
         "sliding_window": window if slides or kind in ("mistral", "phi3") else None,
-        "qkv_bias": bias or kind == "qwen2",
+        "qkv_bias": bias,
         "output_bias": bias,
         "mlp_bias": values["mlp_bias"] and family.mlp_bias,
-        "qk_norm": kind == "qwen3",
-        "qk_norm_whole": kind == "olmo2",
-        "norm_after": kind == "olmo2",
-        "fused_projections": kind == "phi3",
         "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
-    }
+    } | family.variant
     if "no_rope_layers" in values:
         values["no_rope_layers"] = _rotated_layers(values)
     # A pad id without a row is of no use here, and transformers would not open a model that is saved with it.
@@ -92,15 +79,15 @@ def format_config(
     head = "ForSequenceClassification" if sequence_classification else "ForCausalLM"
     family = FAMILIES[config.model_type]
     fields: dict[str, Any] = {"architectures": [family.name + head], "dtype": dtype}
-    fields |= {name: value for name, value in vars(config).items() if name in FIELDS and family.reads(name)}
+    fields |= {name: value for name, value in vars(config).items() if name in FIELDS | family.own}
     fields |= {"hidden_act": "silu", "attention_bias": config.qkv_bias}
     # All layers slide, or none.
     fields |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
     # In both places, because older transformers read rope_theta and rope_scaling, newer ones rope_parameters.
-    scaling: dict[str, Any] = {}
-    if rope := config.rope_scaling:
-        scaling = {"rope_type": rope.rope_type}
-        scaling |= {name: value for name, value in vars(rope).items() if value is not None}
+    rope, scaling = config.rope_scaling, dict[str, Any]()
+    if rope:
+        named = {"rope_type": rope.rope_type, **vars(rope)}
+        scaling = {name: value for name, value in named.items() if value is not None}
     if isinstance(rope, LongRope):
         fields[ORIGINAL] = rope.original_max_position_embeddings  # transformers would take 4096 without it
     fields["rope_scaling"] = scaling or None
@@ -135,13 +122,6 @@ def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     if any(len(numbers) != size // 2 for numbers in factors):
         counts = " and ".join(str(len(numbers)) for numbers in factors)
         raise ValueError(f"short_factor and long_factor have {counts} numbers; {size // 2} are needed")
-    try:
-        frequencies = rotary_frequencies(size, theta, scaling, torch.device("cpu"), torch.float32)
-        finite = frequencies.isfinite().all() and (scaling is None or math.isfinite(scaling.magnitude))
-    except (ArithmeticError, ValueError):
-        finite = False
-    if not finite:
-        raise ValueError(f"rope_theta {theta} with this rope_scaling gives angles that are not finite")
     return {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": rotated}
 
 

@@ -10,54 +10,6 @@ from typing import Any
 from minidpo.model.rotary import ROPE_SCALINGS
 from minidpo.settings import Check, one_of
 
-
-@dataclass(frozen=True)
-class Family:
-    """A `model_type`: how transformers names its classes, and in what its config.json differs from others."""
-
-    name: str
-    attention_bias: bool = True  # whether its classes read attention_bias,
-    mlp_bias: bool = False  # and mlp_bias
-    own: tuple[str, ...] = ()  # fields that few families have
-    defaults: dict[str, Any] = field(default_factory=dict)  # of absent fields, where FIELDS has others
-    rope_theta: float = 1e4  # if none is given anywhere
-    rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
-
-    def reads(self, name: str) -> bool:
-        """Whether a field of FIELDS means anything here. If not, it must be neutral."""
-        return name in self.own or not any(name in family.own for family in FAMILIES.values())
-
-
-# Gemma (norms by 1 + weight, GELU, capped logits, windows), mixtures of experts and hybrids with recurrent
-# layers are not this decoder with other settings: they are refused by their model_type.
-FAMILIES = {
-    "llama": Family("Llama", mlp_bias=True),
-    "mistral": Family("Mistral", attention_bias=False),
-    "qwen2": Family("Qwen2", attention_bias=False),
-    "qwen3": Family("Qwen3"),
-    "olmo2": Family("Olmo2", defaults={"rms_norm_eps": 1e-5}),
-    "smollm3": Family(
-        "SmolLM3",
-        mlp_bias=True,
-        own=("no_rope_layers", "no_rope_layer_interval"),
-        defaults={"tie_word_embeddings": True},
-        rope_theta=2e6,
-    ),
-    "granite": Family(
-        "Granite",
-        mlp_bias=True,
-        own=("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling"),
-        defaults={"attention_multiplier": 1.0},
-    ),
-    "phi3": Family(
-        "Phi3",
-        attention_bias=False,
-        own=("partial_rotary_factor",),
-        defaults={"rms_norm_eps": 1e-5},
-        rope_types=("default", "longrope"),
-    ),
-}
-
 # What a field may hold. It is `type(...) is`, because isinstance takes JSON's true for a whole number. The
 # largest weight has heads x head_dim x hidden_size entries: the product of three sizes must fit 64 bits.
 SIZE = Check(lambda value: type(value) is int and 1 <= value <= 2**20, "a whole number from 1 to 2**20")
@@ -69,20 +21,68 @@ FLAG = Check(lambda value: type(value) is bool, "true or false")
 ID = Check(lambda value: type(value) is int, "a token id")
 IDS = Check(lambda value: all(map(ID.test, value if isinstance(value, list) else [value])), "token ids")
 OBJECT = Check(lambda value: isinstance(value, dict), "an object")
-LAYER = one_of("full_attention", "sliding_attention")
-ROTATED = Check(
-    lambda value: type(value) is list and all(type(flag) is int and flag in (0, 1) for flag in value),
-    "a list with 1 for each layer that rotates and 0 for the others",
-)
-FACTORS = Check(
-    lambda value: type(value) is list and all(map(NUMBER.test, value)), "a list of numbers above 0"
-)
 SHARE = Check(lambda value: NUMBER.test(value) and value <= 1, "a number above 0, at most 1")
-LAYERS = Check(lambda value: type(value) is list and all(map(LAYER.test, value)), f"a list, {LAYER.must}")
 
+
+def list_of(item: Check) -> Check:
+    return Check(
+        lambda value: type(value) is list and all(map(item.test, value)), f"a list, each {item.must},"
+    )
+
+
+LAYERS = list_of(one_of("full_attention", "sliding_attention"))
+ROTATED = list_of(Check(lambda value: type(value) is int and value in (0, 1), "1 if a layer rotates, else 0"))
 NEEDED = object()
 ORIGINAL = "original_max_position_embeddings"
-# Every field that is read -> what it may hold, and what it is if it is absent or null, as in transformers.
+
+
+@dataclass(frozen=True)
+class Family:
+    """A `model_type`: how transformers names its classes, and in what its config.json differs from others."""
+
+    name: str
+    attention_bias: bool = True  # whether its classes read attention_bias,
+    mlp_bias: bool = False  # and mlp_bias
+    variant: dict[str, bool] = field(default_factory=dict)  # fields of ModelConfig that no file has
+    own: dict[str, tuple[Check, Any]] = field(default_factory=dict)  # read as FIELDS are, or otherwise
+    rope_theta: float = 1e4  # if none is given anywhere
+    rope_types: tuple[str, ...] = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+# Gemma (norms by 1 + weight, GELU, capped logits, windows), mixtures of experts and hybrids with recurrent
+# layers are not this decoder with other settings: they are refused by their model_type.
+MULTIPLIERS = [f"{name}_multiplier" for name in ("embedding", "attention", "residual")]
+FAMILIES = {
+    "llama": Family("Llama", mlp_bias=True),
+    "mistral": Family("Mistral", attention_bias=False),
+    "qwen2": Family("Qwen2", attention_bias=False, variant={"qkv_bias": True}),
+    "qwen3": Family("Qwen3", variant={"qk_norm": True}),
+    "olmo2": Family(
+        "Olmo2",
+        variant={"qk_norm_whole": True, "norm_after": True},
+        own={"rms_norm_eps": (NUMBER, 1e-5)},
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        mlp_bias=True,
+        own=dict(
+            no_rope_layers=(ROTATED, None), no_rope_layer_interval=(SIZE, 4), tie_word_embeddings=(FLAG, True)
+        ),
+        rope_theta=2e6,
+    ),
+    "granite": Family(
+        "Granite", mlp_bias=True, own=dict.fromkeys([*MULTIPLIERS, "logits_scaling"], (NUMBER, 1.0))
+    ),
+    "phi3": Family(
+        "Phi3",
+        attention_bias=False,
+        variant={"fused_projections": True},
+        own={"partial_rotary_factor": (SHARE, None), "rms_norm_eps": (NUMBER, 1e-5)},
+        rope_types=("default", "longrope"),
+    ),
+}
+# Every field that is read, of all families -> what it may hold, and what it is if it is absent or null, as in
+# transformers.
 FIELDS: dict[str, tuple[Check, Any]] = {
     name: (check, default)
     for names, check, default in (
@@ -99,11 +99,6 @@ FIELDS: dict[str, tuple[Check, Any]] = {
         ("rms_norm_eps", NUMBER, 1e-6),
         ("initializer_range", SPREAD, 0.02),
         ("hidden_act", one_of("silu", "swish"), "silu"),
-        ("embedding_multiplier residual_multiplier logits_scaling", NUMBER, 1.0),
-        ("attention_multiplier", NUMBER, None),
-        ("no_rope_layers", ROTATED, None),
-        ("no_rope_layer_interval", SIZE, 4),
-        ("partial_rotary_factor", SHARE, None),
         ("bos_token_id pad_token_id", ID, None),
         ("eos_token_id", IDS, None),
     )
@@ -162,6 +157,6 @@ NEUTRAL: dict[str, Any] = {
 }
 
 # What the fields of a RopeScaling may hold; the others are numbers.
-ROPE_CHECKS = {"truncate": FLAG, "short_factor": FACTORS, "long_factor": FACTORS, ORIGINAL: LENGTH}
+ROPE_CHECKS = {**dict.fromkeys(("short_factor", "long_factor"), list_of(NUMBER)), ORIGINAL: LENGTH}
 ROPE_FIELDS = {field.name for scaling in ROPE_SCALINGS.values() for field in fields(scaling)}
 QUANTISED = ("quantization_config", "quantization", "compression_config")

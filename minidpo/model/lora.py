@@ -24,6 +24,10 @@ from minidpo.logprobs import at_least_float32
 from minidpo.model.transformer import Transformer
 from minidpo.sections import LoRASection
 
+# Phi-3 has one layer for several, which the name of any of them means.
+FUSED = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj")
+FUSED |= dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj")
+
 
 class FrozenLinear(nn.Module):
     """y = W x + b with the parameters of `linear`, which are frozen. W may be bf16 where x is float32."""
@@ -37,8 +41,6 @@ class FrozenLinear(nn.Module):
 
 
 class LoRALinear(FrozenLinear):
-    """y = W x + b + s B A x: see above."""
-
     def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
         super().__init__(linear)
         (width_out, width_in), device = linear.weight.shape, linear.weight.device
@@ -82,11 +84,10 @@ def add_adapters(model: Transformer, lora: LoRASection) -> None:
         return
     linears = {name: m for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)}
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in linears)
-    for target in lora.targets:
-        if target not in kinds:
-            raise UserError(
-                f"lora.targets: no linear layer is called {target!r}; there are {', '.join(kinds)}"
-            )
+    targets = {target if target in kinds else FUSED.get(target, target) for target in lora.targets}
+    if unknown := targets - kinds.keys():
+        there = ", ".join(kinds)
+        raise UserError(f"lora.targets: no linear layer is called {min(unknown)!r}; there are {there}")
     for part in (model.model, model.lm_head):
         if part is not None:
             part.requires_grad_(False)
@@ -96,7 +97,7 @@ def add_adapters(model: Transformer, lora: LoRASection) -> None:
     scale = lora.alpha / (lora.rank**0.5 if lora.rank_scaled else lora.rank)
     for name, linear in linears.items():
         parent, _, kind = name.rpartition(".")
-        layer = LoRALinear(linear, lora.rank, scale) if kind in lora.targets else FrozenLinear(linear)
+        layer = LoRALinear(linear, lora.rank, scale) if kind in targets else FrozenLinear(linear)
         model.model.layers.get_submodule(parent).add_module(kind, layer)
 
 

@@ -31,7 +31,7 @@ class ModelConfig:
     qk_norm_whole: bool = False  # OLMo 2: RMSNorm over all heads of q together, and over all of k
     norm_after: bool = False  # OLMo 2: norms after attention and MLP, not before
     no_rope_layers: tuple[int, ...] | None = None  # SmolLM3: per layer 0 if q and k are not rotated, else 1
-    fused_projections: bool = False  # Phi-3: files hold q, k and v, and the MLP's gate and up, as one tensor
+    fused_projections: bool = False  # Phi-3: q, k and v are one layer, and so are the MLP's gate and up
     partial_rotary_factor: float = 1.0  # Phi-4-mini: the share of each head that is rotated
     embedding_multiplier: float = 1.0  # Granite's four: of the token embeddings,
     attention_multiplier: float | None = None  # of q k^T, instead of 1 / sqrt(E),

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from minidpo.distributed import rank, reshard, shard_like
 from minidpo.errors import UserError
-from minidpo.files import fingerprint, read_object, replacing_file
+from minidpo.files import fingerprint, read_object, write_file
 from minidpo.log import print0
 from minidpo.model.adapter_files import SCORE, STEM, adapter_settings, load_adapter
 from minidpo.model.hf_config import REWARD_LABEL, format_config, read_config
 from minidpo.model.lora import adapted_layers, add_adapters, fresh_adapter, is_adapter
 from minidpo.model.reward_model import RewardModel, fresh_score
-from minidpo.model.tensors import equal_tensors, read_tensors, tensor_files, write_tensors
+from minidpo.model.tensors import read_tensors, tensor_files, write_tensors
 from minidpo.model.transformer import Transformer
 
 Model = TypeVar("Model", bound=Transformer)
@@ -34,38 +34,23 @@ def load_model(
     prepare: Prepare = lambda model: None,
     adapter: str | Path | None = None,
 ) -> Transformer:
-    """The causal language model of a Hugging Face directory, its weights cast to `dtype` on `device`.
+    """The causal language model of a Hugging Face directory, with the adapters of another one, if given.
 
-    adapter: a directory with adapters for it. Raises UserError for a missing file, a model family or field
-    that is not supported, or weights that do not fit the config.
+    Raises UserError for a missing file, an unsupported family or field, or weights that do not fit it.
     """
-    if adapter:
-        prepare = partial(add_adapters, lora=adapter_settings(Path(adapter)))
-    model = _load(Transformer, Path(directory), dtype, device, prepare)
-    if adapter:
-        load_adapter(model, Path(adapter), model_fingerprint(directory))
-    return model
+    return _load(Transformer, Path(directory), dtype, device, prepare, adapter=adapter)
 
 
 def load_reward_model(
     directory: str | Path, device: torch.device | str = "cpu", adapter: str | Path | None = None
 ) -> RewardModel:
-    """A reward model of `save_reward_model`, or transformers' sequence classification with one label.
-
-    adapter: a directory with adapters for it, and maybe with the head that a language model lacks.
-    """
-    if adapter:
-        add, path = partial(add_adapters, lora=adapter_settings(Path(adapter))), Path(directory)
-        new_score = SCORE in tensor_files(Path(adapter), STEM)  # whether the adapter has a head of its own
-        if not new_score:
-            require_reward_model(path)
-        model = _load(RewardModel, path, torch.float32, device, add, lm_head=False, new_score=new_score)
-        load_adapter(model, Path(adapter), model_fingerprint(path))
-        return model
-    require_reward_model(Path(directory))
-    # Classification models are saved without the output matrix; only the language-modelling loss needs it.
-    lm_head = HEAD in tensor_files(Path(directory))
-    return _load(RewardModel, Path(directory), torch.float32, device, lm_head=lm_head)
+    """A reward model of `save_reward_model`, or transformers' sequence classification with one label; also a
+    language model with an adapter that has a head. There is no output matrix: nothing reads its logits."""
+    path = Path(directory)
+    new = adapter is not None and SCORE in tensor_files(Path(adapter), STEM)
+    if not new:
+        require_reward_model(path)
+    return _load(RewardModel, path, torch.float32, device, lm_head=False, new_score=new, adapter=adapter)
 
 
 def require_reward_model(directory: Path) -> None:
@@ -89,14 +74,10 @@ def new_reward_model(
     language_modelling: bool = True,
     prepare: Prepare = lambda model: None,
 ) -> RewardModel:
-    """The language model of a directory with a fresh head, drawn from torch's generator; float32.
-
-    language_modelling: whether to keep the output matrix, which the language-modelling loss needs.
-    """
-    path = Path(directory)
-    return _load(
-        RewardModel, path, torch.float32, device, prepare, lm_head=language_modelling, new_score=True
-    )
+    """The language model of a directory with a fresh head, drawn from torch's generator; float32. The output
+    matrix is kept for `language_modelling` alone."""
+    path, lm_head = Path(directory), language_modelling
+    return _load(RewardModel, path, torch.float32, device, prepare, lm_head=lm_head, new_score=True)
 
 
 def save_model(
@@ -112,19 +93,17 @@ def save_model(
     if not lm_head:
         tensors.pop(HEAD, None)
     layers = adapted_layers(model)
-    if layers and dtype is None:
-        dtype = next(iter(layers.values())).lora_A.dtype
+    dtype = dtype or next((layer.lora_A.dtype for layer in layers.values()), None)
 
     def merged(name: str, full: Tensor) -> Tensor:
         layer = layers.get(name.removesuffix(".weight"))
         return layer.merge(full) if layer else full
 
-    write_tensors(Path(directory), tensors, fused=model.config.fused_projections, dtype=dtype, change=merged)
+    write_tensors(Path(directory), tensors, dtype=dtype, change=merged)
     if rank() == 0:
         kind = str(dtype or model.model.norm.weight.dtype).removeprefix("torch.")
         fields = format_config(model.config, isinstance(model, RewardModel), kind)
-        with replacing_file(Path(directory, "config.json")) as temporary:
-            temporary.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+        write_file(Path(directory, "config.json"), json.dumps(fields, indent=2) + "\n")
 
 
 def save_reward_model(model: RewardModel, directory: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -146,27 +125,29 @@ def _load(
     prepare: Prepare = lambda model: None,
     lm_head: bool = True,
     new_score: bool = False,
+    adapter: str | Path | None = None,
 ) -> Model:
     """A model with the weights of a directory, which must hold its parameters and nothing else.
 
     lm_head: whether an untied model has its output matrix. new_score: whether the head is drawn, not read.
     """
-    config, files = read_config(directory), tensor_files(directory)
-    both = (EMBEDDING, HEAD)
-    if config.tie_word_embeddings and files.keys() >= {*both} and not equal_tensors(files, both, dtype):
-        print0(
-            f"warning: {directory}: config.json ties {HEAD} to {EMBEDDING}, which is stored with other"
-            " values; what is stored is used, and they are no longer tied"
-        )
-        config = replace(config, tie_word_embeddings=False)
+    if adapter:
+        prepare = partial(add_adapters, lora=adapter_settings(Path(adapter)))
+    config, files, both = read_config(directory), tensor_files(directory), {EMBEDDING, HEAD}
+    if config.tie_word_embeddings and files.keys() >= both:
+        like = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
+        if not torch.equal(*dict(read_tensors(directory, dict.fromkeys(both, like), "cpu")).values()):
+            told = f"config.json ties {HEAD} to {EMBEDDING}, which is stored with other values"
+            print0(f"warning: {directory}: {told}; what is stored is used, and they are no longer tied")
+            config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         model = kind(config).to(dtype)
     if not lm_head:
         model.lm_head = None
     prepare(model)
     expected = model.state_dict()
-    score = expected.pop("score.weight") if new_score else None
-    adapters = {name: expected.pop(name) for name in [*filter(is_adapter, expected)]}
+    drawn = [name for name in expected if is_adapter(name) or new_score and name == "score.weight"]
+    likes = {name: expected.pop(name) for name in sorted(drawn, key=is_adapter)}  # the head comes first
     # Of a tied pair, some programs store the other name alone.
     other_name = config.tie_word_embeddings and HEAD in files and EMBEDDING not in files
     if other_name:
@@ -180,9 +161,10 @@ def _load(
     tensors = dict(read_tensors(directory, expected, device))
     if other_name:
         tensors[EMBEDDING] = tensors.pop(HEAD)
-    if score is not None:
-        tensors["score.weight"] = shard_like(fresh_score(config.hidden_size).to(device), score)
-    for name, like in adapters.items():
-        tensors[name] = shard_like(fresh_adapter(name, like).to(device, like.dtype), like)
+    for name, like in likes.items():
+        value = fresh_adapter(name, like) if is_adapter(name) else fresh_score(config.hidden_size)
+        tensors[name] = shard_like(value.to(device, like.dtype), like)
     model.load_state_dict(tensors, assign=True)
+    if adapter:
+        load_adapter(model, Path(adapter), model_fingerprint(directory))
     return model

@@ -49,7 +49,9 @@ class RewardModel(Transformer):
         # make many pairs of rewards equal.
         weight = self.score.weight.to(torch.promote_types(self.score.weight.dtype, torch.float32))
         with torch.autocast(last.device.type, enabled=False):
-            return F.linear(last.to(weight.dtype), weight).squeeze(-1)
+            rewards = F.linear(last.to(weight.dtype), weight).squeeze(-1)
+        # Granite's hidden states come divided, for its logits.
+        return rewards * self.config.logits_scaling
 
 
 def fresh_score(hidden_size: int) -> Tensor:

@@ -64,12 +64,8 @@ class LinearRope(RopeScaling):
 
 @dataclass(frozen=True)
 class DynamicRope(RopeScaling):
-    """Dynamic NTK scaling: theta grows with the longest text of a pass beyond max_position_embeddings.
-
-    A packed row holds many texts, whose angles may not depend on each other. No text may be longer than
-    max_position_embeddings (`ModelConfig.max_length`), and up to that length the frequencies are the plain
-    ones.
-    """
+    """Dynamic NTK scaling: theta grows with the longest text of a pass beyond max_position_embeddings. No
+    text may be longer here, because texts of one packed row may not depend on each other."""
 
     rope_type = "dynamic"
     factor: float
@@ -105,9 +101,6 @@ class YarnRope(RopeScaling):
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool = True
 
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
         size = 2 * len(frequencies)
@@ -117,33 +110,23 @@ class YarnRope(RopeScaling):
             radians_per_position = 2 * math.pi * turns / self.original_max_position_embeddings
             return -size * math.log(radians_per_position) / (2 * math.log(theta))
 
-        first, last = index(self.beta_fast), index(self.beta_slow)
-        if self.truncate:
-            first, last = math.floor(first), math.ceil(last)
-        first, last = max(first, 0), min(last, size - 1)
+        first = max(math.floor(index(self.beta_fast)), 0)
+        last = min(math.ceil(index(self.beta_slow)), size - 1)
         indices = torch.arange(len(frequencies), device=frequencies.device, dtype=frequencies.dtype)
         divide = ((indices - first) / (last - first or 0.001)).clamp(0, 1)  # the share that is divided
         return (1 - divide) * frequencies + divide * frequencies / self.factor
 
     @property
     def magnitude(self) -> float:
-        def growth(scale: float) -> float:
-            return 0.1 * scale * math.log(self.factor) + 1 if self.factor > 1 else 1.0
-
         if self.attention_factor is not None:
             return self.attention_factor
-        if self.mscale and self.mscale_all_dim:
-            return growth(self.mscale) / growth(self.mscale_all_dim)
-        return growth(1.0)
+        return 0.1 * math.log(max(self.factor, 1)) + 1
 
 
 @dataclass(frozen=True)
 class LongRope(RopeScaling):
-    """LongRoPE (Ding et al. 2024), of Phi-3 and Phi-4-mini: a divisor for each frequency.
-
-    Texts longer than the original context have other divisors, long_factor, which are kept for other programs
-    but not used: such texts are refused.
-    """
+    """LongRoPE (Ding et al. 2024), of Phi-3 and Phi-4-mini: a divisor for each frequency. Texts longer than
+    the original context have others, long_factor, kept for other programs: they are refused here."""
 
     rope_type = "longrope"
     factor: float  # how much longer the stretched context is

@@ -50,9 +50,7 @@ class Transformer(nn.Module):
         output = self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         if output is None:
             raise ValueError("these weights have no lm_head: a saved reward model gives rewards, not logits")
-        # Granite divides its logits. Dividing this matrix instead reaches everything that computes logits.
-        scaling = self.config.logits_scaling
-        return output.weight if scaling == 1 else output.weight / scaling
+        return output.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (R, T, V) of padded rows (R, T), as in textbook.py. Training uses `hidden_states`."""
@@ -82,7 +80,9 @@ class Transformer(nn.Module):
                 x = checkpoint(layer, x, rotation, attend, i, use_reentrant=False)
             else:
                 x = layer(x, rotation, attend, i)
-        return self.model.norm(x)
+        x = self.model.norm(x)
+        # Granite divides its logits. Dividing what they are computed from reaches all who compute logits.
+        return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
     def compile_layers(self) -> None:
         """torch.compile each layer except for its attention, which is compiled on CUDA in any case."""
@@ -113,10 +113,8 @@ class Decoder(nn.Module):
         size, theta, scaling = self.config.rotary_dim, self.config.rope_theta, self.config.rope_scaling
         frequencies = rotary_frequencies(size, theta, scaling, positions.device, dtype)
         angles = positions.to(dtype)[..., None, None] * frequencies
-        cos, sin = angles.cos(), angles.sin()
-        if scaling is not None and scaling.magnitude != 1:
-            return cos * scaling.magnitude, sin * scaling.magnitude
-        return cos, sin
+        magnitude = 1.0 if scaling is None else scaling.magnitude
+        return angles.cos() * magnitude, angles.sin() * magnitude
 
 
 class Layer(nn.Module):
@@ -157,16 +155,19 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        width, head_dim = config.hidden_size, config.head_dim
+        width, head_dim, bias = config.hidden_size, config.head_dim, config.qkv_bias
         q_width, k_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         self.head_dim, self.qk_norm_whole = head_dim, config.qk_norm_whole
+        self.widths = [q_width, k_width, k_width]
         self.rotated = config.no_rope_layers is None or bool(config.no_rope_layers[index])
         # All forms of attention divide q k^T by sqrt(E); where it is to be another scale, q makes up for it.
         scale = config.attention_multiplier
         self.q_multiplier = None if scale is None else scale * head_dim**0.5
-        self.q_proj = nn.Linear(width, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(width, k_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(width, k_width, bias=config.qkv_bias)
+        self.fused = config.fused_projections
+        if self.fused:
+            self.qkv_proj = nn.Linear(width, sum(self.widths), bias=bias)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, n, bias=bias) for n in self.widths)
         self.o_proj = nn.Linear(q_width, width, bias=config.output_bias)
         # The norm of queries and keys: none, one of each head, or one of all heads together.
         q_size, k_size = (q_width, k_width) if config.qk_norm_whole else (head_dim, head_dim)
@@ -177,7 +178,10 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., T, H, E), k and v (..., T, G, E); q and k are rotated by their positions."""
         # One matrix product for all heads, whose result is then split into heads: (..., T, H * E).
-        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        if self.fused:
+            q, k, v = self.qkv_proj(x).split(self.widths, dim=-1)
+        else:
+            q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
         if self.qk_norm_whole:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = (heads.unflatten(-1, (-1, self.head_dim)) for heads in (q, k, v))
@@ -211,13 +215,19 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         width, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
-        self.gate_proj = nn.Linear(width, inner, bias=bias)
-        self.up_proj = nn.Linear(width, inner, bias=bias)
+        self.fused = config.fused_projections
+        if self.fused:
+            self.gate_up_proj = nn.Linear(width, 2 * inner, bias=bias)
+        else:
+            self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=bias) for _ in range(2))
         self.down_proj = nn.Linear(inner, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         # SwiGLU (Shazeer 2020): the gate decides how much of each of the I inner values passes.
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = (
+            self.gate_up_proj(x).chunk(2, dim=-1) if self.fused else (self.gate_proj(x), self.up_proj(x))
+        )
+        return self.down_proj(F.silu(gate) * up)
 
 
 class RMSNorm(nn.Module):

@@ -58,8 +58,7 @@ def read_finished(path: Path, name: str) -> Finished:
     hint = "report takes directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ in it"
     lines = read_metrics(require_file(path / "metrics.jsonl", hint))
     lines = [{key: value for key, value in line.items() if isinstance(value, int | float)} for line in lines]
-    # Whether tensorboard is installed here does not matter to the page.
-    config = load_either_config([str(path / "config.toml"), "--run.tensorboard=false"])
+    config = load_either_config([str(path / "config.toml")])
     model = adapter = next(iter([*path.glob("final"), *by_step(path / "checkpoints")[::-1]]), None)
     if adapter and (adapter / CONFIG).is_file():
         model = Path(config.model.path)  # Such a checkpoint is of adapters alone; final/ is merged.

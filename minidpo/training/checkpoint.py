@@ -112,10 +112,6 @@ class Checkpoints:
         with self._model_directory(self.out / "final", save, model) as directory:
             if self.lora.rank:
                 self._save_adapter(model, directory / "adapter")
-                if model.config.fused_projections:
-                    print0(
-                        "final/adapter is read here alone, and refused by PEFT, where its layers are fused"
-                    )
                 for name in (*self.files, CHAT_TEMPLATE) if rank() == 0 else ():
                     if (directory / name).is_file() and "/" not in name:
                         shutil.copy(directory / name, directory / "adapter" / name)

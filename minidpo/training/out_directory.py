@@ -10,7 +10,7 @@ from minidpo.errors import UserError
 from minidpo.files import clear_leftovers, require_regular, writing
 from minidpo.log import print0
 
-UNLINKED = (".lock", "samples", "tensorboard")  # Links of these names are removed.
+UNLINKED = (".lock", "samples")  # Links of these names are removed.
 # Windows has neither of the last two.
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
@@ -20,7 +20,7 @@ def require_parts(out: Path) -> None:
 
     Called at the start: otherwise the run would train until its first save, or wait for ever on a pipe.
     """
-    for name in ("checkpoints", "tokens", "samples", "tensorboard"):
+    for name in ("checkpoints", "tokens", "samples"):
         path = out / name
         removed = name in UNLINKED and path.is_symlink()
         if os.path.lexists(path) and not os.path.isdir(path) and not removed:

@@ -116,7 +116,7 @@ class Run:
         tell_new_schedule(config, step, steps, len(train))
         write_config(config, self.out)
         self.first_step = step
-        self._metrics = MetricsFile(self.out / "metrics.jsonl", step, self.settings.tensorboard)
+        self._metrics = MetricsFile(self.out / "metrics.jsonl", step)
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
         self._advice = Advice(config.loss, self.parameters, optim.lr, adapters=config.lora.rank > 0)

@@ -21,20 +21,19 @@ from minidpo.packing import BLOCK, PackedBatch, pack, padded
 from tiny import EOS, random_pairs, tiny_model
 
 
-def flex(row: PackedBatch) -> Attend:
-    """FlexAttention on the row, filled up to a whole block; the padding's results are dropped."""
-    n, filled = len(row.tokens), padded(row, BLOCK)
-    attend = masked_attention(filled)
-    zeros = (0, 0, 0, 0, 0, len(filled.tokens) - n)
+def filled(attention, row: PackedBatch) -> Attend:
+    """Attention on the row that a GPU gets, filled up to a whole block; the padding's results are dropped."""
+    n, row = len(row.tokens), padded(row, BLOCK)
+    attend, zeros = attention(row), (0, 0, 0, 0, 0, len(row.tokens) - n)
     return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
+
+
+def flex(row: PackedBatch) -> Attend:
+    return filled(masked_attention, row)
 
 
 def flash(row: PackedBatch) -> Attend:
-    """The FlashAttention call on the same row; what its kernel does is `one_by_one` here."""
-    n, filled = len(row.tokens), padded(row, BLOCK)
-    attend = attention_in_bf16(filled)
-    zeros = (0, 0, 0, 0, 0, len(filled.tokens) - n)
-    return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
+    return filled(attention_in_bf16, row)
 
 
 @pytest.fixture(autouse=True)
@@ -51,11 +50,7 @@ def one_by_one(monkeypatch):
 
 
 def per_piece_padded(row: PackedBatch) -> Attend:
-    """SDPA per piece on the row that a GPU gets, filled up like `flex`."""
-    n, filled = len(row.tokens), padded(row, BLOCK)
-    attend = attention_per_piece(filled)
-    zeros = (0, 0, 0, 0, 0, len(filled.tokens) - n)
-    return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
+    return filled(attention_per_piece, row)
 
 
 def random_heads(n: int, seed: int = 0) -> list[Tensor]:

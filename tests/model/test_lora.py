@@ -108,11 +108,11 @@ def test_reachable(width_in, width_out):
         assert rest.item() == pytest.approx(left, abs=1e-6)
 
 
-@pytest.mark.parametrize(("rank_scaled", "scale"), [(False, 32 / 16), (True, 32 / 4)])
-def test_scale(rank_scaled, scale):
+def test_scale():
     """alpha / r, or alpha / sqrt(r): of alpha 32 and rank 16, 2 or 8."""
-    layers = adapted_layers(adapted(rank=16, alpha=32.0, rank_scaled=rank_scaled))
-    assert {made.scale for made in layers.values()} == {scale}
+    for rank_scaled, scale in ((False, 32 / 16), (True, 32 / 4)):
+        layers = adapted_layers(adapted(rank=16, alpha=32.0, rank_scaled=rank_scaled))
+        assert {made.scale for made in layers.values()} == {scale}
 
 
 # --- a model ------------------------------------------------------------------------------------------------
@@ -122,19 +122,8 @@ def test_trained_parameters():
     """r (in + out) for each layer: r = 4; q and o 32 + 32, k and v 32 + 16, the others 32 + 48."""
     count = sum(parameter.numel() for parameter in trained_parameters(adapted()).values())
     assert count == 2 * 4 * (64 + 48 + 48 + 64 + 3 * 80)
-    assert {n.split(".")[-2] for n in trained_parameters(adapted(targets=["q_proj", "v_proj"]))} == {
-        "q_proj",
-        "v_proj",
-    }
-
-
-def test_no_target():
-    """A target that is no linear layer is told, with the names that there are."""
-    names = "q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj"
-    with pytest.raises(
-        UserError, match=f"lora.targets: no linear layer is called 'c_attn'; there are {names}"
-    ):
-        adapted(targets=["q_proj", "c_attn"])
+    of_two = trained_parameters(adapted(targets=["q_proj", "v_proj"]))
+    assert {name.split(".")[-2] for name in of_two} == {"q_proj", "v_proj"}
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], LoRASection().targets], ids=["two", "all"])
@@ -165,9 +154,9 @@ def test_off(base_dtype):
         assert not torch.equal(response_logps(model, BATCH), response_logps(reference, BATCH))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_merged(tmp_path, dtype, tied):
+def test_merged(tmp_path, dtype, tolerance, tied):
     """A saved model has W + s B A for W, and no other tensor than the base."""
     base = tiny_model(dtype=dtype, tie_word_embeddings=tied)
     model = adapted(base=base)
@@ -175,11 +164,7 @@ def test_merged(tmp_path, dtype, tied):
     merged = load_model(tmp_path, dtype=dtype)
     assert merged.state_dict().keys() == base.state_dict().keys()
     assert (model(TOKENS) - base(TOKENS)).abs().max() > 0.1
-    torch.testing.assert_close(merged(TOKENS), model(TOKENS), **tolerance(dtype))
-
-
-def tolerance(dtype: torch.dtype) -> dict[str, float]:
-    return dict(rtol=1e-4, atol=1e-5) if dtype == torch.float32 else dict(rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=10 * tolerance, atol=tolerance)
 
 
 def test_merged_in_bf16(tmp_path):
@@ -248,14 +233,11 @@ def test_reward_adapter(directory):
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"use_dora": True}, "use_dora is True; False alone is known here"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"rank_pattern": {"q_proj": 8}}, "rank_pattern is"),
-        ({"peft_type": "IA3"}, "peft_type is 'IA3'; 'LORA' alone"),
+        ({"peft_type": "IA3"}, "peft_type LORA, r, lora_alpha and a list of target_modules are needed"),
         ({"target_modules": "all-linear"}, "a list of target_modules"),
+        ({"alpha_pattern": {"q_proj": 8}}, "an alpha per layer, is not known here"),
         ({"target_modules": ["q_proj"]}, "has no place in this model; it is of other layers"),
         ({"r": 2}, r"is \(4, "),
-        ({"target_modules": ["c_attn"]}, "no linear layer is called 'c_attn'"),
     ],
 )
 def test_unknown_adapter(directory, change, says):

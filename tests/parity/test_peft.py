@@ -33,10 +33,12 @@ def their_base(directory):
     return transformers.AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_language_model(config, world, tmp_path):
+@pytest.mark.parametrize("family", [{}, PHI3], ids=["llama", "phi3"])
+def test_language_model(config, world, tmp_path, family):
     """PEFT opens the adapter of a run: its logits are those of the merged model."""
-    run_dpo(config(), *SCALED)
-    base, final = world / "model", tmp_path / "out" / "final"
+    base, final = shutil.copytree(world / "model", tmp_path / "model"), tmp_path / "out" / "final"
+    save_model(tiny_model(vocab_size=300, **family), base)
+    run_dpo(config(), *SCALED, f"--model.path={base}")
     theirs = peft.PeftModel.from_pretrained(their_base(base), final / "adapter")
     with torch.no_grad():
         logits = load_model(final)(TOKENS)
@@ -56,21 +58,6 @@ def test_reward_model(config, world, tmp_path):
         torch.testing.assert_close(theirs(TOKENS).logits, merged(TOKENS).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_fused(config, world, tmp_path):
-    """PEFT, which would find few of its parts, refuses an adapter of a family with fused layers; we theirs."""
-    base = shutil.copytree(world / "model", tmp_path / "model")
-    save_model(tiny_model(vocab_size=300, **PHI3), base)
-    run_dpo(config(), *SCALED, f"--model.path={base}")
-    with pytest.raises(KeyError, match="LORA_OF_PARTS"):
-        peft.PeftModel.from_pretrained(their_base(base), tmp_path / "out" / "final" / "adapter")
-    ours = load_model(base, adapter=tmp_path / "out" / "final" / "adapter")
-    torch.testing.assert_close(ours(TOKENS), load_model(tmp_path / "out" / "final")(TOKENS))
-    settings = peft.LoraConfig(r=3, target_modules=["qkv_proj", "o_proj"])
-    peft.get_peft_model(their_base(base), settings).save_pretrained(tmp_path / "theirs")
-    with pytest.raises(UserError, match="qkv_proj is q_proj, k_proj, v_proj here; merge the adapter first"):
-        load_model(base, adapter=tmp_path / "theirs")
-
-
 @torch.no_grad()
 def test_their_file(world, tmp_path):
     """An adapter that PEFT has saved is read here."""
@@ -79,6 +66,20 @@ def test_their_file(world, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = load_model(world / "model", adapter=tmp_path / "theirs")
     torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [dict(use_dora=True), dict(rank_pattern={"q_proj": 5}), dict(alpha_pattern={"q_proj": 5})]
+    + [dict(layers_to_transform=[0]), dict(trainable_token_indices=[3])],
+    ids=str,
+)
+def test_more_than_lora(world, tmp_path, more):
+    """What else PEFT's adapters can hold is refused, because it has other tensors, or no place for its own."""
+    settings = peft.LoraConfig(r=3, target_modules=["q_proj"], **more)
+    peft.get_peft_model(their_base(world / "model"), settings).save_pretrained(tmp_path / "theirs")
+    with pytest.raises(UserError):
+        load_model(world / "model", adapter=tmp_path / "theirs")
 
 
 def test_training(world, tmp_path):

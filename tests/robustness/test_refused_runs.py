@@ -80,18 +80,13 @@ def test_models(refused, tmp_path, world):
         assert says in refused(f"--{override}", "--eval.samples=2", "--data.train=missing.jsonl")
 
 
-@pytest.mark.parametrize(
-    "key", ["model.path", "reference.path", "data.train", "data.eval", "eval.reward_model"]
-)
+@pytest.mark.parametrize("key", "model.path reference.path data.train data.eval eval.reward_model".split())
 def test_missing_path(refused, config, tmp_path, key):
     """It is named with its key, as it was typed, or with the file in which it was set."""
     samples = f"--eval.samples={int(key == 'eval.reward_model')}"  # Without samples it is not read.
     said = refused(samples, f"--{key}={tmp_path / 'nowhere'}")
-    assert (
-        said.startswith(f"{tmp_path / 'nowhere'}")
-        and "no such" in said.lower()
-        and said.endswith(f"; see --{key}")
-    )
+    assert said.startswith(f"{tmp_path / 'nowhere'}") and "no such" in said.lower()
+    assert said.endswith(f"; see --{key}")
     (file,) = config(**{key.replace(".", "__"): '["nowhere"]' if key.startswith("data") else '"nowhere"'})
     said = refused(samples)
     assert said.startswith("nowhere") and said.endswith(f"; see {key} in {file}")

@@ -59,7 +59,7 @@ def test_command_line(tmp_path, override, value):
         ("optim.lr = [1]", "", "optim.lr in FILE = [1]; a number is needed"),
         ("", "--optim.lr=true", "a number is needed"),
         ("", "--optim.batch_size=1.5", "--optim.batch_size = 1.5; a whole number is needed"),
-        ("", "--run.tensorboard=1", "true or false is needed"),
+        ("", "--run.activation_checkpointing=1", "true or false is needed"),
         ("", "--run.compile=1", 'true, false or "auto" is needed'),
         ('run.compile = "yes"', "", 'run.compile in FILE = "yes"; it must be true, false or "auto"'),
         ("loss.beta = 0", "", "loss.beta in FILE = 0.0; it must be > 0"),

@@ -54,9 +54,8 @@ def test_leftovers(tmp_path, part):
 @pytest.mark.parametrize("there", [True, False], ids=["to files", "to nowhere"])
 def test_links(config, tmp_path, there):
     """What a run writes takes the place of a link; what the link points to stays as it is."""
-    pytest.importorskip("tensorboard")
     files = [".lock", "config.toml", "metrics.jsonl", "reference.safetensors"]
-    directories, others, out = ["final", "samples", "tensorboard"], tmp_path / "others", tmp_path / "out"
+    directories, others, out = ["final", "samples"], tmp_path / "others", tmp_path / "out"
     out.mkdir()
     for name in directories:
         (others / name).mkdir(parents=True)
@@ -66,9 +65,7 @@ def test_links(config, tmp_path, there):
         (out / name).symlink_to(others / name)
     before = sorted(others.rglob("*"))
     for _ in range(2):
-        train_dpo.main(
-            config(eval__samples=2, eval__max_new_tokens=4, run__tensorboard="true", optim__max_steps=1)
-        )
+        train_dpo.main(config(eval__samples=2, eval__max_new_tokens=4, optim__max_steps=1))
     assert sorted(others.rglob("*")) == before
     assert all(path.read_text() == "theirs" for path in before if path.is_file())
     assert not any(path.is_symlink() for path in out.rglob("*"))
@@ -78,7 +75,7 @@ def test_links(config, tmp_path, there):
     ("name", "kind"),
     [
         *[(name, kind) for name in ("checkpoints", "tokens") for kind in ("file", "nowhere", "link")],
-        *[(name, "pipe") for name in ("checkpoints", "tokens", "samples", "tensorboard", ".lock")],
+        *[(name, "pipe") for name in ("checkpoints", "tokens", "samples", ".lock")],
         *[(name, "pipe") for name in ("config.toml", "metrics.jsonl", "reference.safetensors")],
     ],
 )
