@@ -54,16 +54,14 @@ def main(arguments: list[str]) -> None:
     # only adapters are trained (minidpo/model/lora.py), and the reference is the policy with them off.
     policy = load_model(config.model.path, device=run.device, prepare=run.prepare)
     optimizer = adamw(policy, optim)
-    step = run.resume(policy, optimizer, tokenizer, train, total_steps)  # 0, or that of the last checkpoint
-    run.announce(train, held_out)
+    step = run.resume(policy, optimizer, tokenizer, train, held_out, total_steps)  # 0, or the last one saved
     if step == total_steps:
         return run.finish(step, policy, optimizer)
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
     if loss.needs_reference:
         train, held_out = with_reference_logps(config, run, train, order.drawn(), held_out, policy)
-    reference_point = None  # KTO's z0
-    if loss.needs_z0:
-        reference_point = ReferencePoint(config, run, train, order, held_out, policy)
+    # KTO's z0; the other losses have none.
+    reference_point = ReferencePoint(config, run, train, order, held_out, policy) if loss.needs_z0 else None
 
     @torch.no_grad()
     def evaluate() -> None:

@@ -45,8 +45,7 @@ def main(arguments: list[str]) -> None:
         config.model.path, run.device, language_modelling=loss.lm_weight > 0, prepare=run.prepare
     )
     optimizer = adamw(model, optim)
-    step = run.resume(model, optimizer, tokenizer, train, total_steps)
-    run.announce(train, held_out)
+    step = run.resume(model, optimizer, tokenizer, train, held_out, total_steps)
     if step == total_steps:
         return run.finish(step, model, optimizer)
 

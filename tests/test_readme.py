@@ -240,7 +240,6 @@ def test_limits():
     """The lesson's table of what to watch has the thresholds of training/advice.py."""
     limits = re.findall(r"^\| `([\w/]+)` \|.* (?:above|more than) (\d+)(?![.\d])", PAGES["lesson.md"], re.M)
     assert {name: float(limit) for name, limit in limits} == {
-        "eval/rewards/margins": advice.LARGE_MARGIN,
         "eval/logps/chosen": advice.FALLEN,
         "eval/kl": advice.MOST_KL,
         "eval/kl_of_worst": advice.APART,

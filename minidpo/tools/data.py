@@ -31,7 +31,6 @@ from minidpo.data import (
     load_pairs,
     read_records,
     require_fit,
-    require_messages,
 )
 from minidpo.data.paths import data_files
 from minidpo.data.preference_files import format_of, read_files
@@ -43,7 +42,7 @@ from minidpo.model import read_config
 from minidpo.sections import TEMPLATES, DataSection, RewardConfig
 from minidpo.settings import check_fields
 from minidpo.tools.reading import add_reading_options, reading_section
-from minidpo.training.pairs import require_responses
+from minidpo.training.pairs import require_usable
 from minidpo.training.reward_scorer import text_after
 
 
@@ -113,10 +112,8 @@ def _as_a_run_would(arguments: list[str]) -> None:
     tokenizer = Tokenizer.from_pretrained(config.model.path, isinstance(config, RewardConfig))
     require_fit("model", read_config(Path(config.model.path)), tokenizer, config.data.max_length)
     train, held_out = load_pairs(config.data, tokenizer, config.run.seed, cache=None)
-    template = tokenizer.chat_template(config.data.template)
-    require_messages(config.named("data.template"), template, train, tokenizer)
     show_first(train, tokenizer)
-    require_responses(config.loss, ", ".join(train.files), train.responses, train.label is not None)
+    require_usable(config, tokenizer, train, held_out)
     if options.held_out is not None:
         write_records(Path(options.held_out), held_out, config.data)
 

@@ -90,7 +90,7 @@ def main(arguments: list[str]) -> None:
 
 def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]:
     """All that is printed, unrounded: float32 numbers as the model and the losses gave them."""
-    device = choose_device(options.device)
+    device = choose_device(options.device, dtype=options.dtype)
     tokenizer = Tokenizer.from_pretrained(with_tokenizer(options.model, options.adapter))
     template = tokenizer.chat_template(options.template, date_of_model(_trained(options)))
     pair = _read_pair(options, template, tokenizer)

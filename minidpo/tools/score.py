@@ -54,7 +54,7 @@ WITHOUT = "(none)"
 def main(arguments: list[str]) -> None:
     options = _options(arguments)
     loss, origin = _loss(options)
-    device = choose_device(options.device)
+    device = choose_device(options.device, dtype=options.dtype)
     directory, data = Path(options.reward_model or options.model), Path(options.data)
     load = load_reward_model if options.reward_model else load_model
     model = load(directory, device=device, adapter=options.adapter)

@@ -1,5 +1,6 @@
 """What a run with adapters does besides: it settles their precision, and tells what final/ in bf16 costs."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import torch
 
 from minidpo.config import DPOConfig, RewardConfig
 from minidpo.data import PairTokens
-from minidpo.distributed import reshard
+from minidpo.distributed import full_tensor, reshard, shard_like
 from minidpo.errors import UserError
 from minidpo.files import read_object
 from minidpo.log import print0
@@ -32,15 +33,15 @@ def settle_lora(config: DPOConfig | RewardConfig, device: torch.device) -> None:
         given = [name for name in keys_of(lora) if getattr(lora, name) != getattr(LoRASection(), name)]
         if given:
             print0(f"lora.rank is 0, so all weights are trained: {', '.join(given)} of [lora] is not read")
-    elif lora.base_dtype == "bf16" and dtype == "fp32":
+        return
+    if lora.base_dtype == "bf16" and dtype == "fp32":
         name = config.named("lora.base_dtype")
         raise UserError(f'{name} = "bf16" needs run.dtype = "bf16"; with run.dtype = "fp32" give "fp32"')
-    elif lora.base_dtype == "auto":
+    if lora.base_dtype == "auto":
         half = dtype == "bf16" and device.type == "cuda"
         config.lora = replace(lora, base_dtype="bf16" if half else "fp32")
     fields = read_object(Path(config.model.path, "config.json"))
-    of_file = fields.get("dtype") or fields.get("torch_dtype")
-    if lora.rank and config.lora.base_dtype == "bf16" and of_file == "float32":
+    if config.lora.base_dtype == "bf16" and "float32" in (fields.get("dtype"), fields.get("torch_dtype")):
         what = f"the float32 weights of {config.model.path} are held in bf16, and are rounded in final/ too"
         print0(f"lora.base_dtype: {what}; fp32 keeps them as they are, in twice the memory")
 
@@ -51,31 +52,28 @@ def tell_rounding(
 ) -> None:
     """If final/ was merged in bf16, say how far it is from the adapters, on the first few `pairs`.
 
-    It merges and rounds in place, because two models may not fit in memory: nothing is left of the adapters.
+    `model` is merged and rounded in place, because two models may not fit in memory.
     """
     if not config.lora.rank or config.lora.final_dtype != "bf16":
         return
-    few, micro_tokens = pairs.select(np.arange(min(FEW, len(pairs)))), config.optim.micro_tokens
+    few = pairs.select(np.arange(min(FEW, len(pairs))))
+    rewards = isinstance(model, RewardModel)
 
     def values() -> np.ndarray:
-        if isinstance(model, RewardModel):
-            return all_rewards(model, few, micro_tokens, device, "fp32")
-        return all_logps(model, few, micro_tokens, device, "fp32")
+        compute: Callable[..., np.ndarray] = all_rewards if rewards else all_logps
+        return compute(model, few, config.optim.micro_tokens, device, "fp32")
 
     before = values()
     reshard(model)  # What is gathered now is a copy.
     for layer in adapted_layers(model).values():
-        layer.weight.copy_((layer.weight + layer.scale * (layer.lora_B @ layer.lora_A)).bfloat16())
+        merged = layer.merge(full_tensor(layer.weight))
+        layer.weight.copy_(shard_like(merged.bfloat16(), layer.weight))
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
     with adapters_off(model):
         change = np.abs(values() - before)
-    where = f"on {len(few)} pairs, and nothing with lora.final_dtype = fp32"
-    if isinstance(model, RewardModel):
-        return print0(f"final/ in bf16 changes a reward by {change.mean():.2g} on average, {where}")
-    # Of models that are much alike, KL is half the mean square of the difference of log-probs.
-    kl = (change**2).mean() / 2
-    print0(
-        f"final/ in bf16 changes log pi(response) by {change.mean():.2g} nats on average, a KL of about"
-        f" {kl:.2g} nats, {where}"
-    )
+    what = f"{'a reward' if rewards else 'log pi(response), in nats,'} by {change.mean():.2g} on average"
+    if not rewards:
+        # Of models that are much alike, KL is half the mean square of the difference of log-probs.
+        what += f", a KL of about {(change**2).mean() / 2:.2g}"
+    print0(f"final/ in bf16 changes {what}, on {len(few)} pairs; lora.final_dtype = fp32 changes nothing")

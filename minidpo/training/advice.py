@@ -4,23 +4,14 @@ The thresholds are rules of thumb, not theorems.
 """
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
-from minidpo.config import load_config
-from minidpo.data import PairOrder
-from minidpo.distributed import rank
-from minidpo.errors import UserError
 from minidpo.log import print0
 from minidpo.losses import SATURATED, BradleyTerry, PreferenceLoss
-from minidpo.sections import DPOConfig, RewardConfig
 from minidpo.settings import keys_of
-from minidpo.training.optim import learning_rate
 
 APART = 30.0  # nats of KL of one short response, which as a rule is then no language any more
 MOST_KL = 10.0  # nats per response; beyond it, samples are seldom what the preferences were about
 FALLEN = 10.0  # nats per chosen response
-LARGE_MARGIN = 10.0  # in units of reward: a pair's gradient is then 9e-5 of what it is at 0
 OF_ADAPTERS = 10  # their best rates over those of full training (Schulman et al. 2025, "LoRA Without Regret")
 FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 
@@ -28,7 +19,7 @@ FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 class Advice:
     """Looks at the logged values of a run as they come, and names only settings that the run's loss has.
 
-    tell: where a warning goes. `report` gives another, and shows what a run has said.
+    tell: where a warning goes.
     """
 
     def __init__(
@@ -41,38 +32,32 @@ class Advice:
     ) -> None:
         self._tell = tell
         self._given: set[str] = set()
-        self._first: dict[str, float] = {}
+        self._first: dict[str, float] = {}  # values of the first evaluation
         self._overfitted_steps = 0
         self._lengths: list[float] = []
-        low, high = (rate * (OF_ADAPTERS if adapters else 1) for rate in loss.usual_lr)
-        far = not low / 10 <= lr <= high * 10
-        effect = "no change" if lr < low else "a model that falls apart"
-        kind = f"{loss.name} with adapters" if adapters else loss.name
-        published = f"far from what is published for {kind}, {low:g} to {high:g}"
         has = keys_of(loss)
         # A beta pulls towards the reference where there is one, and elsewhere scales the reward.
         self._beta = ["a higher loss.beta"] * ("beta" in has and loss.needs_reference)
         self._smoothing = ["loss.label_smoothing"] * ("label_smoothing" in has)
         self._sft = ["loss.sft_weight above 0"] * (getattr(loss, "sft_weight", 1.0) == 0)
         self._by_length = ["loss.length_normalize", "SimPO"] * ("length_normalize" in has)
-        self._logistic = getattr(loss, "saturates", True)
-        self._warn(far and parameters >= FEW_PARAMETERS, f"optim.lr = {lr:g} is {published}: expect {effect}")
+        low, high = (rate * (OF_ADAPTERS if adapters else 1) for rate in loss.usual_lr)
+        kind = f"{loss.name} with adapters" if adapters else loss.name
+        self._warn(
+            parameters >= FEW_PARAMETERS and not low / 10 <= lr <= high * 10,
+            f"optim.lr = {lr:g} is far from what is published for {kind}, {low:g} to {high:g}: expect"
+            f" {'no change' if lr < low else 'a model that falls apart'}",
+        )
 
     def on_step(self, values: dict[str, float]) -> None:
         """values: what is logged of a training step."""
-        accuracy = values.get("rewards/accuracies", values.get("accuracy", 0.0))
-        loss = values.get("preference_loss", values["loss"])
-        self._overfitted_steps = self._overfitted_steps + 1 if accuracy == 1.0 and loss < 0.01 else 0
+        accuracy = values.get("rewards/accuracies", values.get("accuracy"))
+        learnt = accuracy == 1.0 and values.get("preference_loss", values["loss"]) < 0.01
+        self._overfitted_steps = self._overfitted_steps + 1 if learnt else 0
         self._warn(
             self._overfitted_steps >= 3,
             "accuracy 1.0 and a loss near 0 in three logged steps: the pairs are learnt by heart;"
             f" {_any_of('fewer optim.epochs', *self._beta, *self._smoothing)} would keep more of the model",
-        )
-        margin = values.get("rewards/margins", values.get("margin", 0.0))
-        self._warn(
-            margin > LARGE_MARGIN and self._logistic,
-            f"a mean margin of {margin:.1f} leaves no gradient;"
-            f" try {_any_of('fewer optim.epochs', 'a lower optim.lr', *self._smoothing)}",
         )
         saturated = values.get("saturated", 0.0)
         self._warn(
@@ -83,8 +68,7 @@ class Advice:
 
     def on_evaluation(self, values: dict[str, float]) -> None:
         """values: what is logged of an evaluation, without "eval/"."""
-        watched = {name: values.get(name, 0.0) for name in ("logps/chosen", "rewards/margins")}
-        self._first = self._first or watched
+        self._first = self._first or values
         kl, worst = values.get("kl", 0.0), values.get("kl_of_worst", 0.0)
         self._warn(
             kl > MOST_KL,
@@ -95,9 +79,12 @@ class Advice:
             worst > APART and kl <= MOST_KL,
             f"one response has a KL of {worst:.0f} nats: read OUT/samples for broken text",
         )
-        fallen = self._first["logps/chosen"] - watched["logps/chosen"]
+        risen, fallen = (
+            sign * (values.get(name, 0.0) - self._first.get(name, 0.0))
+            for name, sign in (("rewards/margins", 1), ("logps/chosen", -1))
+        )
         self._warn(
-            fallen > FALLEN and watched["rewards/margins"] > self._first["rewards/margins"],
+            fallen > FALLEN and risen > 0,
             f"chosen responses are {fallen:.1f} nats less likely than at the start while margins rise: both"
             " responses fall, the rejected one faster;"
             f" try {_any_of(*self._sft, *self._beta, 'a lower optim.lr')}",
@@ -121,25 +108,6 @@ class Advice:
         if condition and kind not in self._given:
             self._given.add(kind)
             self._tell(f"warning: {text}")
-
-
-def tell_new_schedule(config: DPOConfig | RewardConfig, step: int, steps: int, pairs: int) -> None:
-    """Say what becomes of lr if a run resumes after `step` with other `steps` than OUT/config.toml plans."""
-    file, optim = Path(config.run.out, "config.toml"), config.optim
-    if not 0 < step < steps or rank() > 0:
-        return
-    try:
-        kind: Any = type(config)
-        before = load_config(kind, [str(file)]).optim
-    except UserError:  # There is no such file, or one of another version, which is about to be written again.
-        return
-    planned = len(PairOrder(pairs, before.batch_size, before.epochs, before.max_steps, config.run.seed))
-    was, now = (learning_rate(step, total, optim) for total in (planned, steps))
-    if was != now:
-        print0(
-            f"{steps} steps, where {planned} were planned: with optim.schedule = {optim.schedule}"
-            f" lr is {now:.3g} at the next step, where {was:.3g} was planned"
-        )
 
 
 def _any_of(*remedies: str) -> str:

@@ -32,7 +32,7 @@ def choose_device(name: str, threads: int = 0, dtype: str = "fp32", attention: s
         _choose_attention(device, attention)
         if dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
             gpu = torch.cuda.get_device_name(device)
-            raise UserError(f'{gpu} does not compute in bf16; set run.dtype = "fp32"')
+            raise UserError(f'{gpu} does not compute in bf16; set run.dtype = "fp32" (--dtype fp32)')
     elif attention == "flex":
         raise UserError(f'run.attention = "flex" needs a CUDA GPU, and this is {device.type}; set "auto"')
     elif device.type == "mps" and (dtype == "bf16" or ranks() > 1):  # Never run: no such machine was there.

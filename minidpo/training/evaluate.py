@@ -1,26 +1,21 @@
 """What the policy writes by itself: sampled responses to held-out prompts, beside those of the reference.
 
-A loss and an accuracy say how the policy ranks other people's responses, not what it writes. Of y sampled
-from pi, two estimates of KL(pi || pi_ref), in nats per response, both unbiased:
+A loss and an accuracy say how the policy ranks other people's responses, not what it writes. Of responses y
+sampled from pi, KL(pi || pi_ref) is estimated by the chain rule of KL, in nats per response, without bias:
 
-    of log-ratios   sum_t d_t,   d_t = log pi(y_t | x, y_<t) - log pi_ref(y_t | x, y_<t)
-    of next tokens  sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t))       the chain rule of KL
+    sum_t KL(pi(. | x, y_<t) || pi_ref(. | x, y_<t))
 
-The second sums over every token that could come next and leaves only the prefix to chance, so it is never
-negative and has far less noise. (Schulman's exp(-d) - 1 + d is never negative either, but at several nats the
-tokens that carry its mean are hardly ever sampled, and it comes out too low.) A response cut at
-max_new_tokens counts as far as it went.
-
-All is computed in float32, whatever the run trains in: between two models whose products are rounded to bf16
-there are tenths of a nat, where the models themselves have thousandths.
+It sums over every token that could come next and leaves only the prefix to chance. So it is never negative,
+and has far less noise than the log-ratio of y, which is another estimate. All is computed in float32: between
+two models whose products are rounded to bf16 there are tenths of a nat, where these have thousandths.
 """
 
 import gc
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,52 +26,44 @@ from minidpo.config import DPOConfig
 from minidpo.data import PairTokens, Tokenizer
 from minidpo.distributed import all_gather, rank, ranks, reshard, shard
 from minidpo.errors import UserError
-from minidpo.files import replacing_file, writing
+from minidpo.files import write_file, writing
 from minidpo.log import Progress
 from minidpo.logprobs import at_least_float32, sum_by_response, tokens_per_chunk, widest_float
 from minidpo.model import Sampling, Transformer, generate, hidden_states
 from minidpo.model.lora import adapters_off, add_adapters
 from minidpo.packing import PackedBatch
 from minidpo.sections import LoRASection
-from minidpo.training.reference import reference_or_policy
+from minidpo.training.reference import load_reference
 from minidpo.training.reward_scorer import RewardScorer, mean_and_error, text_after
 from minidpo.training.run import Run
 from minidpo.training.scoring import MICRO_TOKENS, values_of_every_prompt
 
 
-@dataclass(frozen=True)
-class Samples:
-    """One sampled response per prompt, and its reward (None without a reward model)."""
+class Samples(NamedTuple):
+    """One sampled response per prompt."""
 
     ids: list[list[int]]
     texts: list[str]
+    lengths: np.ndarray  # tokens, EOS included
     ended: np.ndarray  # bool: whether it ends with EOS, and was not cut off
-    rewards: np.ndarray | None
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """Tokens, EOS included."""
-        return np.array([len(ids) for ids in self.ids])
+    rewards: np.ndarray | None  # None without a reward model
 
 
 class SampledEvaluation:
-    """Samples from policy and reference to the same held-out prompts, at temperature 1: each evaluation's
-    figures.
+    """The figures of each evaluation, from samples of policy and reference at temperature 1.
 
     Both draw independently of one another, the policy anew at each evaluation. win_rate is the share of
     prompts to which the policy's response has the higher reward: of a policy that equals its reference, (1 -
-    tie_rate) / 2 on average. Raises UserError where a prompt leaves no room for max_new_tokens in the policy
-    or the reward model.
+    tie_rate) / 2 on average. Raises UserError where a prompt leaves no room for max_new_tokens.
     """
 
     def __init__(
         self, config: DPOConfig, run: Run, held_out: PairTokens, tokenizer: Tokenizer, policy: Transformer
     ) -> None:
-        self._run, self._tokenizer, self._config = run, tokenizer, config
+        self._config, self._run, self._tokenizer = config, run, tokenizer
         self._sampling = Sampling(config.eval.max_new_tokens)
-        self._scorer = (
-            RewardScorer(config.eval.reward_model, run.device) if config.eval.reward_model else None
-        )
+        reward_model = config.eval.reward_model
+        self._scorer = RewardScorer(reward_model, run.device) if reward_model else None
         template = tokenizer.chat_template(config.data.template, config.data.date)
         templated = np.zeros(len(held_out), bool) if held_out.templated is None else held_out.templated
         if self._scorer:
@@ -93,27 +80,25 @@ class SampledEvaluation:
 
     def __call__(self, policy: Transformer, step: int) -> dict[str, float]:
         """Figures of this step, under names without "eval/"; the samples go to OUT/samples/step-N.jsonl."""
-        # The reference is read anew each time, so that between evaluations the policy has its memory. With
-        # adapters it is the policy, with its adapters off.
+        # The reference is read anew each time, so that between evaluations the policy has its memory.
         device, seed = self._run.device, self._run.seed
         policy = _in_float32(policy, device, self._run.dtype, self._config.lora)
-        reference = reference_or_policy(self._config, policy, device, "fp32")
+        reference = load_reference(self._config, policy, device, "fp32")
         if self._of_reference is None:
             # With the policy's seed, both would say the same as long as they are much alike, and mostly tie.
             with adapters_off(reference):
                 self._of_reference = self._sample(reference, "sampling, reference", seed + ranks())
         base = self._of_reference
         samples = self._sample(policy, "sampling", seed)
-        divergence = divergences(policy, reference, self._prompts, samples.ids, device, "fp32")
+        kls = divergences(policy, reference, self._prompts, samples.ids, device)
         del policy, reference
         gc.collect()  # Sharded layers refer to one another; without this they would stay beside the policy.
-        kl, kl_error = mean_and_error(divergence[:, 1])
+        kl, kl_error = mean_and_error(kls)
         figures = {
             "kl": kl,
             "kl_standard_error": kl_error,
-            "kl_of_worst": float(divergence[:, 1].max()),
-            "kl_per_token": float(divergence[:, 1].sum() / samples.lengths.sum()),
-            "kl_of_log_ratios": float(divergence[:, 0].mean()),
+            "kl_of_worst": float(kls.max()),
+            "kl_per_token": float(kls.sum() / samples.lengths.sum()),
             "sample_length": float(samples.lengths.mean()),
             "sample_length_change": float(samples.lengths.mean() - base.lengths.mean()),
             "ended": float(samples.ended.mean()),
@@ -125,7 +110,8 @@ class SampledEvaluation:
             figures["reward_of_reference"] = float(base.rewards.mean())
             figures["win_rate"] = float((samples.rewards > base.rewards).mean())
             figures["tie_rate"] = float((samples.rewards == base.rewards).mean())
-        self._write(step, samples, divergence)
+        if rank() == 0:
+            self._write(step, samples, kls)
         return {name: value for name, value in figures.items() if not math.isnan(value)}  # one has no error
 
     def _sample(self, model: Transformer, label: str, seed: int) -> Samples:
@@ -140,24 +126,18 @@ class SampledEvaluation:
         texts = [text_after(self._tokenizer, *both) for both in zip(self._prompts, ids, strict=True)]
         rewards = self._scorer.rewards(self._as_text, texts) if self._scorer else None
         ended = np.array([row[-1] in stops for row in ids])
-        return Samples(ids, texts, ended, rewards)
+        return Samples(ids, texts, np.array([len(row) for row in ids]), ended, rewards)
 
-    def _write(self, step: int, samples: Samples, divergence: np.ndarray) -> None:
-        if rank():
-            return
+    def _write(self, step: int, samples: Samples, kls: np.ndarray) -> None:
+        columns = {"prompt": [prompt.text for prompt in self._as_text], "response": samples.texts}
+        columns |= {"tokens": samples.lengths.tolist(), "ended": samples.ended.tolist(), "kl": kls.tolist()}
+        if samples.rewards is not None:
+            columns["reward"] = samples.rewards.tolist()
+        rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         file = self._run.out / "samples" / f"step-{step}.jsonl"
-        rows = []
-        for i, text in enumerate(samples.texts):
-            row = {"prompt": self._as_text[i].text, "response": text, "tokens": len(samples.ids[i])}
-            row |= {"ended": bool(samples.ended[i]), "log_ratio": float(divergence[i, 0])}
-            row["kl"] = float(divergence[i, 1])
-            if samples.rewards is not None:
-                row["reward"] = float(samples.rewards[i])
-            rows.append(json.dumps(row, ensure_ascii=False) + "\n")
         with writing(file):
             file.parent.mkdir(exist_ok=True)
-            with replacing_file(file) as temporary:
-                temporary.write_text("".join(rows), encoding="utf-8")
+            write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def _require_room(self, limit: int) -> None:
         new = self._sampling.max_new_tokens
@@ -166,16 +146,18 @@ class SampledEvaluation:
             raise UserError(
                 f"eval.max_new_tokens = {new} after a prompt of {longest} tokens; the model takes {limit}"
             )
-        if not self._scorer:
-            return
-        # Another tokenizer may cut the same text into more tokens.
-        same = not self._scorer.tokenizer.conflict(self._tokenizer)
-        room = min(map(self._scorer.room, self._as_text), default=limit)
-        if (new + 1) * (1 if same else 2) > room:
+        if self._scorer and (room := min(map(self._scorer.room, self._as_text), default=limit)) <= new:
             raise UserError(
                 f"eval.max_new_tokens = {new}, but eval.reward_model takes {self._scorer.max_length} tokens,"
                 f" and its longest prompt leaves {room}"
             )
+
+
+def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
+    """Distinct n-grams of all responses over their tokens, as in Li et al. 2016: low if a policy repeats
+    itself."""
+    grams = {tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)}
+    return len(grams) / max(1, sum(map(len, responses)))
 
 
 def _in_float32(policy: Transformer, device: torch.device, dtype: str, lora: LoRASection) -> Transformer:
@@ -197,39 +179,26 @@ def divergences(
     prompts: Sequence[list[int]],
     samples: Sequence[list[int]],
     device: torch.device,
-    dtype: str,
 ) -> np.ndarray:
-    """Both estimates for the policy's own `samples`: (samples, 2) nats, of log-ratios and of next tokens."""
+    """The KL of each of the policy's own `samples`, one per prompt: (samples,) nats."""
     pairs = PairTokens.from_responses(prompts, [[response] for response in samples])
-    compute = partial(divergence, policy, reference)
-    return values_of_every_prompt(compute, pairs, MICRO_TOKENS, device, dtype)
+    compute = partial(_divergence, policy, reference)
+    return values_of_every_prompt(compute, pairs, MICRO_TOKENS, device, "fp32")[:, 0]
 
 
-@torch.no_grad()
-def divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) -> Tensor:
-    """Both estimates for the one response of each prompt of a packed row: (P, 2)."""
+def _divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) -> Tensor:
+    """The KL of the one response of each prompt of a packed row: (P, 1)."""
     # The hidden states before every scored token, (S, D) each
     ours = hidden_states(policy, batch)[batch.predictor]
     with adapters_off(reference):  # It may be the policy itself.
         theirs = hidden_states(reference, batch)[batch.predictor]
-    ratios, kls = [], []
+    kls = []
     chunk = tokens_per_chunk(policy.config.vocab_size, torch.float32)
-    for h, h_reference, target in zip(
-        ours.split(chunk), theirs.split(chunk), batch.targets.split(chunk), strict=True
-    ):
+    for both in zip(ours.split(chunk), theirs.split(chunk), strict=True):
         logps, reference_logps = (
             at_least_float32(F.linear(h, model.output_weight.to(h.dtype))).log_softmax(-1)  # (chunk, V)
-            for h, model in ((h, policy), (h_reference, reference))
+            for h, model in zip(both, (policy, reference), strict=True)
         )
-        logratios = logps - reference_logps
-        ratios.append(logratios.gather(-1, target[:, None]).squeeze(-1))
-        kls.append((logps.exp() * logratios).sum(-1))
-    each = (torch.cat(values).to(widest_float(policy.model.norm.weight.device)) for values in (ratios, kls))
-    return torch.stack([sum_by_response(values, batch.lengths[:, 0]) for values in each], dim=1)
-
-
-def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams of all responses over their tokens, as in Li et al. 2016: low if a policy repeats
-    itself."""
-    grams = {tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)}
-    return len(grams) / max(1, sum(map(len, responses)))
+        kls.append((logps.exp() * (logps - reference_logps)).sum(-1))
+    of_tokens = torch.cat(kls).to(widest_float(policy.model.norm.weight.device))
+    return sum_by_response(of_tokens, batch.lengths[:, 0])[:, None]

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 from minidpo.model.lora import trained_parameters
 from minidpo.sections import OptimSection
 
-_STATE = ("exp_avg", "exp_avg_sq", "step")  # m, v and t in the equations below
-
 
 def adamw(model: nn.Module, optim: OptimSection) -> torch.optim.AdamW:
     """Adam with decoupled weight decay (Kingma & Ba 2015; Loshchilov & Hutter 2019), of what is trained.
@@ -46,25 +44,13 @@ def learning_rate(step: int, total_steps: int, optim: OptimSection) -> float:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """The state of the optimizer: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every NAME that is trained.
-
-    A parameter that has not taken a step yet has fresh zeros, so that the names are always the same.
-    """
+    """The optimizer's own m, v and t: NAME/exp_avg, NAME/exp_avg_sq and NAME/step of every NAME that is
+    trained. The next step goes on from what is copied into these tensors."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in trained_parameters(model).items():
-        moments = {
-            "exp_avg": parameter,
-            "exp_avg_sq": parameter,
-            "step": torch.zeros((), device=parameter.device),
-        }
-        state = optimizer.state.get(parameter) or {k: torch.zeros_like(like) for k, like in moments.items()}
-        tensors |= {f"{name}/{key}": state[key] for key in _STATE}
+        state = optimizer.state[parameter]
+        if not state:  # It has not taken a step yet.
+            state |= {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            state["step"] = torch.zeros((), device=parameter.device)
+        tensors |= {f"{name}/{key}": value for key, value in state.items()}
     return tensors
-
-
-def load_optimizer_tensors(
-    model: nn.Module, optimizer: torch.optim.AdamW, tensors: dict[str, Tensor]
-) -> None:
-    """Make `tensors`, named as by `optimizer_tensors`, the state that the next step goes on from."""
-    for name, parameter in trained_parameters(model).items():
-        optimizer.state[parameter] = {key: tensors[f"{name}/{key}"] for key in _STATE}

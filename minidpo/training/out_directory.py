@@ -7,26 +7,19 @@ from pathlib import Path
 
 from minidpo.distributed import first_before_others, rank
 from minidpo.errors import UserError
-from minidpo.files import clear_leftovers, require_regular, writing
+from minidpo.files import clear_leftovers, writing
 from minidpo.log import print0
 
-UNLINKED = (".lock", "samples")  # Links of these names are removed.
 # Windows has neither of the last two.
 FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 def require_parts(out: Path) -> None:
-    """Raises UserError if something in `out` stands where a run will write, and cannot be replaced.
-
-    Called at the start: otherwise the run would train until its first save, or wait for ever on a pipe.
-    """
-    for name in ("checkpoints", "tokens", "samples"):
-        path = out / name
-        removed = name in UNLINKED and path.is_symlink()
-        if os.path.lexists(path) and not os.path.isdir(path) and not removed:
-            raise UserError(f"{path}: no directory; remove it, or mount the disk that it is a link to")
-    for name in (".lock", "config.toml", "metrics.jsonl", "reference.safetensors"):
-        require_regular(out / name)
+    """Raises UserError if what a run keeps in directories of `out` cannot be there, before it trains until
+    its first save."""
+    for name in ("checkpoints", "tokens"):
+        if os.path.lexists(out / name) and not (out / name).is_dir():
+            raise UserError(f"{out / name}: no directory; remove it, or mount the disk that it is a link to")
 
 
 def lock_directory(out: Path) -> None:
@@ -40,7 +33,7 @@ def lock_directory(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         # Writing through a link would change files of somebody else. checkpoints/ and tokens/ may be links to
         # a larger disk: what is in them is replaced as a whole, and the names are those of runs alone.
-        for name in UNLINKED:
+        for name in (".lock", "samples"):
             if (out / name).is_symlink():
                 (out / name).unlink()
         # Never closed: the lock ends with the process, however that ends, and does not refuse it itself.
@@ -50,9 +43,8 @@ def lock_directory(out: Path) -> None:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 holder = f"another run is at work in it (process {os.read(descriptor, 20).decode()})"
-                raise UserError(
-                    f"{out}: {holder}; wait for its end, or give this one another run.out"
-                ) from None
+                hint = "wait for its end, or give this one another run.out"
+                raise UserError(f"{out}: {holder}; {hint}") from None
             print0(f"{out}: no locks on this file system ({error.strerror}); start no second run in it")
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())

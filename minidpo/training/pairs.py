@@ -1,6 +1,7 @@
 """The pairs of a run. What does not fit together is refused here, before anything is computed or kept."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from minidpo.config import DPOConfig, RewardConfig, data_of_run
@@ -29,42 +30,18 @@ from minidpo.training.reference import require_reference
 def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tuple[PairTokens, PairTokens]:
     """The pairs to train on and those held out, tokenized once and kept in OUT/tokens.
 
-    Raises UserError if the data does not fit the model, the reference, the reward model of the evaluation or
-    optim.micro_tokens. Then nothing is left behind on disk.
+    Raises UserError if it does not fit the models or the settings. Then nothing is left behind on disk.
     """
-    max_length = config.data.max_length
-    require_fit("model", read_config(Path(config.model.path)), tokenizer, max_length)
-    if (theirs := prefix_space(Path(config.model.path))) not in (None, tokenizer.prepends):
-        file, value = f"{config.model.path}/{CONFIG}", str(theirs).lower()
+    model = Path(config.model.path)
+    require_fit("model", read_config(model), tokenizer, config.data.max_length)
+    if (theirs := prefix_space(model)) not in (None, tokenizer.prepends):
         what = "which transformers follows, contradicts tokenizer.json, which is followed here"
-        print0(f"warning: {file}: add_prefix_space = {value}, {what}")
+        print0(f"warning: {model / CONFIG}: add_prefix_space = {toml(theirs)}, {what}")
     if isinstance(config, DPOConfig):
-        _check_evaluation(config)
-        if config.reference.path and (config.loss.needs_reference or config.eval.samples):
-            with naming_key(config, "reference.path"):
-                require_reference(config.reference_path, tokenizer, max_length)
+        _require_other_models(config, tokenizer)
     for key, files in (("data.eval", config.data.eval), ("data.train", config.data.train)):
         with naming_key(config, key):
             data_files(files)
-
-    def check(train: PairTokens, held_out: PairTokens) -> None:
-        template = tokenizer.chat_template(config.data.template)
-        records = "those of data.train" if config.data.eval else "the records"
-        require_messages(config.named("data.template"), template, train, tokenizer, records)
-        for pairs in filter(len, (train, held_out)):
-            require_responses(config.loss, ", ".join(pairs.files), pairs.responses, pairs.label is not None)
-        longest = longest_pair(train, held_out)
-        if longest > config.optim.micro_tokens:
-            given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
-            raise UserError(f"{given}, but one pair has {longest} tokens; it must be at least that")
-        for pairs in (train, held_out):
-            if config.loss.margin_from_data:
-                require_margins(pairs)
-        if config.loss.needs_z0 and config.optim.batch_size < 2:
-            given, name = config.named("optim.batch_size"), config.loss.name
-            raise UserError(
-                f"{given} = 1, but {name} compares with the other responses of a batch; give 2 or more"
-            )
 
     def check_first(file: str, reading: Reading) -> None:
         responses = 1 if reading.rejected is None else 2
@@ -74,22 +51,40 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         out = Path(config.run.out)
         # A run that is resumed on a later day goes on with the date of its first one.
         data = replace(config.data, date=config.data.date or data_of_run(out, "date"))
+        check = partial(require_usable, config, tokenizer)
         train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check, check_first)
         config.data.date = train.date or held_out.date or config.data.date
-    if config.loss.unpaired:
-        return _unpaired(train, config), _unpaired(held_out, config)
+    if config.loss.unpaired and train.label is None:  # Labelled responses stay as they are.
+        n = len(train)
+        print0(
+            f"{config.loss.name} reads responses one by one: {n} pairs are {n} desirable responses (chosen)"
+            f" and {n} undesirable ones (rejected); batch_size counts responses"
+        )
+        train = train.unpaired()
+    if config.loss.unpaired and held_out.label is None and len(held_out):
+        held_out = held_out.unpaired()
     return train, held_out
 
 
-def _unpaired(pairs: PairTokens, config: DPOConfig | RewardConfig) -> PairTokens:
-    """Labelled responses as they are, pairs as two of them."""
-    if pairs.label is not None or not len(pairs):
-        return pairs
-    print0(
-        f"{config.loss.name} reads responses one by one: {len(pairs)} pairs are {len(pairs)} desirable"
-        f" responses (chosen) and {len(pairs)} undesirable ones (rejected); batch_size counts responses"
-    )
-    return pairs.unpaired()
+def require_usable(
+    config: DPOConfig | RewardConfig, tokenizer: Tokenizer, train: PairTokens, held_out: PairTokens
+) -> None:
+    """Raises UserError unless a run with these settings can train on and evaluate with these pairs."""
+    template = tokenizer.chat_template(config.data.template)
+    records = "those of data.train" if config.data.eval else "the records"
+    require_messages(config.named("data.template"), template, train, tokenizer, records)
+    for pairs in filter(len, (train, held_out)):
+        require_responses(config.loss, ", ".join(pairs.files), pairs.responses, pairs.label is not None)
+        if config.loss.margin_from_data:
+            require_margins(pairs)
+    longest = longest_pair(train, held_out)
+    if longest > config.optim.micro_tokens:
+        given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
+        raise UserError(f"{given}, but one pair has {longest} tokens; it must be at least that")
+    if config.loss.needs_z0 and config.optim.batch_size < 2:
+        given, name = config.named("optim.batch_size"), config.loss.name
+        what = f"{given} = 1, but {name} compares with the other responses of a batch"
+        raise UserError(f"{what}; give 2 or more")
 
 
 def require_responses(
@@ -112,13 +107,16 @@ def require_responses(
     raise UserError(f"{has}, but the loss {loss.name} reads {reads}; {right}")
 
 
-def _check_evaluation(config: DPOConfig) -> None:
+def _require_other_models(config: DPOConfig, tokenizer: Tokenizer) -> None:
     """Fail now rather than at the first evaluation, and name what is given and not read."""
-    reward_model, samples = config.eval.reward_model, config.eval.samples
+    reward_model, reference, samples = config.eval.reward_model, config.reference.path, config.eval.samples
     if samples and reward_model:
         with naming_key(config, "eval.reward_model"):
             require_reward_model(Path(reward_model))
     elif reward_model:
         print0("eval.reward_model is not read: eval.samples is 0")
-    if config.reference.path and not config.loss.needs_reference and not samples:
-        print0(f"{config.loss.name} has no reference: {config.reference.path} is not read")
+    if reference and (config.loss.needs_reference or samples):
+        with naming_key(config, "reference.path"):
+            require_reference(Path(reference), tokenizer, config.data.max_length)
+    elif reference:
+        print0(f"{config.loss.name} has no reference: {reference} is not read")

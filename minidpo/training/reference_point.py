@@ -15,18 +15,15 @@ from torch import Tensor
 
 from minidpo.config import DPOConfig
 from minidpo.data import PairOrder, PairTokens
-from minidpo.distributed import all_reduce_sum
-from minidpo.model import Transformer, response_logps
-from minidpo.packing import pack
-from minidpo.training.device import autocast
+from minidpo.model import Transformer
 from minidpo.training.reference import reference_logps
 from minidpo.training.run import Run
+from minidpo.training.scoring import all_logps
 
 
 class ReferencePoint:
     """z0 of every batch of a run. Which responses are mismatched follows from the order of the run, so their
-    log-probs under the reference are computed once, before training, and kept in
-    OUT/mismatched.safetensors."""
+    log-probs under the reference are computed before training, and kept in OUT/mismatched.safetensors."""
 
     def __init__(
         self,
@@ -41,14 +38,12 @@ class ReferencePoint:
         self._train, self._order = train, order
         # The texts of a step are made again when it is due, because all together are as large as the data.
         steps = [order[step] for step in range(len(order))]
-        mismatched = train.mismatched(steps, self._max_length)
         whole = np.random.default_rng(run.seed).permutation(len(held_out))
         self._held_out = held_out.mismatched([whole], self._max_length)
-        sets = {
-            name: (pairs, np.arange(len(pairs)))
-            for name, pairs in {"mismatched": mismatched, "mismatched, held out": self._held_out}.items()
-        }
-        self._logps = reference_logps(config, run, sets, "mismatched.safetensors", policy)
+        mismatched = train.mismatched(steps, self._max_length)
+        both = {"mismatched": mismatched, "mismatched, held out": self._held_out}
+        sets = {name: (pairs, np.arange(len(pairs))) for name, pairs in both.items()}
+        self._logps = reference_logps(config, run, sets, run.out / "mismatched.safetensors", policy)
 
     def of_step(self, policy: Transformer, step: int) -> Tensor:
         """z0 of the batch of step `step`, from 0: one number, nats."""
@@ -60,12 +55,9 @@ class ReferencePoint:
         """z0 of all held-out records."""
         return self._of(policy, self._held_out, self._logps["mismatched, held out"])
 
-    @torch.no_grad()
     def _of(self, policy: Transformer, texts: PairTokens, reference: np.ndarray) -> Tensor:
         """texts: n mismatched responses; reference: their log-probs under it, (n, 1)."""
-        device, total = self._run.device, torch.zeros((), dtype=torch.float64)
-        for indices in self._run.micro_batches(texts.token_counts()):
-            with autocast(device, self._run.dtype):
-                logps = response_logps(policy, pack(texts, indices).to(device))  # (B, 1)
-            total += (logps.double().cpu() - torch.from_numpy(reference[indices])).sum()
-        return (all_reduce_sum(total.to(device)) / len(texts)).clamp(min=0)
+        run = self._run
+        logps = all_logps(policy, texts, run.config.optim.micro_tokens, run.device, run.dtype)  # (n, 1)
+        mean = np.mean(logps.astype(np.float64) - reference)
+        return torch.tensor(max(0.0, float(mean)), device=run.device)

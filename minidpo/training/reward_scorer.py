@@ -7,37 +7,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minidpo.data import ChatTemplate, PairTokens, Prompt, Tokenizer, longest_pair, require_fit
+from minidpo.data import ChatTemplate, PairTokens, Prompt, Tokenizer, require_fit
 from minidpo.errors import UserError
 from minidpo.log import print0
 from minidpo.model import load_reward_model, reward_read_at
-from minidpo.training.scoring import MICRO_TOKENS, all_rewards
+from minidpo.training.scoring import MICRO_TOKENS, all_rewards, require_finite
 
 
 class RewardScorer:
     """The reward model of a directory, with its own tokenizer."""
 
     def __init__(self, directory: str, device: torch.device) -> None:
-        self._device = device
+        self._directory, self._device = Path(directory), device
         # Between two calls of `rewards` it waits in main memory, and a policy in training has the GPU's.
         self._model = load_reward_model(directory, device=torch.device("cpu"))
-        self._directory = Path(directory)
         self.tokenizer = Tokenizer.from_pretrained(directory, rewards=True)
         self.max_length = self._model.config.max_length
         require_fit("reward model", self._model.config, self.tokenizer, 2)
 
     def compare(self, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-        """Tell where the reward model has another tokenizer than the model's, or another chat template.
-
-        template: that of the messages; None if there are none.
-        """
+        """Tell if its tokenizer or chat template is not the model's. template: None without messages."""
         if conflict := self.tokenizer.conflict(tokenizer):
             print0(f"the reward model has another tokenizer than the model ({conflict}); it reads the text")
         if template:
             compare_template(self._directory, self.tokenizer, template)
 
     def room(self, prompt: Prompt) -> int:
-        """How many tokens of a response, EOS included, the reward model can read after `prompt`."""
+        """How many tokens of a response, EOS included, can be read after `prompt`."""
         after_eos = max(0, len(self.tokenizer.encode(prompt.tail or "", add_special_tokens=False)) - 1)
         return self.max_length - len(self.tokenizer.prompt_ids(prompt)) - after_eos
 
@@ -48,24 +44,19 @@ class RewardScorer:
         """
         k = len(responses) // len(prompts)
         grouped = [responses[i : i + k] for i in range(0, len(responses), k)]
-        ids = self.tokenizer.encode_responses(prompts, grouped)
-        pairs = PairTokens.from_responses(*ids)
+        pairs = PairTokens.from_responses(*self.tokenizer.encode_responses(prompts, grouped))
         longest = int((pairs.lengths[:, 0] + pairs.lengths[:, 1:].max(axis=1)).max())
         if longest > self.max_length:  # Its tokenizer may make more tokens of a sample than the sampler's.
             raise UserError(
                 f"a prompt and its sample have {longest} tokens, the reward model takes {self.max_length};"
                 " sample fewer new tokens"
             )
-        if longest_pair(pairs) > MICRO_TOKENS:  # Each response gets a prompt of its own, to fit in one pass.
-            repeated = [prompt for prompt in ids[0] for _ in range(k)]
-            pairs = PairTokens.from_responses(repeated, [[response] for its in ids[1] for response in its])
         try:
             model = self._model.to(self._device)
             rewards = all_rewards(model, pairs, MICRO_TOKENS, self._device, "fp32").ravel()
         finally:
             self._model.to("cpu")
-        if not np.isfinite(rewards).all():
-            raise UserError(f"the reward model gives {rewards.sum()}: its weights are not finite numbers")
+        require_finite(rewards, self._directory)
         return rewards
 
 
@@ -77,10 +68,8 @@ def compare_template(directory: Path, tokenizer: Tokenizer, template: ChatTempla
         own, what = None, "was trained on text, not on messages written by its chat template"
     # Without a template it was trained on text, and only hh is written like a kind of text.
     if own != template.form and not (own is None and template.kind == "hh"):
-        print0(
-            f"warning: the reward model {what};"
-            " unless it was trained on text like this, its rewards mean little"
-        )
+        unless = "unless it was trained on text like this, its rewards mean little"
+        print0(f"warning: the reward model {what}; {unless}")
     after = (template.tail or "").rpartition(tokenizer.piece(tokenizer.eos_id))[2]
     if after and read_at == "EOS":
         what = f"its rewards at EOS, and is read at the end of the template's text, {after!r}"

@@ -1,30 +1,31 @@
-"""What happens to a run, as opposed to a model: its processes, directory, checkpoints, log lines and stop
-signals.
+"""What happens to a run, as opposed to a model: its processes, directory, checkpoints, log and stop signals.
 
 `Run` never calls the model, the loss or the optimizer while it trains, and has no hooks: the training loop is
 in the two scripts.
 """
 
 import math
+import os
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minidpo.config import DPOConfig, RewardConfig, to_dict, write_config
-from minidpo.data import HELD_OUT_BY, PairTokens, Tokenizer, micro_batches
-from minidpo.distributed import leave, rank, ranks, shard
-from minidpo.errors import STOPPED, RunStopped
+from minidpo.config import DPOConfig, RewardConfig, write_config
+from minidpo.data import PairTokens, Tokenizer, micro_batches
+from minidpo.distributed import any_rank, leave, rank, ranks, shard
+from minidpo.errors import STOPPED, RunStopped, silence_closed_pipes
 from minidpo.log import MetricsFile, Progress, console_line, print0
-from minidpo.model import Transformer, model_fingerprint, read_config
+from minidpo.model import Transformer, read_config
 from minidpo.model.lora import add_adapters, trained_parameters
 from minidpo.sections import naming_key
 from minidpo.training.adapters import settle_lora, tell_rounding
-from minidpo.training.advice import Advice, tell_new_schedule
-from minidpo.training.checkpoint import Checkpoints, run_identity, tokenizer_files
+from minidpo.training.advice import Advice
+from minidpo.training.checkpoint import Checkpoints, run_identity
 from minidpo.training.device import (
     choose_device,
     compiles_layers,
@@ -33,36 +34,32 @@ from minidpo.training.device import (
     slowdown_of_threads,
 )
 from minidpo.training.out_directory import lock_directory, require_parts
-from minidpo.training.stop import Stop
+from minidpo.training.saved_tokenizer import tokenizer_files
 
 
 class Run:
-    """One run of a script, from its configuration on. See train_dpo.py for the order in which its methods are
-    called."""
+    """One run of a script. See train_dpo.py for the order in which its methods are called."""
 
     def __init__(self, config: DPOConfig | RewardConfig) -> None:
-        settings = config.run
+        self.config, self.settings = config, config.run
+        self.out, self.seed, self.dtype = Path(config.run.out), config.run.seed, config.run.dtype
         with naming_key(config, "model.path"):
             read_config(Path(config.model.path))  # Fail now if it is no model directory.
         self._tokenizer_files = tokenizer_files(Path(config.model.path))
-        self.config, self.settings = config, settings
-        self.out, self.seed, self.dtype = Path(settings.out), settings.seed, settings.dtype
         require_parts(self.out)
-        self.device = choose_device(settings.device, settings.threads, settings.dtype, settings.attention)
-        self._compile = compiles_layers(settings.compile, self.device)
+        self.device = choose_device(config.run.device, config.run.threads, self.dtype, config.run.attention)
+        self._compile = compiles_layers(config.run.compile, self.device)
         settle_lora(config, self.device)
         torch.manual_seed(self.seed)  # for a new reward head and new adapters
-        self._stop = Stop()
+        self._stop_requested = False
         self._last_save = (-1, self.out)  # step and directory of the newest checkpoint of this process
         self._tokens, self._seconds = 0, 0.0  # of the steps since the last line of the log
-        self._clock = self._started = time.monotonic()
 
     # --- where it computes --------------------------------------------------------------------------------
 
     def prepare(self, model: Transformer) -> None:
-        """Add adapters if there are any, split the model over torchrun's processes if there are several, and
-        say what of it is compiled or computed again in backward. The model has no weights yet, so that no
-        process ever holds all of a large one."""
+        """Add adapters, split the model over the processes, and say what of it is compiled or computed again
+        in backward. It has no weights yet, so that no process ever holds all of a large model."""
         add_adapters(model, self.config.lora)
         shard(model, self.device, self.dtype)
         model.activation_checkpointing = self.settings.activation_checkpointing
@@ -72,8 +69,7 @@ class Run:
     def micro_batches(
         self, token_counts: np.ndarray, indices: np.ndarray | None = None, label: str = ""
     ) -> Iterator[np.ndarray]:
-        """`indices` (default: all) in few parts that fit one pass, optim.micro_tokens; of those, this
-        process's share.
+        """This process's share of `indices` (default: all) in parts of at most optim.micro_tokens.
 
         token_counts: how many tokens each pair lays out. A label makes a line of progress.
         """
@@ -95,66 +91,43 @@ class Run:
         optimizer: torch.optim.AdamW,
         tokenizer: Tokenizer,
         train: PairTokens,
+        held_out: PairTokens,
         steps: int,
     ) -> int:
-        """Take the directory run.out, load its newest checkpoint if there is one, and return that
-        checkpoint's step.
+        """Take the directory run.out, load its newest checkpoint, and return its step; 0 without one.
 
-        steps: of the whole run. Raises UserError if another process works in run.out, or if it holds another
-        run.
+        steps: of the whole run. Raises UserError if run.out is in use, or holds another run.
         """
-        config, optim = self.config, self.config.optim
-        self.steps = steps
-        self.fingerprints = self._fingerprints(train)
-        identity = run_identity(to_dict(config), self.fingerprints)
+        config, optim, self.steps = self.config, self.config.optim, steps
+        self.identity = run_identity(config, train)
         template = tokenizer.chat_template(config.data.template).to_keep
-        keep, files = self.settings.keep_checkpoints, self._tokenizer_files
-        lora = config.lora, config.model.path
-        self._checkpoints = Checkpoints(self.out, identity, keep, files, template, train.on_messages, *lora)
+        of_tokenizer = self._tokenizer_files, template, train.on_messages
+        self._checkpoints = Checkpoints(config, self.identity, steps, *of_tokenizer)
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
-        tell_new_schedule(config, step, steps, len(train))
         write_config(config, self.out)
         self.first_step = step
         self._metrics = MetricsFile(self.out / "metrics.jsonl", step)
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
-        self._advice = Advice(config.loss, self.parameters, optim.lr, adapters=config.lora.rank > 0)
-        if optim.warmup_steps > steps:
-            print0(
-                f"warning: warm-up takes {optim.warmup_steps} steps and the run {steps}:"
-                f" lr never reaches {optim.lr}"
-            )
-        return step
-
-    def _fingerprints(self, train: PairTokens) -> dict[str, str]:
-        """Of the files whose content makes this run what it is, and how the data was made of them."""
-        paths = {"model": Path(self.config.model.path)}
-        if isinstance(self.config, DPOConfig) and self.config.loss.needs_reference:
-            paths["reference"] = self.config.reference_path
-        of_path = {path: model_fingerprint(path) for path in {*paths.values()}}  # equal paths are read once
-        fingerprints = {name: of_path[path] for name, path in paths.items()} | {"data": train.fingerprint()}
-        if train.date:
-            fingerprints["data.date"] = train.date
-        if self.config.data.eval_pairs and not self.config.data.eval:
-            fingerprints["held-out pairs chosen by"] = HELD_OUT_BY
-        return fingerprints
-
-    def announce(self, train: PairTokens, held_out: PairTokens) -> None:
-        """The line with which training begins."""
         self._some_pairs = held_out if len(held_out) else train
-        batch, where = self.config.optim.batch_size, describe(self.device, self.settings)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        self._advice = Advice(config.loss, parameters, optim.lr, adapters=config.lora.rank > 0)
+        if optim.warmup_steps > steps:
+            what = f"warm-up takes {optim.warmup_steps} steps and the run {steps}"
+            print0(f"warning: {what}: lr never reaches {optim.lr}")
         records = "responses" if train.responses == 1 else "pairs"  # one response each, or two
-        trained = f"{self.trained:,} trained of " if self.trained < self.parameters else ""
+        trained = sum(parameter.numel() for parameter in trained_parameters(model).values())
+        of_all = f"{trained:,} trained of " if trained < parameters else ""
         print0(
-            f"{self.config.loss.name}: {trained}{self.parameters:,} parameters, {len(train)} {records} to"
-            f" train on, {len(held_out)} held out, {self.steps} steps of {batch} {records} on {where}"
+            f"{config.loss.name}: {of_all}{parameters:,} parameters, {len(train)} {records} to train on,"
+            f" {len(held_out)} held out, {steps} steps of {optim.batch_size} {records} on"
+            f" {describe(self.device, self.settings)}"
         )
         if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
             print0(
                 f"warning: {slowdown:.0f} times slower than on one thread, because other programs use the"
                 " processors: stop with Ctrl-C and go on with --run.threads=1"
             )
+        return step
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
         """OUT/checkpoints/step-N, from which the same command goes on. All processes save together."""
@@ -166,9 +139,8 @@ class Run:
         if step < self.steps:
             if self._last_save[0] != step:
                 self.save(step, model, optimizer)
-            print0(
-                f"stopped after step {step}, saved {self._last_save[1]}; the same command goes on from there"
-            )
+            saved = self._last_save[1]
+            print0(f"stopped after step {step}, saved {saved}; the same command goes on from there")
             leave(STOPPED)
         # Written again even if it was there: somebody may have moved it away since.
         final = self._checkpoints.save_final(model)
@@ -196,7 +168,7 @@ class Run:
                 values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
             self._metrics.write(values)
             seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-            with self._stop.if_nobody_reads():
+            with self._stop_if_nobody_reads():
                 self._advice.on_step(values)
                 print0(console_line(values, self.steps, seconds_per_step * (self.steps - step)))
         if step == self.first_step + 1 and (peak := peak_memory(self.device)):
@@ -207,7 +179,7 @@ class Run:
         """The figures of an evaluation, under "eval/" in metrics.jsonl."""
         logged = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
         self._metrics.write(logged)
-        with self._stop.if_nobody_reads():
+        with self._stop_if_nobody_reads():
             self._advice.on_evaluation(values)
             print0(console_line(logged, self.steps, 0, "eval/"))
         self._clock = time.monotonic()
@@ -223,13 +195,47 @@ class Run:
             f" and the checkpoints in {self.out} are from before"
         )
 
-    # --- Ctrl-C -------------------------------------------------------------------------------------------
+    # --- what stops it after its step: Ctrl-C, SIGTERM, or a console that nobody reads any more -------------
 
-    def stop_on_signals(self) -> AbstractContextManager[None]:
-        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step."""
+    @contextmanager
+    def stop_on_signals(self) -> Iterator[None]:
+        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step.
+
+        If one of several processes leaves the block by an error, SIGTERM goes on doing nothing: torchrun,
+        which ends all processes once one has failed, must not cut off the line that says why.
+        """
         self._clock = self._started = time.monotonic()
-        return self._stop.on_signals()
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        try:
+            yield
+        except (Exception, KeyboardInterrupt):
+            if ranks() > 1:
+                self._stop_requested = True  # The handler stays, and says nothing.
+                before.clear()
+            raise
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def stop_requested(self) -> bool:
         """Whether any of the processes was asked to stop: all must leave the loop at the same step."""
-        return self._stop.requested()
+        return any_rank(self._stop_requested)
+
+    @contextmanager
+    def _stop_if_nobody_reads(self) -> Iterator[None]:
+        """Stop as after Ctrl-C, and save, if whoever read the console has gone: `train_dpo.py ... | head`."""
+        try:
+            yield
+        except BrokenPipeError:
+            silence_closed_pipes()
+            self._stop_requested = True
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self._stop_requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if not self._stop_requested and rank() == 0:
+            # os.write, because print may be what was interrupted.
+            text = "\nstopping after this step, and saving; Ctrl-C again stops at once, and loses the step\n"
+            os.write(2, text.encode())
+        self._stop_requested = True

@@ -36,21 +36,18 @@ def values_of_every_prompt(
     device: torch.device,
     dtype: str,
     label: str = "",
-    responses: int | None = None,
     scored: int | None = None,
 ) -> np.ndarray:
-    """compute(batch) -> (P, K) over all n prompts of `pairs`, without gradients: (n, K) float32.
+    """compute(batch) -> (P, K) over all n prompts of `pairs`: (n, K) float32.
 
-    responses and scored: how many responses of each prompt are laid out and meet the vocabulary, as for
-    `pack`. A prompt with more tokens than micro_tokens is computed alone. With a label, a last line says how
-    long it took.
+    scored: how many responses of each prompt meet the vocabulary, as for `pack`. A prompt with more tokens
+    than micro_tokens is computed alone. With a label, a last line says how long it took.
     """
-    every = np.arange(len(pairs))
-    own = micro_batches(every, pairs.token_counts(responses), micro_tokens, rank(), ranks())
+    own = micro_batches(np.arange(len(pairs)), pairs.token_counts(), micro_tokens, rank(), ranks())
     progress = Progress(label or "scoring", sum(map(len, own)), "prompts")
     values = torch.zeros(len(pairs), 0)
     for indices in own:
-        batch = pack(pairs, indices, responses, scored).to(device)
+        batch = pack(pairs, indices, scored=scored).to(device)
         with autocast(device, dtype):
             computed = compute(batch).float().cpu()
         if not values.shape[1]:  # Only `compute` knows how many values a prompt has.

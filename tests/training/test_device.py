@@ -9,6 +9,8 @@ import torch
 
 from minidpo.errors import UserError
 from minidpo.model.attention import KINDS
+from minidpo.tools.explain import main as explain
+from minidpo.tools.score import main as score
 from minidpo.training import device as device_module
 from minidpo.training.device import choose_device, compiles_layers
 
@@ -78,11 +80,20 @@ def test_all_there(gpu, capsys):
     assert not compiles_layers("auto", torch.device("cpu")) and compiles_layers(True, torch.device("cpu"))
 
 
-def test_no_bf16(gpu):
-    """A GPU of before bf16, such as a T4, is refused by the key that makes it work."""
+TEXTS = ["--prompt", "a cat?", "--chosen", " yes", "--rejected", " no"]
+ASK_FOR_BF16 = {
+    "run": lambda out: choose_device("cuda", dtype="bf16"),
+    "score": lambda out: score(["--model", "m", "--data", "d", "--out", str(out), "--dtype", "bf16"]),
+    "explain": lambda out: explain(["--model", "m", *TEXTS, "--dtype", "bf16"]),
+}
+
+
+@pytest.mark.parametrize("ask", ASK_FOR_BF16.values(), ids=ASK_FOR_BF16.keys())
+def test_no_bf16(gpu, tmp_path, ask):
+    """A GPU of before bf16, such as a T4, is refused before any model is read, by what makes it work."""
     gpu(capability=(7, 5))
-    with pytest.raises(UserError, match='Some GPU .*run.dtype = "fp32"'):
-        choose_device("cuda", dtype="bf16")
+    with pytest.raises(UserError, match='Some GPU .*run.dtype = "fp32" .--dtype fp32'):
+        ask(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,6 @@ from record_files import read
 from runs import final, run_dpo, run_rm
 from tiny import EOS, tiny_model
 
-HERE = (torch.device("cpu"), "fp32")
 VOCABULARY = 11
 SETTINGS = dict(eval__samples=6, eval__max_new_tokens=12, run__eval_every=2)
 
@@ -44,18 +43,14 @@ def exact_kl(policy, reference, prompt: list[int]) -> float:
 
 
 def test_kl():
-    """Both estimates meet the exact KL; that of next tokens is never negative and varies less."""
+    """The estimate meets the exact KL, and is never negative."""
     policy, reference = (tiny_model(seed, vocab_size=VOCABULARY) for seed in (0, 1))
     prompts = [[4, 5, 6], [7]] * 1500
     samples = generate(policy, prompts, Sampling(max_new_tokens=2), EOS, seed=0, batch_size=3000)
-    log_ratios, next_tokens = divergences(policy, reference, prompts, samples, *HERE).T
+    kls = divergences(policy, reference, prompts, samples, torch.device("cpu"))
     exact = np.mean([exact_kl(policy, reference, prompt) for prompt in prompts[:2]])
-    assert exact > 0.3
-    for estimate in (log_ratios, next_tokens):
-        mean, error = mean_and_error(estimate)
-        assert abs(mean - exact) < 4 * error
-    assert next_tokens.std() < 0.7 * log_ratios.std()
-    assert next_tokens.min() >= 0 > log_ratios.min()
+    mean, error = mean_and_error(kls)
+    assert exact > 0.3 and abs(mean - exact) < 4 * error and kls.min() >= 0
 
 
 def test_standard_error():
@@ -105,14 +100,13 @@ def require(line: dict, figures: dict) -> None:
 
 
 @torch.no_grad()
-def divergence(policy, reference, prompt: list[int], response: list[int]) -> tuple[float, float]:
-    """log pi/pi_ref of the response, and the KL of both next-token distributions summed over it."""
+def divergence(policy, reference, prompt: list[int], response: list[int]) -> float:
+    """The KL of both next-token distributions, summed over the response."""
     p, q = (  # (T, V): the logits at t - 1 predict token t, from the prompt's last on
         model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].double().log_softmax(-1)
         for model in (policy, reference)
     )
-    log_ratio = sum((p - q)[t, token].item() for t, token in enumerate(response))
-    return log_ratio, (p.exp() * (p - q)).sum().item()
+    return (p.exp() * (p - q)).sum().item()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -131,14 +125,14 @@ def test_figures(sampling, rounds, world, tmp_path, dtype):
         (lines[-1], tmp_path / "out" / "final", rounds[-1]),
     ):
         policy = load_model(directory)
-        each = [divergence(policy, reference, *both) for both in zip(prompts, samples, strict=True)]
-        log_ratios, kls = np.array(each).T
+        both = zip(prompts, samples, strict=True)
+        kls = np.array([divergence(policy, reference, *each) for each in both])
         lengths = np.array([len(response) for response in samples])
         ended = [response[-1] == EOS for response in samples]
         mean, error = mean_and_error(kls)
         figures = {"kl": mean, "kl_standard_error": error, "kl_of_worst": kls.max()}
         # The mean of each response's own ratio is another number: long responses would count too little.
-        figures |= {"kl_per_token": kls.sum() / lengths.sum(), "kl_of_log_ratios": log_ratios.mean()}
+        figures |= {"kl_per_token": kls.sum() / lengths.sum()}
         figures |= {"sample_length": lengths.mean(), "ended": np.mean(ended)}
         figures["sample_length_change"] = lengths.mean() - np.mean([len(ids) for ids in of_reference])
         require(line, figures)
@@ -146,7 +140,6 @@ def test_figures(sampling, rounds, world, tmp_path, dtype):
         rows = read(tmp_path / "out" / "samples" / f"step-{line['step']}.jsonl")
         assert len(rows) == len({row["prompt"] for row in rows}) == 6
         assert [(row["tokens"], row["ended"]) for row in rows] == list(zip(lengths, ended, strict=True))
-        assert [row["log_ratio"] for row in rows] == pytest.approx(log_ratios, rel=1e-4, abs=1e-6)
         assert [row["kl"] for row in rows] == pytest.approx(kls, rel=1e-4, abs=1e-6)
 
 
@@ -174,7 +167,7 @@ def test_rewards_and_wins(config, rounds, tokenizer, tmp_path):
 def test_independent_draws(sampling, rounds):
     """A policy equal to its reference has KL 0 and draws other responses: one seed would make ties."""
     start, *_ = run_dpo(sampling, "--optim.max_steps=2", "--optim.lr=1e-12")
-    assert start["eval/kl"] == start["eval/kl_of_log_ratios"] == 0.0
+    assert start["eval/kl"] == 0.0
     reference, first, last = (samples for _, _, samples in rounds)
     assert first == last and not any(a == b for a, b in zip(reference, first, strict=True))
 
@@ -191,19 +184,6 @@ def test_same_training(sampling, config, tmp_path):
     sampled = final(tmp_path / "out")
     run_dpo(config(run__eval_every=2), f"--run.out={tmp_path / 'silent'}")
     assert all(torch.equal(tensor, sampled[name]) for name, tensor in final(tmp_path / "silent").items())
-
-
-def test_resume(sampling, tmp_path):
-    """A run that samples goes on after its second step as if nothing had been."""
-    same = ["--optim.schedule=constant", "--run.save_every=2"]
-    whole = run_dpo(sampling, *same, f"--run.out={tmp_path / 'whole'}")
-    run_dpo(sampling, *same, "--optim.max_steps=2")
-    resumed = run_dpo(sampling, *same)
-    for line in whole + resumed:
-        line.pop("tokens_per_s", None)
-    assert resumed == whole
-    one, other = (tmp_path / out / "samples" / "step-4.jsonl" for out in ("whole", "out"))
-    assert one.read_text() == other.read_text()
 
 
 def test_no_room(sampling, tmp_path):

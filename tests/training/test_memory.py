@@ -16,7 +16,7 @@ from minidpo.data import PairTokens
 from minidpo.distributed import shard
 from minidpo.model import Transformer, response_logps
 from minidpo.packing import pack
-from minidpo.sections import OptimSection
+from minidpo.sections import DPOConfig, ModelSection, OptimSection
 from minidpo.training import reference
 from minidpo.training.optim import adamw
 from tiny import random_pairs, tiny_config
@@ -92,19 +92,19 @@ def test_logits(monkeypatch):
 
 def test_reference(world, tmp_path, monkeypatch, ranks):
     """When its log-probs are there the reference is gone, before garbage collection comes round by itself."""
-    models, load = [], reference.load_reference
+    models, load = [], reference.load_model
 
-    def load_reference(*arguments):
-        model = load(*arguments)
+    def load_model(*arguments, **named):
+        model = load(*arguments, **named)
         models.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(reference, "load_reference", load_reference)
-    run = SimpleNamespace(out=tmp_path, device=CPU, dtype="bf16", fingerprints={"reference": "x"})
-    config = SimpleNamespace(reference_path=world / "model", optim=SimpleNamespace(micro_tokens=2000))
+    monkeypatch.setattr(reference, "load_model", load_model)
+    run = SimpleNamespace(out=tmp_path, device=CPU, dtype="bf16", identity={"reference": "x"})
+    config = DPOConfig(model=ModelSection(str(world / "model")))
     gc.disable()  # The policy's first step, which needs the memory, does not wait for it.
     try:
-        reference.with_reference_logps(config, run, PAIRS, np.arange(len(PAIRS)), PAIRS)
+        reference.with_reference_logps(config, run, PAIRS, np.arange(len(PAIRS)), PAIRS, policy=None)
         assert [model() for model in models] == [None]
     finally:
         gc.enable()

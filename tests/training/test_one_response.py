@@ -1,15 +1,28 @@
-"""Records of one response: SFT trains on them; what compares two responses refuses them in one line."""
+"""Records of one response, and responses of several turns, from the file to the loss."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import torch
 
 import train_dpo
 import train_rm
-from minidpo.data import dataset, load_pairs
+from minidpo.config import DPOConfig
+from minidpo.data import PairTokens, Tokenizer, TokenPair, dataset, read_preferences
 from minidpo.errors import UserError
-from minidpo.sections import DataSection
+from minidpo.logprobs import sequence_logps
+from minidpo.losses import DPO, SFT
+from minidpo.model import load_model
+from minidpo.textbook import pad
+from minidpo.training.reference import with_reference_logps
+from minidpo.training.scoring import all_logps
+from minidpo.training.step import pair_logps
 from record_files import record, write
-from runs import metrics, steps
+from runs import metrics, run_dpo, run_rm, steps
+from tiny import EOS, tiny_model
 
+HERE = (torch.device("cpu"), "fp32")
 SINGLE = [{"prompt": f"a cat {i}", "completion": " yes" * (1 + i % 3)} for i in range(20)]
 
 
@@ -27,26 +40,6 @@ def test_sft(single, tmp_path):
     train_dpo.main([*single, "--loss.name=sft", *others])
     losses = [[row["loss"] for row in steps(metrics(tmp_path / out))] for out in ("out", "pairs")]
     assert losses[0] == losses[1] and len(losses[0]) == 4
-
-
-def test_arrays(tokenizer, tmp_path):
-    """K is 1: a prompt and its response per record, with the label if there is one."""
-    file = write(tmp_path / "a.jsonl", *(row | {"label": i % 2 == 0} for i, row in enumerate(SINGLE[:3])))
-    pairs, _ = load_pairs(DataSection(train=[str(file)], eval_pairs=0), tokenizer, seed=0)
-    assert (
-        pairs.bounds.shape == (3, 3) and pairs.responses == 1 and pairs.label.tolist() == [True, False, True]
-    )
-    assert pairs.token_counts().tolist() == pairs.lengths.sum(axis=1).tolist()
-    again, _ = load_pairs(
-        DataSection(train=[str(file)], eval_pairs=0, cache=str(tmp_path)), tokenizer, seed=0
-    )
-    mapped, _ = load_pairs(
-        DataSection(train=[str(file)], eval_pairs=0, cache=str(tmp_path)), tokenizer, seed=0
-    )
-    assert mapped.label.tolist() == again.label.tolist() and mapped.fingerprint() == pairs.fingerprint()
-    unlabelled = write(tmp_path / "a.jsonl", *SINGLE[:3])
-    pairs, _ = load_pairs(DataSection(train=[str(unlabelled)], eval_pairs=0), tokenizer, seed=0)
-    assert pairs.label is None and pairs.fingerprint() != mapped.fingerprint()
 
 
 @pytest.mark.parametrize(
@@ -99,11 +92,65 @@ def test_kto(single, tmp_path):
     assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
-def test_mixed(single, tmp_path):
-    """Files of one response and of two are not one data set."""
-    pairs = write(tmp_path / "pairs.jsonl", record("a dog"))
-    train = f'--data.train=["{tmp_path / "single.jsonl"}", "{pairs}"]'
-    with pytest.raises(
-        UserError, match="record 0 of .*pairs.jsonl has two responses, and those before it one"
-    ):
-        train_dpo.main([*single, "--loss.name=sft", train])
+def test_needs_two():
+    """A loss that compares two responses is not computed from one."""
+    pairs = PairTokens.from_pairs([TokenPair([3, 4], [5, EOS], None, 0)])
+    model, every = tiny_model(), np.arange(1)
+    assert pair_logps(model, pairs, every, SFT(), *HERE).rejected is None
+    with pytest.raises(ValueError, match="2 responses of each prompt are needed, the data has 1"):
+        pair_logps(model, pairs, every, DPO(), *HERE)
+
+
+def test_reference(world, tmp_path):
+    """The reference's log-probs of one response per record are a single column."""
+    pairs = PairTokens.from_pairs([TokenPair([3, 4], [5, EOS], None, 0), TokenPair([6], [EOS], None, 1)])
+    config = DPOConfig()
+    config.reference.path = str(world / "other")
+    run = SimpleNamespace(out=tmp_path, identity={"reference": "x"}, device=HERE[0], dtype=HERE[1])
+    some, others = np.array([1]), pairs.select(np.array([0]))
+    with_logps, _ = with_reference_logps(config, run, pairs, some, others, policy=None)
+    expected = all_logps(load_model(world / "other"), pairs, 64, *HERE)
+    assert np.isnan(with_logps.ref_logps[0]).all()
+    assert with_logps.ref_logps.shape == (2, 1) and with_logps.ref_logps[1] == pytest.approx(expected[1])
+
+
+# --- several turns -----------------------------------------------------------------------------------------
+
+
+def turn(role: str, content: str) -> dict:
+    return {"role": role, "content": content}
+
+
+ASKED, WELL, SLEEPS = (
+    turn("user", "a cat?"),
+    turn("assistant", "it runs well"),
+    turn("assistant", "it sleeps"),
+)
+RECORDS = [
+    {
+        "prompt": [ASKED],
+        "chosen": [WELL, turn("user", "and then?"), SLEEPS],
+        "rejected": [turn("assistant", "no")],
+    },
+    {"prompt": [ASKED], "chosen": [SLEEPS], "rejected": [WELL, turn("tool", "yes"), SLEEPS]},
+]
+
+
+@pytest.mark.parametrize(("run", "metric"), [(run_dpo, "loss"), (run_rm, "lm_loss")], ids=["sft", "rm"])
+def test_turns(config, world, tmp_path, run, metric):
+    """The language-modelling loss of a run is the mean over the tokens that the assistant wrote."""
+    data, rm = write(tmp_path / "turns.jsonl", *RECORDS), run is run_rm
+    limits = dict(data__max_length=250, data__max_prompt_length=100, optim__micro_tokens=500)
+    arguments = config(data__train=f'["{data}"]', data__eval_pairs=0, optim__max_steps=1, **limits)
+    logged = run(arguments, "--data.template=chatml", *([] if rm else ["--loss.name=sft"]))[0][metric]
+
+    tokenizer = Tokenizer.from_pretrained(world / "model", rewards=rm)
+    texts = read_preferences(data, template=tokenizer.chat_template("chatml"))
+    pairs = tokenizer.encode_pairs(list(texts))
+    tokens, mask = pad([(pair.prompt, pair.chosen, pair.chosen) for pair in pairs])
+    for row, pair in enumerate(pairs):
+        for begin, end in pair.unscored[0] if pair.unscored else ():
+            mask[row, len(pair.prompt) + begin : len(pair.prompt) + end] = False
+    with torch.no_grad():
+        sums, counts = sequence_logps(load_model(world / "model")(tokens[:2]), tokens[:2], mask[:2])
+    assert pairs[0].unscored[0] and logged == pytest.approx((-sums / counts).mean().item(), rel=1e-5)

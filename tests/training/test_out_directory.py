@@ -71,25 +71,17 @@ def test_links(config, tmp_path, there):
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        *[(name, kind) for name in ("checkpoints", "tokens") for kind in ("file", "nowhere", "link")],
-        *[(name, "pipe") for name in ("checkpoints", "tokens", "samples", ".lock")],
-        *[(name, "pipe") for name in ("config.toml", "metrics.jsonl", "reference.safetensors")],
-    ],
-)
+@pytest.mark.parametrize("name", ["checkpoints", "tokens"])
+@pytest.mark.parametrize("kind", ["file", "link to a file", "link to nowhere"])
 def test_parts_in_the_way(config, tmp_path, name, kind):
     """What a run can neither use nor replace is told before it reads any data, and stays as it is."""
     out, theirs = tmp_path / "out", tmp_path / "theirs"
     out.mkdir()
-    theirs.write_text("theirs")
-    if kind in ("link", "nowhere"):
-        (out / name).symlink_to(theirs if kind == "link" else tmp_path / "nowhere")
-    else:
-        os.mkfifo(out / name) if kind == "pipe" else (out / name).write_text("theirs")
+    if kind != "link to nowhere":
+        theirs.write_text("theirs")
+    theirs.rename(out / name) if kind == "file" else (out / name).symlink_to(theirs)
     before = (out / name).lstat()
-    with pytest.raises(UserError, match=rf"^{out / name}: (no directory; |a device or a pipe, )"):
+    with pytest.raises(UserError, match=rf"^{out / name}: no directory; "):
         train_dpo.main([*config(), "--data.train=missing.jsonl"])
     assert [*out.iterdir()] == [out / name] and (out / name).lstat() == before
 

@@ -33,11 +33,15 @@ def require_same_weights(one: Path, other: Path) -> None:
         (run_dpo, "--loss.name=orpo", 2),
         (run_dpo, "--loss.name=kto", 2),
         (run_rm, "--loss.margin=0.5", 2),
+        (run_dpo, "--eval.samples=3 --eval.max_new_tokens=6", 2),
+        (run_dpo, "--lora.rank=4 --optim.lr=1e-2", 2),
+        (run_rm, "--lora.rank=4 --optim.lr=1e-2", 2),
     ],
 )
 def test_ctrl_c(config, tmp_path, monkeypatch, capfd, run, keys, after):
     """A run of four steps saves where it is stopped, and the same command goes on from there."""
-    at_once = run(config(), keys, f"--run.out={tmp_path / 'at_once'}")
+    arguments = [*config(), *keys.split()]
+    at_once = run(arguments, f"--run.out={tmp_path / 'at_once'}")
     asked, real = iter(range(99)), Run.stop_requested
 
     def interrupted(self) -> bool:
@@ -47,13 +51,13 @@ def test_ctrl_c(config, tmp_path, monkeypatch, capfd, run, keys, after):
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(Run, "stop_requested", interrupted)
-        run(config(), keys)
+        run(arguments)
     assert stop.value.code == STOPPED == 130  # what shells give Ctrl-C: `train && publish` stops too
     said = capfd.readouterr()
     assert "Ctrl-C again stops at once" in said.err
     assert (f"stopped after step {after}, saved" in said.out) == (after < 4)
     assert (tmp_path / "out" / "final").exists() == (after == 4)
-    resumed = run(config(), keys)
+    resumed = run(arguments)
     require_same_weights(tmp_path / "out", tmp_path / "at_once")
     assert [line | {"tokens_per_s": 0} for line in resumed] == [
         line | {"tokens_per_s": 0} for line in at_once
@@ -73,10 +77,10 @@ def test_longer_run(config, tmp_path, monkeypatch, capsys):
     run_dpo(settings, "--optim.max_steps=3")
     assert computed == [3 * 2, 4]  # the pairs drawn, and those held out
     lines = run_dpo(settings, "--optim.max_steps=5")
-    assert computed == [6, 4, 5 * 2]
+    assert computed == [6, 4, 5 * 2, 4]
     shutil.rmtree(tmp_path / "out" / "final")  # as if the run had been killed before it was there
     assert run_dpo(settings, "--optim.max_steps=5") == lines
-    assert computed == [6, 4, 10] and "nothing left to do" in capsys.readouterr().out
+    assert computed == [6, 4, 10, 4] and "nothing left to do" in capsys.readouterr().out
     run_dpo(settings, "--optim.max_steps=5", f"--run.out={tmp_path / 'at_once'}")
     longer, at_once = (load_file(tmp_path / out / "reference.safetensors") for out in ("out", "at_once"))
     for name in ("train", "held_out"):

@@ -141,14 +141,6 @@ def test_trained_on_text(chat, scored, tmp_path, capsys, data):
         assert ("the reward model was trained on text" in capsys.readouterr().out) == (data == "text")
 
 
-def test_policy_stops_at_eos(chat, tmp_path):
-    """What a policy learns ends with EOS, whatever the template writes after it."""
-    chat("newline")
-    template = Tokenizer.from_pretrained(tmp_path / "base").chat_template()
-    _, (text,), _ = template.split(talk("")[:1], [talk("Yes")[1:2]])
-    assert text == "Yes<|im_end|>" and template.tail == "<|im_end|>\n"
-
-
 @pytest.mark.parametrize("command", ["score", "sample", "train_dpo"])
 @pytest.mark.parametrize(
     ("own", "template", "told"),

@@ -10,11 +10,11 @@ import torch
 from torch._dynamo.exc import TorchDynamoException
 
 import train_dpo
+from minidpo.config import DPOConfig, load_config
 from minidpo.errors import STOPPED, RunStopped, exit_on_user_error
 from minidpo.losses import DPO, BradleyTerry
 from minidpo.training import run as run_module
 from minidpo.training import step
-from minidpo.training import stop as stop_module
 from minidpo.training.device import slowdown_of_threads
 
 INF = float("inf")
@@ -70,7 +70,7 @@ def test_closed_pipe(config, monkeypatch, tmp_path):
         real(line)
 
     monkeypatch.setattr(run_module, "print0", closed)
-    monkeypatch.setattr(stop_module, "silence_closed_pipes", lambda: None)
+    monkeypatch.setattr(run_module, "silence_closed_pipes", lambda: None)
     with pytest.raises(SystemExit) as left:
         train_dpo.main(config())
     assert left.value.code == STOPPED and (tmp_path / "out/checkpoints/step-2/state.json").is_file()
@@ -96,12 +96,13 @@ def test_threads_stay(threads):
 
 
 @pytest.mark.parametrize(("ranks", "restored"), [(1, True), (2, False)])
-def test_signals_after_an_error(monkeypatch, capfd, ranks, restored):
+def test_signals_after_an_error(config, monkeypatch, capfd, ranks, restored):
     """SIGTERM from torchrun does not cut off the line that tells the error of one of several processes."""
-    monkeypatch.setattr(stop_module, "ranks", lambda: ranks)
+    run = run_module.Run(load_config(DPOConfig, config()))
+    monkeypatch.setattr(run_module, "ranks", lambda: ranks)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with pytest.raises(RuntimeError), stop_module.Stop().on_signals():
+        with pytest.raises(RuntimeError), run.stop_on_signals():
             raise RuntimeError("Connection closed by peer")
         assert (signal.getsignal(signal.SIGTERM) == before[signal.SIGTERM]) == restored
         if not restored:

@@ -50,10 +50,19 @@ def test_same_gradients(config, tmp_path, setting):
         assert [m[name] for m in steps(other)] == pytest.approx([m[name] for m in steps(plain)], rel=1e-4)
 
 
-def test_unread_reference(config, world, capsys):
-    """A reference that the loss does not read is told."""
-    run_dpo(config(), "--loss.name=simpo", f"--reference.path={world / 'other'}")
-    assert "simpo has no reference" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ("--loss.name=simpo --reference.path=unread", "simpo has no reference: unread is not read"),
+        ("--eval.reward_model=unread", "eval.reward_model is not read: eval.samples is 0"),
+        ("--lora.alpha=8", "lora.rank is 0, so all weights are trained: alpha of [lora] is not read"),
+        ("--loss.name=kto", "kto reads responses one by one: 32 pairs are 32 desirable responses (chosen)"),
+    ],
+)
+def test_told(config, capsys, keys, says):
+    """What is given and not read, or not as it stands, is told."""
+    run_dpo(config(optim__max_steps=1), *keys.split())
+    assert says in capsys.readouterr().out
 
 
 def test_stored_reference(config, capsys, tmp_path):

@@ -1,13 +1,9 @@
-"""train_rm.py as a whole: it learns a preference, and the model that it leaves opens elsewhere."""
-
-import json
+"""train_rm.py as a whole: it learns a preference. That final/ opens elsewhere: test_reward_end.py."""
 
 import pytest
 import torch
 
-from minidpo.data import Tokenizer, read_preferences
 from minidpo.model import load_model, load_reward_model
-from minidpo.tools.score import main as score
 from runs import run_rm
 
 
@@ -29,20 +25,6 @@ def test_metric_names(config, lm_weight):
     assert step.keys() == both | {"step", "epoch", "lr", "grad_norm", "tokens_per_s"}
     assert evaluation.keys() == {"step", *(f"eval/{name}" for name in both)}
     assert (step["loss"] == pytest.approx(step["preference_loss"], rel=1e-9)) == (lm_weight == 0)
-
-
-def test_final(config, world, tmp_path):
-    """`score` and transformers give the same rewards by final/."""
-    transformers = pytest.importorskip("transformers")
-    run_rm(config())
-    final, pairs, scores = tmp_path / "out" / "final", world / "pairs.jsonl.gz", tmp_path / "scores.jsonl"
-    score(["--reward-model", str(final), "--data", str(pairs), "--out", str(scores)])
-    ours = json.loads(scores.read_text().splitlines()[0])
-    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(final).eval()
-    pair = Tokenizer.from_pretrained(final).encode_pair(next(read_preferences(pairs)))
-    for name, response in (("chosen_reward", pair.chosen), ("rejected_reward", pair.rejected)):
-        reward = theirs(torch.tensor([pair.prompt + response])).logits.item()
-        assert ours[name] == pytest.approx(reward, abs=1e-5)
 
 
 def test_reward_head(config, tmp_path):

@@ -12,7 +12,7 @@ from minidpo.errors import UserError
 from minidpo.model import load_model, read_config, save_model, save_reward_model
 from minidpo.tools.explain import main as explain
 from minidpo.tools.score import main as score
-from minidpo.training.special_tokens import NEW_PAD
+from minidpo.training.saved_tokenizer import NEW_PAD
 from runs import run_dpo, run_rm
 from tiny import edit_config, tiny_model, tiny_reward_model, write_tokenizer
 
@@ -122,13 +122,3 @@ def test_other_tokenizer(config, world, tmp_path, capsys):
     sampled = ["--eval.samples=2", "--eval.max_new_tokens=3", f"--eval.reward_model={german}"]
     run_dpo(config(), *sampled, "--optim.max_steps=1")
     assert "the reward model has another tokenizer than the model" in capsys.readouterr().out
-
-
-def test_same_tokenizer(config, world, tmp_path):
-    """A tokenizer.json with its keys in another order, or with a new special token, is the same tokenizer."""
-    same = shutil.copytree(world / "other", tmp_path / "same")
-    of_tokenizer, of_config = (fields(same / name) for name in ("tokenizer.json", "tokenizer_config.json"))
-    of_tokenizer["model"]["vocab"] = dict(reversed(of_tokenizer["model"]["vocab"].items()))
-    (same / "tokenizer.json").write_text(json.dumps(dict(reversed(of_tokenizer.items()))))
-    (same / "tokenizer_config.json").write_text(json.dumps(of_config | {"mask_token": "<mask>"}))
-    assert run_dpo(config(), f"--reference.path={same}", "--optim.max_steps=1")
