@@ -1,9 +1,8 @@
 """From preference files to the token ids of a batch.
 
 records.py          a file -> one JSON object after the other
-shapes.py           a record -> what it says, by one of the shapes in which preferences are published
-                    (readings.py); messages.py checks messages
-preferences.py      what it says -> one prompt with two responses, or one, as text (chat_template.py writes
+shapes.py           a record -> what it says, by one of the published shapes (readings.py, messages.py)
+preferences.py      what it says -> a prompt with two responses, or one, as text (chat_template.py writes
                     messages); preference_files.py all records of a file; prompts.py the prompt alone
 tokenizer.py        text -> token ids; truncation.py cuts them to the limits, report.py counts every record
 dataset.py          all of it -> the pairs to train on and those held out, in flat arrays (pair_tokens.py)
@@ -22,7 +21,7 @@ from minidpo.data.dataset import (
     split_by_prompt,
 )
 from minidpo.data.messages import Message
-from minidpo.data.pair_tokens import PairTokens
+from minidpo.data.pair_tokens import PairTokens, TokenPair
 from minidpo.data.preference_files import read_preferences, stop_if_glued
 from minidpo.data.preferences import PreferencePair, Unusable, pair_of, split_hh
 from minidpo.data.prompts import Prompt, prompt_of
@@ -30,6 +29,5 @@ from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import DataReport, FileReport
 from minidpo.data.sampler import PairOrder, micro_batches
 from minidpo.data.shapes import renamed, shape_of
-from minidpo.data.token_pair import TokenPair
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.data.truncation import describe_pair, tokenize_pairs

@@ -1,8 +1,7 @@
 """Preference files to the two sets of token pairs that a run works with: trained on, and held out.
 
-The token ids of files are kept in a cache, which later starts map instead of tokenizing again. It is a
-directory that appears whole or not at all, named after a fingerprint of all it was made from: other files,
-another tokenizer or other settings are another directory. A torn one is made anew.
+The token ids of files are kept in a cache, which later starts map instead of tokenizing again: a directory
+that appears whole or not at all, named after a fingerprint of all it was made from. A torn one is made anew.
 """
 
 import hashlib
@@ -16,13 +15,11 @@ from typing import Any
 import numpy as np
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.pair_tokens import PairTokens
+from minidpo.data.pair_tokens import PairTokens, TokenPair
 from minidpo.data.paths import data_files
-from minidpo.data.preference_files import first_reading, read_files
+from minidpo.data.preference_files import read_files
 from minidpo.data.preferences import ASSISTANT
-from minidpo.data.readings import Reading
 from minidpo.data.report import DataReport
-from minidpo.data.token_pair import TokenPair
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.data.truncation import tokenize_pairs
 from minidpo.errors import UserError, one_line
@@ -31,7 +28,9 @@ from minidpo.log import Progress, print0
 from minidpo.sections import DataSection
 
 # Of the code from text to ids. Raise it with a change of the ids of a text, and caches are made anew.
-_VERSION = "6"
+_VERSION = "7"
+
+_Check = Callable[[str, TokenPair], None] | None
 
 # By what `split_by_prompt` tells prompts apart. A run that is resumed must hold out what it held out before.
 HELD_OUT_BY = "the prompts as the records have them, dropped ones too"
@@ -43,15 +42,14 @@ def load_pairs(
     seed: int,
     cache: Path | None = None,
     check: Callable[[PairTokens, PairTokens], None] | None = None,
-    check_first: Callable[[str, Reading], None] | None = None,
+    check_first: _Check = None,
 ) -> tuple[PairTokens, PairTokens]:
     """Read, tokenize and report data.train and data.eval. Returns (train, held out).
 
     With no eval file, about `eval_pairs` pairs are held out of train by prompt: no prompt is on both sides.
     cache: where token ids are kept between starts unless data.cache names a directory; None: nowhere. check:
-    raises UserError for pairs that the run cannot use. Nothing is kept before it, so that a refused run
-    leaves nothing behind. check_first: the same for what the first record of a file says, before any is
-    tokenized, which may take minutes.
+    raises UserError for pairs that the run cannot use, before anything is kept. check_first: the same for a
+    file and its first pair, because to tokenize all may take minutes.
     """
     cache = Path(data.cache) if data.cache else cache
     template = tokenizer.chat_template(data.template, data.date)
@@ -61,16 +59,10 @@ def load_pairs(
     for name, files in (("eval", data_files(data.eval)), ("train", data_files(data.train))):
         if not files:
             continue
-        undated = cache / f"{name}-{_identity(files, data, tokenizer, template)[:16]}" if cache else None
-        dated = Path(f"{undated}-{template.date}") if undated else None
-        kept = (_load(dated) or _load(undated)) if dated and undated else None
-        if check_first and not kept:
-            for file in files:
-                if reading := first_reading(file, data):
-                    check_first(file, reading)
-        pairs, read, report = kept or _tokenize(name, files, data, tokenizer, template)
+        directory = cache / f"{name}-{_identity(files, data, tokenizer, template)[:16]}" if cache else None
+        kept = _load(directory) if directory else None
+        pairs, read, report = kept or _tokenize(name, files, data, tokenizer, template, check_first)
         sets.append(pairs)
-        directory = dated if pairs.date else undated
         if kept:
             print0(f"token ids: mapped from {directory}")
             if pairs.date:
@@ -104,10 +96,8 @@ def split_by_prompt(
     were dropped; None: none were. Returns a mask, true for a pair that is held out.
 
     A prompt is held out with all its pairs or not at all. Prompts are ranked by a hash of (seed, prompt) and
-    taken while their records fit into `eval_count`, so the order of the file changes nothing, nor does it
-    which records a limit or a template drops. Fewer than `eval_count` pairs are held out only if repeated
-    prompts leave no exact sum, or if records were dropped; more, if records have several pairs each. Raises
-    `UserError` if nothing would be left on either side.
+    taken while their records fit into `eval_count`, so that neither the order of the file nor what a limit or
+    a template drops changes anything. Raises `UserError` if nothing would be left on either side.
     """
     if not 0 <= eval_count < len(prompts):
         what = f"data.eval_pairs = {eval_count}, {eval_count} pairs to hold out of {len(prompts)}"
@@ -145,10 +135,8 @@ def require_margins(pairs: PairTokens) -> None:
 def require_messages(
     key: str, template: ChatTemplate, pairs: PairTokens, tokenizer: Tokenizer, records: str = "the records"
 ) -> None:
-    """Raises `UserError` where a template was asked for, by `key`, and none of `records` has messages for it.
-
-    It would become the trained model's own. HH dialogues are text that hh describes.
-    """
+    """Raises `UserError` where a template was asked for, by `key`, and none of `records` has messages for it:
+    it would become the trained model's own. HH dialogues are text that hh describes."""
     if not template.asked_for or pairs.on_messages:
         return
     start, end = pairs.bounds[0, :2]
@@ -158,8 +146,7 @@ def require_messages(
 
 
 def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) -> None:
-    """Raises UserError unless `model` (a ModelConfig, named by its role) takes texts of max_length and the
-    tokenizer's ids."""
+    """Raises UserError unless `model`, a ModelConfig, takes texts of max_length and the tokenizer's ids."""
     if max_length > model.max_length:
         keys = "max_position_embeddings, sliding_window or LongRoPE's original length in its config.json"
         what = f"texts of up to {max_length} tokens (max_length), but the {role} takes {model.max_length}"
@@ -170,15 +157,19 @@ def require_fit(role: str, model: Any, tokenizer: Tokenizer, max_length: int) ->
 
 
 def _identity(files: list[str], data: DataSection, tokenizer: Tokenizer, template: ChatTemplate) -> str:
-    """Of all that ids and report depend on, but the date: what is in the files and how they are named, and
-    the settings."""
+    """Of all that ids and report depend on: what is in the files and how they are named, and the settings."""
     of_reading = (data.text, data.columns, data.pairs_per_prompt, data.min_margin, data.limit)
     settings = json.dumps((data.max_length, data.max_prompt_length, data.skip_bad, files, *of_reading))
     return fingerprint(_VERSION, tokenizer.identity, template.identity, settings, *map(Path, files))
 
 
 def _tokenize(
-    name: str, files: list[str], data: DataSection, tokenizer: Tokenizer, template: ChatTemplate
+    name: str,
+    files: list[str],
+    data: DataSection,
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    check: _Check,
 ) -> tuple[PairTokens, np.ndarray, list[str]]:
     """The pairs of `files` as ids, the prompt keys of all records, and the lines of the report."""
     report = DataReport()
@@ -186,22 +177,25 @@ def _tokenize(
 
     def ids() -> Iterator[TokenPair]:
         progress = Progress(f"tokenizing {name}", unit="tokens")
-        for pair in tokenize_pairs(texts, tokenizer, data.max_length, data.max_prompt_length, report):
+        pairs = tokenize_pairs(texts, tokenizer, data.max_length, data.max_prompt_length, report)
+        for number, pair in enumerate(pairs):
+            if number == 0 and check:
+                check(files[pair.file], pair)
             yield pair
             progress.advance(len(pair.prompt) + sum(map(len, pair.responses)))
         progress.close()
 
     pairs = PairTokens.from_pairs(ids(), tuple(files))
     kept = np.searchsorted(np.asarray(report.places), pairs.columns()["file"] << 40 | pairs.index)
-    keys, date = report.prompt_keys(), template.date if template.dated else ""
+    keys = np.frombuffer(report.keys, np.uint8).reshape(-1, 16)
+    date = template.date if pairs.on_messages else ""
     return replace(pairs, key=keys[kept], date=date), keys, list(report.lines())
 
 
 def _keep(directory: Path, pairs: PairTokens, read: np.ndarray, report: list[str]) -> None:
     about = {"files": json.dumps(pairs.files), "report": json.dumps(report), "date": pairs.date}
     columns = pairs.columns() | {"read": read}
-    if pairs.unscored is not None:
-        columns["unscored"] = pairs.unscored
+    columns |= {} if pairs.unscored is None else {"unscored": pairs.unscored}
     with writing(directory), replacing_directory(directory) as temporary:
         np.save(temporary / "ids.npy", pairs.ids)
         about["ids"] = fingerprint(temporary / "ids.npy")

@@ -5,15 +5,49 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any, Self
+from math import nan
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.data.token_pair import Ranges, TokenPair
 from minidpo.errors import UserError
 from minidpo.files import fingerprint
+
+Ranges = tuple[tuple[int, int], ...]  # rising, of tokens or characters: from the first, up to the second
+
+
+class TokenPair(NamedTuple):
+    """Ids of one prompt and its responses, each to its end unless cut. See also PreferencePair."""
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int] | None  # None: the record has one response
+    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody needs of a pair
+    margin: float | None = None
+    file: int = 0
+    templated: bool = False  # whether a chat template wrote the prompt
+    label: bool | None = None  # of a single response: whether it is desirable
+    unscored: tuple[Ranges, ...] = ()  # per response: its tokens that others wrote; empty: all are scored
+
+    @property
+    def responses(self) -> list[list[int]]:
+        return [self.chosen] if self.rejected is None else [self.chosen, self.rejected]
+
+    @property
+    def kind(self) -> str:
+        """What all records of a data set have alike."""
+        if self.rejected is not None:
+            return "two responses"
+        return "one response" if self.label is None else "one response with a label"
+
+    def unscored_ranges(self) -> Iterator[tuple[int, int]]:
+        """Those of `unscored`, counted from the first token of the prompt, with the responses after it."""
+        start = len(self.prompt)
+        for response, ranges in zip(self.responses, self.unscored, strict=False):
+            yield from ((start + begin, start + end) for begin, end in ranges)
+            start += len(response)
 
 
 @dataclass(eq=False)
@@ -39,8 +73,8 @@ class PairTokens:
         pairs = iter(pairs)
         first = next(pairs, None)
         every, kind = (chain([first], pairs), first.kind) if first else (pairs, "")
-        index, margin, file, templated = array("q"), array("d"), array("q"), array("b")
-        label, by_others = array("b"), array("q")
+        index, file, by_others, margin = array("q"), array("q"), array("q"), array("d")
+        templated, label = array("b"), array("b")
 
         def texts() -> Iterator[Sequence[list[int]]]:
             for pair in every:
@@ -48,11 +82,10 @@ class PairTokens:
                     of_file = f" of {files[pair.file]}" if files else ""
                     what = f"record {pair.index}{of_file} has {pair.kind}, and those before it {kind}"
                     raise UserError(f"{what}; a data set keeps to one")
-                if pair.unscored:
-                    for begin, end in pair.unscored_ranges():
-                        by_others.extend((len(index), begin, end))
+                for begin, end in pair.unscored_ranges():
+                    by_others.extend((len(index), begin, end))
                 index.append(pair.index)
-                margin.append(float("nan") if pair.margin is None else pair.margin)
+                margin.append(nan if pair.margin is None else pair.margin)
                 label.append(bool(pair.label))
                 file.append(pair.file)
                 templated.append(pair.templated)
@@ -110,7 +143,6 @@ class PairTokens:
         return self.bounds[:, last] - self.bounds[:, 0]
 
     def pair(self, row: int) -> TokenPair:
-        """The ids of one prompt with its responses."""
         start, *ends = self.bounds[row].tolist()
         texts = [self.ids[a:b].tolist() for a, b in zip([start, *ends], ends, strict=False)]
         prompt, chosen, rejected = [*texts, None][:3]
@@ -135,15 +167,14 @@ class PairTokens:
         return replace(self, **{name: values[indices] for name, values in self.columns().items()})
 
     def unpaired(self) -> Self:
-        """2n records of one labelled response: the chosen ones, which are desirable, and then the
-        rejected."""
+        """2n records of one labelled response: the chosen ones, which are desirable, then the rejected."""
         rows = np.tile(np.arange(len(self)), 2)
         single = self.with_responses(rows, rows, np.repeat([0, 1], len(self)))
         return replace(single, label=np.repeat([True, False], len(self)))
 
     def mismatched(self, batches: Iterable[np.ndarray], max_length: int) -> Self:
-        """Of every batch of rows: each prompt with the first response of the row before it, the first prompt
-        with that of the last. A response is cut where its text would exceed max_length tokens."""
+        """Of every batch of rows: each prompt with the first response of the row before it (the first one
+        with that of the last), cut where its text would exceed max_length tokens."""
         batches = list(batches)
         before = np.concatenate([np.roll(batch, 1) for batch in batches])
         return self.with_responses(np.concatenate(batches), before, np.zeros_like(before), max_length)
@@ -151,23 +182,19 @@ class PairTokens:
     def with_responses(
         self, rows: np.ndarray, others: np.ndarray, which: np.ndarray, max_length: int | None = None
     ) -> Self:
-        """K = 1: the prompts of `rows` (numbers, (m,)) with response `which`, from 0, of the rows
-        `others`."""
+        """K = 1: the prompts of `rows` (numbers, (m,)) with response `which`, from 0, of rows `others`."""
         prompts = self.bounds[rows, :2]
         responses = np.stack([self.bounds[others, 1 + which], self.bounds[others, 2 + which]], axis=1)
         if max_length is not None:
             room = max_length - (prompts[:, 1] - prompts[:, 0])
             responses[:, 1] = np.minimum(responses[:, 1], responses[:, 0] + room)
         parts = np.stack([prompts, responses], axis=1).reshape(-1, 2)  # each where it starts and ends in ids
-        columns = self.columns()
-        per_token: dict[str, Any] = {
-            name: np.concatenate([values[:0], *(values[start:end] for start, end in parts.tolist())])
-            for name, values in vars(self).items()
-            if isinstance(values, np.ndarray) and name not in columns
-        }
         ends = (parts[:, 1] - parts[:, 0]).cumsum().reshape(-1, 2)  # of each prompt, and of its response
         bounds = np.column_stack([np.r_[0, ends[:-1, 1]][: len(ends)], ends])
-        return replace(self.select(rows), bounds=bounds, ref_logps=None, **per_token)
+        where = np.concatenate([np.arange(0), *(np.arange(start, end) for start, end in parts.tolist())])
+        unscored = None if self.unscored is None else self.unscored[where]
+        few = self.select(rows)
+        return replace(few, ids=self.ids[where], bounds=bounds, unscored=unscored, ref_logps=None)
 
     def columns(self) -> dict[str, np.ndarray]:
         """The arrays there are with one entry per pair, by name."""
@@ -180,18 +207,16 @@ class PairTokens:
 
     def records(self, indices: np.ndarray) -> str:
         """Where the pairs at `indices` are from: "records [3, 7] of a.jsonl, records [0] of b.jsonl"."""
+        index = self.index[indices]
         if self.file is None:
-            return f"records {self.index[indices].tolist()}"
-        return ", ".join(
-            f"records {self.index[indices][self.file[indices] == file].tolist()} of {self.files[file]}"
-            for file in np.unique(self.file[indices])
-        )
+            return f"records {index.tolist()}"
+        file = self.file[indices]
+        each = (f"records {index[file == i].tolist()} of {self.files[i]}" for i in np.unique(file))
+        return ", ".join(each)
 
     def prompt_keys(self) -> list[bytes]:
         """A key per prompt: equal for prompts that are equal in their records, whatever became of them."""
-        if self.key is not None:
-            return [key.tobytes() for key in self.key]
-        return self.token_keys()
+        return self.token_keys() if self.key is None else [key.tobytes() for key in self.key]
 
     def token_keys(self) -> list[bytes]:
         """A digest of each prompt's token ids: equal for prompts that are equal to the model."""
@@ -199,8 +224,7 @@ class PairTokens:
         return [hashlib.blake2b(self.ids[start:end].data, digest_size=16).digest() for start, end in prompts]
 
     def fingerprint(self) -> str:
-        """Of token ids, which of them are scored, lengths, margins and labels: whatever changes them (files,
-        tokenizer, limits, split) does."""
+        """Of token ids, which of them are scored, lengths, margins and labels."""
         digest = hashlib.blake2b(digest_size=16)
         for start, *_, end in self.bounds:  # One by one, because all at once would be a copy of the data.
             digest.update(self.ids[start:end].data)
@@ -229,10 +253,8 @@ def _flatten(texts: Iterable[Sequence[list[int]]], k: int) -> tuple[np.ndarray, 
 
 
 def _marked(ranges: np.ndarray, bounds: np.ndarray, tokens: int) -> np.ndarray:
-    """(tokens,) bool: true within ranges (m, 3), each a row of bounds, a begin and an end counted from that
-    row's first token. No two overlap."""
-    first = bounds[ranges[:, 0], 0]
-    change = np.zeros(tokens + 1, np.int8)
-    change[first + ranges[:, 1]] += 1
-    change[first + ranges[:, 2]] -= 1
-    return np.cumsum(change[:-1], dtype=np.int8).astype(bool)
+    """(tokens,) bool: true within ranges (m, 3): a row of bounds, a begin and an end from its first token."""
+    marks = np.zeros(tokens, bool)
+    for row, begin, end in ranges.tolist():
+        marks[bounds[row, 0] + begin : bounds[row, 0] + end] = True
+    return marks

@@ -1,18 +1,12 @@
 """Preference files to pairs: every record of a file, read as its first one, and counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from itertools import chain, islice
 from pathlib import Path
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.preferences import (
-    ASSISTANT,
-    PreferencePair,
-    Unusable,
-    pair_of,
-)
-from minidpo.data.readings import PROMPT_AND_RESPONSES, Reading, form_of
+from minidpo.data.preferences import ASSISTANT, PreferencePair, Unusable, pair_of
+from minidpo.data.readings import form_of
 from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import DataReport, FileReport, dropped_lines
 from minidpo.data.shapes import BESIDE_MESSAGES, OPTIONAL, Shape, keys_of, renamed, shape_of
@@ -20,8 +14,6 @@ from minidpo.data.tokenizer import Tokenizer
 from minidpo.errors import UserError
 from minidpo.sections import DataSection
 
-_PLAIN = {(name, name) for name in ("prompt", "chosen", "rejected")}
-_HH_MARKS = ("\n\nHuman:", ASSISTANT)
 _LOOKED_AT = 100  # first pairs of a file, because one program wrote all of them
 
 
@@ -36,16 +28,13 @@ def read_preferences(
 ) -> Iterator[PreferencePair]:
     """Yield the usable pairs of one file, in file order. All its records have the shape of the first one.
 
-    report: what is dropped, why and on which lines is added to it. drop_identical: false keeps pairs whose
-    responses are equal. template: writes out messages. skip_bad: drop and count records that cannot be read
-    as well. data: how records are read; its defaults if it is left out. limit: records read; 0: all. Raises
-    `UserError` for a file or record that cannot be read, when it gets there, and at the end of a file without
-    a usable pair.
+    report: what is dropped, why and on which lines is added to it. skip_bad: drop and count records that
+    cannot be read as well. data: how records are read. limit: records read; 0: all. Raises `UserError` for a
+    file or record that cannot be read, when it gets there, and at the end of a file without a usable pair.
     """
     data, report = data or DataSection(), DataReport() if report is None else report
     file, file_number, keys = FileReport(str(path)), len(report.files), ""  # keys: of the first record
     report.files.append(file)
-    not_seen = {name for name in OPTIONAL if data.columns.get(name)}
     shape: Shape | None = None
     for number, record in islice(read_records(Path(path)), limit or None):
         index = file.read
@@ -55,7 +44,6 @@ def read_preferences(
             if isinstance(record, BadRecord):
                 raise record
             keys = keys or keys_of(record)
-            not_seen = {name for name in not_seen if data.columns[name] not in record}
             record = renamed(record, data.columns)
             shape = shape or shape_of(record, data.columns)
             readings = shape.readings(record, data.pairs_per_prompt == "all")
@@ -64,52 +52,40 @@ def read_preferences(
             if not shape.name and form != file.format:
                 raise BadRecord(f"a record of {form}", f" in a file of {file.format}; keep to one")
             where = index, file_number, report, data
+            kept = file.pairs
             for reading in readings:
                 try:
                     pair = pair_of(record, shape, template, drop_identical, *where, reading)
                 except Unusable as reason:
                     file.dropped[str(reason)].append(number)
                     continue
-                file.turns_of_text |= pair.messages and form == PROMPT_AND_RESPONSES
                 _note(file, pair, record, shape, data)
                 yield pair
+            file.kept += file.pairs > kept
         except BadRecord as bad:
             if not (skip_bad or data.skip_bad):
                 place = f"{path}:{number}" if file.unit == "line" else f"{path}: record {number}"
                 raise UserError(f"{place}: {bad}") from None
             file.dropped[bad.kind].append(number)
-    if file.read and not_seen:
-        named = ", ".join(f"data.columns.{name} = {data.columns[name]!r}" for name in sorted(not_seen))
-        raise UserError(f"{path}: no record has the key of {named}{keys.partition('; give')[0]}")
     if not file.kept:
         reasons = ", ".join(dropped_lines(file.dropped, file.unit)) or "the file is empty"
         what = f"{path}: no usable pair in {file.read} records ({reasons})"
         raise UserError(f"{what}; one at least is needed{keys}")
+    if unseen := sorted(name for name in OPTIONAL if data.columns.get(name) and name not in file.noted):
+        named = ", ".join(f"data.columns.{name} = {data.columns[name]!r}" for name in unseen)
+        raise UserError(f"{path}: no record has the key of {named}{keys.partition('; give')[0]}")
 
 
 def read_files(
     files: Sequence[str], data: DataSection, tokenizer: Tokenizer, template: ChatTemplate, report: DataReport
 ) -> Iterator[PreferencePair]:
     """The usable pairs of several files, as data says; see `read_preferences` and `stop_if_glued`."""
-    report.limit = data.limit
-    for number, file in enumerate(files):
-        left = data.limit - sum(each.read for each in report.files)
-        if data.limit and left <= 0:
-            report.not_read = f"; {', '.join(files[number:])} not read"
+    for file in files:
+        left = data.limit - sum(each.read for each in report.files) if data.limit else 0
+        if data.limit and not left:
             return
-        limit = left if data.limit else 0
-        pairs = read_preferences(file, report, template=template, data=data, limit=limit)
+        pairs = read_preferences(file, report, template=template, data=data, limit=left)
         yield from stop_if_glued(pairs, file, tokenizer, template, data.text)
-
-
-def first_reading(file: str, data: DataSection) -> Reading | None:
-    """What the first record of a file says that can be read; None if there is none."""
-    for _, record in read_records(Path(file)):
-        with suppress(BadRecord):
-            if isinstance(record, dict):
-                record = renamed(record, data.columns)
-                return shape_of(record, data.columns).readings(record)[0]
-    return None
 
 
 def format_of(record: dict, data: DataSection) -> str:
@@ -121,7 +97,7 @@ def format_of(record: dict, data: DataSection) -> str:
 
 def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, data: DataSection) -> None:
     """Count a pair, and which keys of its record were read and which were not."""
-    file.add(pair.index)
+    file.pairs += 1
     if pair.left_out:
         file.left_out[pair.left_out] += 1
     if pair.unread:
@@ -129,12 +105,11 @@ def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, da
     if record.keys() <= file.noted:
         return
     file.noted.update(key for key, value in record.items() if value not in (None, ""))
-    file.several = data.pairs_per_prompt if shape.several else ""
-    # Of the standard keys, only those that a record may have need to be told.
     for name, key in (*shape.at.items(), *zip(BESIDE_MESSAGES, BESIDE_MESSAGES, strict=True)):
         told = data.columns.get(key, key)
         read = key in shape.keys or (pair.messages and key not in pair.unread)
-        if read and record.get(key) not in (None, "") and (name, told) not in _PLAIN:
+        needs_saying = name != told or name not in ("prompt", "chosen", "rejected")
+        if read and needs_saying and record.get(key) not in (None, ""):
             file.columns.setdefault(name, told)
 
 
@@ -145,21 +120,18 @@ def stop_if_glued(
     data.text does not say what to do with it.
 
     A prompt for a chat model has no special token and no marker of HH dialogues, and ends without white space
-    where its response begins: as raw text, "2 + 2?Four". Text that is meant to be continued, or has its turns
-    in it, looks otherwise.
+    where its response begins: as raw text, "2 + 2?Four".
     """
     rest = iter(pairs)
     first = list(islice(rest, _LOOKED_AT))
     raw = [pair for pair in first if not pair.messages]
     if raw and not text and template.form is not None and not template.asked_for:
-        marks = (*_HH_MARKS, *tokenizer.special_ids)
+        marks = ("\n\nHuman:", ASSISTANT, *tokenizer.special_ids)
         glued = [pair for pair in raw if not (pair.prompt[-1:].isspace() or pair.chosen[:1].isspace())]
         # A few may be glued by accident.
         if len(glued) > len(raw) / 2 and not any(mark in pair.prompt for pair in raw for mark in marks):
             meet = glued[0].prompt[-40:] + glued[0].chosen[:40]
-            raise UserError(
-                f"{path}: text without turns, for a model with a chat template: it would read {meet!r};"
-                ' set data.text = "template" (--text template) to put prompts through the template, or "raw"'
-                " to leave them as they are"
-            )
+            what = f"text without turns, for a model with a chat template: it would read {meet!r}"
+            put = 'set data.text = "template" (--text template) to put prompts through the template'
+            raise UserError(f'{path}: {what}; {put}, or "raw" to leave them as they are')
     return chain(first, rest)

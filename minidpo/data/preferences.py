@@ -7,31 +7,24 @@ shapes.py and readings.py know how a record says them. Whatever its keys are, th
     a prompt and responses, of which any is messages        written out by the chat template
     whole conversations in messages   the prompt is the turns that they share; of one, those before a response
 
-A record that cannot be read (broken JSON, a missing key) is an error: the file is not what it is taken for. A
-record that reads well but can teach nothing (no shared prompt, a blank response, two equal responses, a tie)
-is dropped and counted, because published files hold some.
+A record that cannot be read (broken JSON, a missing key) is an error. One that reads well but can teach
+nothing (no shared prompt, a blank response, two equal ones, a tie) is dropped and counted.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 from typing import Any
 
+from minidpo.data.bad_record import BadRecord
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.messages import (
-    Message,
-    first_assistant,
-    given_of,
-    repeats,
-    shared_turns,
-    text_of,
-    with_system,
-)
-from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, PROMPT_AND_RESPONSES, Reading, Said, form_of
-from minidpo.data.records import BadRecord
+from minidpo.data.messages import Message, given_of, shared_turns, with_system
+from minidpo.data.pair_tokens import Ranges
+from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, PROMPT_AND_RESPONSES, Reading, form_of
 from minidpo.data.report import DataReport
 from minidpo.data.shapes import Shape
-from minidpo.data.token_pair import Ranges
 from minidpo.data.turns import others_in_text
 from minidpo.sections import DataSection
 
@@ -74,23 +67,21 @@ class PreferencePair:
         """The pair, or the prompt with one response, as other programs read it: in text or messages."""
         prompt, responses, beside = self.said or (self.prompt, self.responses, {})
         names = ("completion",) if self.rejected is None else ("chosen", "rejected")
-        known = {"margin": self.margin, "label": self.label}
-        known = {name: value for name, value in known.items() if value is not None}
-        return {"prompt": prompt, **dict(zip(names, responses, strict=True)), **known, **beside}
+        known = (("margin", self.margin), ("label", self.label))
+        more = {name: value for name, value in known if value is not None}
+        return {"prompt": prompt, **dict(zip(names, responses, strict=True)), **more, **beside}
 
 
 def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
     """Split two HH dialogues into their prompt and responses, each at its own last "\\n\\nAssistant:".
 
-    The prompt ends with that marker and the responses keep their leading space, so that prompt + response is
-    the text as it was published. Whatever follows the marker is text, "Human:" included. Raises `ValueError`
-    if a dialogue has no such turn, if the two do not share the whole prompt, or if a response is blank.
-    Cutting at the longest common prefix would never fail, and be wrong: two responses that begin alike would
-    leave half a word in the prompt.
+    The prompt ends with that marker and the responses keep their leading space: nothing is lost. The longest
+    common prefix would be wrong, because two responses that begin alike would leave half a word in it. Raises
+    `ValueError` if a dialogue has no such turn, the prompts differ, or a response is blank.
     """
-    prompt, chosen, rejected = _split_hh(chosen_text, rejected_text)
-    _check_blank(chosen, rejected)
-    return PreferencePair(prompt, chosen, rejected)
+    pair = PreferencePair(*_split_hh(chosen_text, rejected_text))
+    _check_blank(*pair.responses)
+    return pair
 
 
 def _split_hh(chosen_text: str, rejected_text: str) -> tuple[str, str, str]:
@@ -114,9 +105,9 @@ def pair_of(
     data: DataSection = DEFAULTS,
     reading: Reading | None = None,
 ) -> PreferencePair:
-    """The pair of a record of this shape, or of one of its readings; default: the first. Raises `Unusable`
-    with the reason for which the pair is dropped, and `BadRecord` for messages without a template, or that it
-    refuses. report: notes the prompt before."""
+    """The pair of a record of this shape, or of one of its readings; default: the first. report: notes the
+    prompt. Raises `Unusable` with the reason for which the pair is dropped, and `BadRecord` for messages
+    without a template, or that it refuses."""
     reading = reading or shape.readings(record, data.pairs_per_prompt == "all")[0]
     report, form = report or DataReport(), form_of(reading)
     is_hh = form == HH_DIALOGUES
@@ -126,27 +117,19 @@ def pair_of(
     if data.text == "template" and (is_hh or ends_as_hh):
         right = '; data.text = "template" is for a prompt in text, so leave it out'
         raise BadRecord("HH dialogues, which are text of their own", right)
+    fields: dict[str, Any] = {"index": index, "margin": reading.margin, "file": file, "label": reading.label}
+    if others := record.keys() - shape.keys:
+        fields["unread"] = tuple(key for key in record if key in others and record[key] not in (None, ""))
+    noted = report, index, file, reading.dropped
     if is_hh or (form == PROMPT_AND_RESPONSES and data.text != "template"):
         texts: Any = reading[:3] if not is_hh else _split_hh(*reading[1:3])  # type: ignore[arg-type]
-        prompt, chosen, rejected = texts
-        report.add_prompt(prompt, index, file)
-        if reading.dropped:
-            raise Unusable(reading.dropped)
-        pair = PreferencePair(
-            prompt,
-            chosen,
-            rejected,
-            index,
-            reading.margin,
-            file=file,
-            unread=tuple(_unread(record, shape)),
-            label=reading.label,
-        )
+        _note(*noted, texts[0])
+        pair = PreferencePair(*texts, **fields)
     elif template is None:
         raise BadRecord("messages without a chat template", "; this command reads text")
     else:
         try:
-            pair = _pair_of_messages(reading, record, shape, template, index, file, report)
+            pair = _pair_of_messages(reading, record, template, partial(_note, *noted), fields)
         except RecursionError:
             raise BadRecord("messages are nested too deeply", "; give fewer levels") from None
     _check_blank(*pair.responses)
@@ -161,12 +144,11 @@ def pair_of(
 def _pair_of_messages(
     reading: Reading,
     record: dict,
-    shape: Shape,
     template: ChatTemplate,
-    index: int,
-    file: int,
-    report: DataReport,
+    note: Callable[[str], None],
+    fields: dict[str, Any],
 ) -> PreferencePair:
+    """note: called with the prompt, to tell it from others. fields: what of the pair needs no template."""
     prompt, responses = _turns(reading, template)
     if not prompt:
         one = "nothing stands before the assistant's first turn"
@@ -175,12 +157,10 @@ def _pair_of_messages(
     if any(not its or {its[0]["role"], its[-1]["role"]} != {"assistant"} for its in responses):
         raise Unusable("a response does not begin and end with a turn of the assistant")
     own, prompt = prompt, with_system(record, prompt)
-    plain = [message | {"content": text_of(message)} for message in prompt]
+    plain = [{"content": None} | message for message in prompt]
     # A prompt in text has the same key as without a template.
     of_text = isinstance(reading.prompt, str) and form_of(reading) == PROMPT_AND_RESPONSES
-    report.add_prompt(str(reading.prompt) if of_text else json.dumps(plain, sort_keys=True), index, file)
-    if reading.dropped:
-        raise Unusable(reading.dropped)
+    note(str(reading.prompt) if of_text else json.dumps(plain, sort_keys=True))
     given = given_of(record)
     text, texts, left_out = template.split(prompt, responses, given)
     others = []
@@ -191,7 +171,7 @@ def _pair_of_messages(
 
     # What of the record did not reach the text.
     read = {"tools", "chat_template_kwargs"} | ({"system"} if prompt is not own else set())
-    unread = [key for key in _unread(record, shape) if key not in read]
+    unread = [key for key in fields.get("unread", ()) if key not in read]
     for name, value in given.items():
         if value is not None and not template.reads(name):
             unread.append(name if name == "tools" else f"chat_template_kwargs.{name}")
@@ -205,15 +185,11 @@ def _pair_of_messages(
         text,
         texts[0],
         texts[1] if len(texts) > 1 else None,
-        index,
-        reading.margin,
-        file=file,
-        label=reading.label,
+        **fields | {"unread": tuple(unread)},
         others=tuple(others) if any(others) else (),
         add_special_tokens=written_out,
         closed=template.closes,
         messages=True,
-        unread=tuple(unread),
         left_out=left_out,
         said=(prompt, responses, beside),
     )
@@ -222,32 +198,32 @@ def _pair_of_messages(
 def _turns(reading: Reading, template: ChatTemplate) -> tuple[list[Message], list[list[Message]]]:
     """The prompt and each response as messages. A prompt in text is what the user says, a response what the
     assistant says."""
+
+    def turns(said: Any, role: str) -> list[Message]:
+        return said if isinstance(said, list) else [{"role": role, "content": said}]
+
     responses = {"chosen": reading.chosen, "rejected": reading.rejected}
-    there = {name: response for name, response in responses.items() if response is not None}
+    there: dict[str, Any] = {name: response for name, response in responses.items() if response is not None}
     if form_of(reading) != CONVERSATIONS:
-        return _turn(reading.prompt, "user"), [_turn(each, "assistant") for each in there.values()]
+        return turns(reading.prompt, "user"), [turns(each, "assistant") for each in there.values()]
     for name, conversation in there.items():
         if isinstance(conversation, str):
             raise BadRecord(f"{name!r} is no list of messages", "; give one, as under the other keys")
-    conversations: list[Any] = list(there.values())
-    if isinstance(reading.prompt, list) and not repeats(reading.prompt, conversations[0]):
+    first, *others = there.values()
+    own = reading.prompt if isinstance(reading.prompt, list) else []
+    if own and own[-1].get("content") not in [message.get("content") for message in first]:
         raise Unusable("chosen does not repeat `prompt`, and begins with another turn")
-    if len(conversations) == 1:
-        shared = first_assistant(conversations[0])
+    if others:
+        shared = shared_turns(first, others[0], template.reads)
     else:
-        shared = shared_turns(conversations[0], conversations[1], template.reads)
-    return conversations[0][:shared], [conversation[shared:] for conversation in conversations]
+        shared = [*(message["role"] for message in first), "assistant"].index("assistant")
+    return first[:shared], [conversation[shared:] for conversation in there.values()]
 
 
-def _turn(said: Said | None, role: str) -> list[Message]:
-    return said if isinstance(said, list) else [{"role": role, "content": said}]
-
-
-def _unread(record: dict, shape: Shape) -> list[str]:
-    """The keys of a record that hold something and are not read."""
-    if record.keys() <= shape.keys:
-        return []
-    return [key for key, value in record.items() if key not in shape.keys and value not in (None, "")]
+def _note(report: DataReport, index: int, file: int, dropped: str, prompt: str) -> None:
+    report.add_prompt(prompt, index, file)
+    if dropped:
+        raise Unusable(dropped)
 
 
 def _check_blank(*responses: str) -> None:

@@ -2,15 +2,11 @@
 
 from typing import NamedTuple
 
+from minidpo.data.bad_record import BadRecord
 from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.messages import Given, Message, given_of, with_system
-from minidpo.data.preferences import (
-    ASSISTANT,
-    DEFAULTS,
-    PreferencePair,
-)
+from minidpo.data.preferences import ASSISTANT, DEFAULTS, PreferencePair
 from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, MESSAGES, Reading, form_of, said
-from minidpo.data.records import BadRecord
 from minidpo.data.shapes import renamed, shape_of
 from minidpo.sections import DataSection
 
@@ -28,8 +24,7 @@ class Prompt(NamedTuple):
 
 def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS) -> Prompt:
     """The prompt of a record, which needs no responses: a `prompt` in text or messages, or what a record of
-    any shape has for its prompt; of a dialogue, all before its last response. data: how records are read.
-    Raises `BadRecord` if there is none."""
+    any shape has for its prompt; of a dialogue, all before its last response."""
     record = renamed(record, data.columns)
     if record.get("prompt") is not None:  # Whether it has responses, and what else, is of no interest.
         conversation = isinstance(record.get("chosen"), list)
@@ -58,6 +53,5 @@ def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS
 
 
 def prompt_of_pair(pair: PreferencePair) -> Prompt:
-    # The tail is in the responses already.
-    tail = "" if pair.closed else None
+    tail = "" if pair.closed else None  # It is in the responses already.
     return Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens, tail=tail)

@@ -7,11 +7,11 @@ against the worst. Each returns at least one reading, and raises `BadRecord` for
 
 import math
 from collections.abc import Callable, Mapping
-from itertools import combinations, cycle, product
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
+from minidpo.data.bad_record import BadRecord, check_characters, printable
 from minidpo.data.messages import Message, messages_of
-from minidpo.data.records import BadRecord, check_characters, printable
 
 Said = str | list[Message]
 At = Mapping[str, str]
@@ -50,11 +50,11 @@ def form_of(reading: Reading) -> str:
 def of_pair(record: dict, at: At, every: bool) -> list[Reading]:
     """A chosen and a rejected response, or lists of texts, in which no order is known."""
     prompt, margin = _prompt(record, at), _margin(record)
-    chosen, rejected = at["chosen"], at["rejected"]
-    if isinstance(record[chosen], str) and isinstance(record[rejected], str):  # most records, read fast
-        return [Reading(prompt, said(record, chosen), said(record, rejected), margin)]
-    both = _choices(record, chosen), _choices(record, rejected)
-    pairs = [Reading(prompt, better, worse, margin) for better, worse in product(*both)]
+    if not isinstance(record["chosen"], list) and not isinstance(record["rejected"], list):  # most records
+        return [Reading(prompt, said(record, "chosen"), said(record, "rejected"), margin)]
+    lists = ([value] if not _has_texts(value) else value for value in (record["chosen"], record["rejected"]))
+    every_pair = ({"chosen": better, "rejected": worse} for better, worse in product(*lists))
+    pairs = [Reading(prompt, said(pair, "chosen"), said(pair, "rejected"), margin) for pair in every_pair]
     return pairs if every else pairs[:1]
 
 
@@ -74,8 +74,8 @@ def of_vote(record: dict, at: At, every: bool) -> list[Reading]:
     return [Reading(_prompt(record, at), said(record, at[better]), said(record, at[worse]), margin)]
 
 
-def of_answers(text: str, *worths: str) -> Callable[[dict, At, bool], list[Reading]]:
-    """Answers, each with a `text` and one of `worths`: a rank, of which 1 is the best, or a score."""
+def of_answers(text: str, worth: str) -> Callable[[dict, At, bool], list[Reading]]:
+    """Answers, each with a `text` and its `worth`: a rank, of which 1 is the best, or a score."""
 
     def read(record: dict, at: At, every: bool) -> list[Reading]:
         prompt, answers, key = _prompt(record, at), record[at["answers"]], at["answers"]
@@ -85,7 +85,6 @@ def of_answers(text: str, *worths: str) -> Callable[[dict, At, bool], list[Readi
         for answer in answers:
             if answer.get(text) is None:
                 raise BadRecord(f"an answer in {key!r} has no {text!r}", "; give each its text")
-            worth = next((name for name in worths if answer.get(name) is not None), worths[0])
             number = _number(answer, worth)
             by_worth.append((-number if worth == "rank" else number, said(answer, text)))
         if len(by_worth) < 2:
@@ -103,11 +102,9 @@ def of_answers(text: str, *worths: str) -> Callable[[dict, At, bool], list[Readi
 def of_one(record: dict, at: At, every: bool) -> list[Reading]:
     """One response to a prompt, or one conversation, and perhaps a label."""
     response = next(at[name] for name in ("completion", "chosen", "messages") if name in at)
+    if "chosen" in at and record.get("rejected") is not None:
+        raise BadRecord("'rejected' in a file whose first record has none", "; a file keeps to one kind")
     label = _truth(record, at["label"]) if "label" in at else None
-    said_by_turns = record[response] if "messages" in at and has_texts(record[response]) else None
-    if said_by_turns:  # As LIMA has it: the user begins.
-        turns = zip(cycle(("user", "assistant")), said_by_turns, strict=False)
-        record = record | {response: [{"role": role, "content": text} for role, text in turns]}
     return [Reading(_prompt(record, at), said(record, response), label=label)]
 
 
@@ -123,14 +120,9 @@ def said(record: dict, key: str) -> Said:
     raise BadRecord(f"{key!r} is of type {type(value).__name__}", "; give a string")
 
 
-def has_texts(value: Any) -> bool:
+def _has_texts(value: Any) -> bool:
     """Whether it is a list of texts: of several responses."""
     return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-
-
-def _choices(record: dict, key: str) -> list[Said]:
-    texts = record[key] if has_texts(record[key]) else None
-    return [said({key: text}, key) for text in texts] if texts else [said(record, key)]
 
 
 def _prompt(record: dict, at: At) -> Said | None:
@@ -153,13 +145,11 @@ def _margin(record: dict) -> float | None:
 
 def number_of(value: Any) -> float | None:
     """A value of a record as a number, also where a .csv file has it as text; None for any other."""
-    if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return None
     try:
         number = float(value)
-    except (ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) and not isinstance(value, bool) else None
 
 
 def _number(record: dict, key: str) -> float:
@@ -171,11 +161,9 @@ def _number(record: dict, key: str) -> float:
 
 def _truth(record: dict, key: str) -> bool:
     """true or false, or 1 or 0; as text too, in which a .csv file has them."""
-    value = record[key]
-    word = value.lower() if isinstance(value, str) else value
-    if word in (True, "true") or number_of(value) == 1:
-        return True
-    if word in (False, "false") or number_of(value) == 0:
-        return False
-    away = ', or leave the column out (data.columns.label = "")' if key == "label" else ""
-    raise BadRecord(f"{key!r} is neither true nor false", f"; give one of them{away}")
+    words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
+    truth = words.get(str(record[key]).lower())
+    if truth is None:
+        away = ', or leave the column out (data.columns.label = "")' if key == "label" else ""
+        raise BadRecord(f"{key!r} is neither true nor false", f"; give one of them{away}")
+    return truth

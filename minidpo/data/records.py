@@ -6,30 +6,25 @@ A file that cannot be read at all is a `UserError`. What is wrong with a single 
 
 import codecs
 import csv
+import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator
-from io import BufferedIOBase
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minidpo.data.bad_record import LONGEST_RECORD, BadRecord, check_characters, printable, too_long
-from minidpo.data.opened import open_text
+from minidpo.data.bad_record import LONGEST_RECORD, BadRecord, too_long
 from minidpo.data.paths import TABLES, data_file, kind_of
 from minidpo.data.tables import read_table
-from minidpo.errors import UserError
-from minidpo.log import print0
+from minidpo.errors import UserError, one_line
+from minidpo.files import require_no_pointer
 
-# What reading records and reading a record share is in bad_record.py, and imported from here.
-__all__ = ["BadRecord", "check_characters", "printable", "read_records"]
-
-_FORM = (
-    "a record is an object with chosen and rejected, and a file that is one list of objects is named .json"
-)
+_FORM = "a record is an object with chosen and rejected; a file that is one list of objects is named .json"
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n"
 
-# A file of one object with one key is a record if the key is one of these, and else a list under that key.
-_OF_A_RECORD = {"messages", "conversations"}
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 Records = Iterator[tuple[int, dict | BadRecord]]
 
@@ -37,9 +32,9 @@ Records = Iterator[tuple[int, dict | BadRecord]]
 def read_records(path: Path) -> Records:
     """Yield (number, record) of a file, or of the directory that holds a single one.
 
-    Lines are numbered from 1, the records of a list or a table from 0, those of a .csv file by the line on
-    which they begin. One record is in memory at a time, of a table a few hundred. Only a .json file is read
-    whole, unless it holds lines of JSON, as many do. Raises `UserError` for a file that cannot be read.
+    Lines are numbered from 1, the records of a list or a table from 0, those of a .csv file by their first
+    line. One record is in memory at a time, of a table a few hundred; only a .json file that does not hold
+    lines of JSON is read whole. Raises `UserError` for a file that cannot be read.
     """
     path = data_file(path)
     kind, number = kind_of(path), 0
@@ -47,53 +42,69 @@ def read_records(path: Path) -> Records:
         yield from read_table(path, kind)
         return
     try:
-        values = _values_of_json(path) if kind == ".json" else None
-        if values is not None:
+        if kind == ".json" and (values := _values_of_json(path)) is not None:
             yield from enumerate(map(_record, values))
             return
-        with open_text(path) as file:
-            records = _records_of_csv(path, file) if kind == ".csv" else _records_of_lines(file)
-            for number, record in records:
+        with _opened(path) as file:
+            for number, record in _records_of_csv(path, file) if kind == ".csv" else _records_of_lines(file):
                 yield number, record
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number + 1}: cannot be read ({error}); fetch the file again") from None
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The bytes of a text file, unpacked if its content is compressed: browsers that unpack a download leave
+    it its name. Raises `UserError` for what is no text in UTF-8; reading spoilt compressed data raises
+    OSError or EOFError. Torn zstd data just ends, usually within a line."""
+    zstd_error: Any = ()
+    with path.open("rb") as raw:
+        file: Any = raw
+        if raw.peek(4)[:2] == _GZIP:
+            file = gzip.open(raw)
+        elif raw.peek(4)[:4] == _ZSTD:
+            try:
+                import zstandard
+            except ImportError:
+                raise UserError(f"{path}: compressed with zstd; pip install zstandard") from None
+            zstd_error = zstandard.ZstdError
+            unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            file = io.BufferedReader(unpacked)
+        try:
+            begin = file.peek(1024)[:1024]
+            require_no_pointer(path, begin)
+            if (encoding := json.detect_encoding(begin).removesuffix("-sig")) != "utf-8":
+                right = f"convert it: iconv -f {encoding} -t utf-8 '{path}'"
+                raise UserError(f"{path}: text in {encoding.upper()}, and UTF-8 is read; {right}")
+            if begin.lstrip()[:9].lower().startswith((b"<!doctype", b"<html")):
+                raise UserError(f"{path}: a web page, not data; download the file that the page is about")
+            yield file
+        except zstd_error as error:
+            raise OSError(one_line(error)) from None
+
+
 def _values_of_json(path: Path) -> list | None:
-    """What is in a .json file that is a list, one object, or an object around a list; None for lines."""
-    with open_text(path) as file:
-        first = next((line for line in _lines(file) if line.strip(_BLANK)), b"")
-    is_list = first.strip(_BLANK).startswith(b"[")
-    whole_line = first.strip(_BLANK).endswith(b"}") or not first
-    if not is_list and whole_line and _key_of_list(_parse(first)) is None:
+    """What is in a .json file that is a list or one object over several lines; None for lines of objects."""
+    with _opened(path) as file:
+        first = next((line for line in _lines(file) if line.strip(_BLANK)), b"").strip(_BLANK)
+    is_list = first.startswith(b"[")
+    if not is_list and (first.endswith(b"}") or not first):
         return None
     # Text packs to a tenth at best. What unpacks to far more is made to fill memory, and never held whole.
     limit = LONGEST_RECORD + 100 * path.stat().st_size
-    with open_text(path) as file:
+    with _opened(path) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise UserError(f"{path}: unpacks to more than {limit} bytes; give one object per line, in .jsonl.gz")
     value = _parse(content)
     if is_list and isinstance(value, BadRecord):
         raise UserError(f"{path}: {value}")
-    if (key := _key_of_list(value)) is not None:
-        print0(f"{path}: its records are the list under {key!r}")
-        return value[key]
     if isinstance(value, dict):
         return [value]
     return value if isinstance(value, list) else None
 
 
-def _key_of_list(value: Any) -> str | None:
-    """The key of an object that holds nothing but a list of records; None for anything else."""
-    if isinstance(value, dict) and len(value) == 1:
-        ((key, inner),) = value.items()
-        if key not in _OF_A_RECORD and isinstance(inner, list) and isinstance(next(iter(inner), None), dict):
-            return key
-    return None
-
-
-def _lines(file: BufferedIOBase) -> Iterator[bytes]:
+def _lines(file: io.BufferedIOBase) -> Iterator[bytes]:
     """The lines of a file; of one that is too long a beginning, which is too long as well."""
     while line := file.readline(LONGEST_RECORD + 1):
         yield line
@@ -101,7 +112,7 @@ def _lines(file: BufferedIOBase) -> Iterator[bytes]:
             line = file.readline(LONGEST_RECORD + 1)
 
 
-def _records_of_lines(file: BufferedIOBase) -> Records:
+def _records_of_lines(file: io.BufferedIOBase) -> Records:
     for number, line in enumerate(_lines(file), 1):
         if len(line) > LONGEST_RECORD:
             yield number, too_long()
@@ -109,49 +120,35 @@ def _records_of_lines(file: BufferedIOBase) -> Records:
             yield number, _record(_parse(line))
 
 
-def _records_of_csv(path: Path, file: BufferedIOBase) -> Records:
+def _records_of_csv(path: Path, file: io.BufferedIOBase) -> Records:
     """The rows under a row of names, all values as text. A row with a misplaced quote is no `BadRecord`,
     because what belongs to it, and what to the next one, cannot be told."""
-    begin = size = 0  # of a row: its first line, and its bytes so far
-
-    def text() -> Iterator[str]:
-        nonlocal size
-        for line in _lines(file):
-            size += len(line)
-            if size > LONGEST_RECORD:
-                what = f"a row of more than {LONGEST_RECORD} bytes"
-                raise UserError(f"{path}:{begin}: {what}; is there a quote that is never closed?")
-            yield line.decode("utf-8", "surrogateescape").removeprefix("\ufeff")
-
+    # A quote that is never closed would make one value of all that follows.
     csv.field_size_limit(LONGEST_RECORD)
-    rows, names = csv.reader(text(), strict=True), None
-    while True:
-        begin, size = rows.line_num + 1, 0
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            right = (
-                "a value with commas, quotes or line breaks stands in quotes, and a quote in it is doubled"
-            )
-            raise UserError(f"{path}:{begin}: not CSV ({error}); {right}") from None
-        if row is None:
-            return
-        if row and names is None:
-            names = [name or f"column {place}" for place, name in enumerate(row, 1)]
-            if len(set(names)) < len(names):
-                raise UserError(f"{path}:{begin}: two columns have one name ({', '.join(names)}); rename one")
-        elif row and names:
-            yield begin, _record_of_row(names, row)
+    rows, names, begin = csv.reader(map(_text, _lines(file)), strict=True), None, 1
+    try:
+        for row in rows:
+            if row and names is None:
+                names = [name or f"column {place}" for place, name in enumerate(row, 1)]
+                if len(set(names)) < len(names):
+                    raise UserError(
+                        f"{path}:{begin}: two columns have one name ({', '.join(names)}); rename one"
+                    )
+            elif names and len(row) == len(names):
+                yield begin, dict(zip(names, row, strict=True))
+            elif row and names:
+                right = "; a value that holds commas stands in quotes"
+                yield begin, BadRecord(f"{len(row)} values under {len(names)} names of columns", right)
+            begin = rows.line_num + 1
+    except (csv.Error, UnicodeDecodeError) as error:
+        right = "values with commas, quotes or line breaks stand in quotes, quotes are doubled, text is UTF-8"
+        raise UserError(f"{path}:{begin}: not CSV ({one_line(error)}); {right}") from None
 
 
-def _record_of_row(names: list[str], row: list[str]) -> dict | BadRecord:
-    if len(row) != len(names):
-        right = "; a value that holds commas stands in quotes"
-        return BadRecord(f"{len(row)} values under {len(names)} names of columns", right)
-    for name, value in zip(names, row, strict=True):
-        if not value.isascii() and any("\udc80" <= character <= "\udcff" for character in value):
-            return BadRecord(f"column {name!r} is not UTF-8", "; convert the file: iconv -f CODING -t utf-8")
-    return dict(zip(names, row, strict=True))
+def _text(line: bytes) -> str:
+    if len(line) > LONGEST_RECORD:
+        raise csv.Error(f"a line of more than {LONGEST_RECORD} bytes")
+    return line.removeprefix(codecs.BOM_UTF8).decode()
 
 
 def _parse(text: bytes) -> Any:

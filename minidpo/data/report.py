@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from minidpo.data.records import printable
-from minidpo.data.token_pair import TokenPair
+from minidpo.data.bad_record import printable
+from minidpo.data.pair_tokens import TokenPair
 
 PARTS = ("prompt", "chosen", "rejected")
 _FIRST_FEW = 5
@@ -25,23 +25,12 @@ class FileReport:
     read: int = 0  # records
     kept: int = 0  # of them, those that gave a pair
     pairs: int = 0  # those of the records that were kept
-    columns: dict[str, str] = field(
-        default_factory=dict
-    )  # what was read under which key, where it needs saying
-    several: str = ""  # data.pairs_per_prompt, where records have more than two responses
-    turns_of_text: bool = False  # whether prompts in text were put through the chat template
+    columns: dict[str, str] = field(default_factory=dict)  # what was read under which key, if it needs saying
     unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
-    unread: Counter[str] = field(default_factory=Counter)  # keys of records that hold something: how often
+    unread: set[str] = field(default_factory=set)  # keys of records that hold something
     left_out: Counter[str] = field(default_factory=Counter)  # ends of generation prompts: of how many prompts
     noted: set[str] = field(default_factory=set)  # keys of records of which `columns` and `unread` know
-    last: int = -1  # the record of the last pair
-
-    def add(self, record: int) -> None:
-        """Count a pair of the record with this number."""
-        self.pairs += 1
-        self.kept += record != self.last
-        self.last = record
 
     def lines(self) -> Iterator[str]:
         several = f" as {self.pairs} pairs" if self.pairs != self.kept else ""
@@ -49,16 +38,12 @@ class FileReport:
         if self.columns:
             columns = ", ".join(f"{name} = {printable(key)}" for name, key in self.columns.items())
             yield f"  read as: {self.format}: {columns}"
-        if self.several:
-            yield f"  pairs of several responses: {self.several} (data.pairs_per_prompt)"
-        if self.turns_of_text:
-            yield '  prompts in text are put through the chat template (data.text = "template")'
         yield from ("  " + line for line in dropped_lines(self.dropped, self.unit))
         if self.unread:
             yield f"  keys that are not read: {', '.join(map(printable, sorted(self.unread)))}"
         for end, count in self.left_out.items():
-            why = "the chat template begins a response that is given without it"
-            yield f"  warning: {count} prompts stop before {end!r}, because {why}"
+            what = f"{count} prompts stop before {end!r}"
+            yield f"  warning: {what}, because the chat template begins a response that is given without it"
 
 
 @dataclass
@@ -66,8 +51,6 @@ class DataReport:
     """What became of the records: one `FileReport` per file, then what the tokenizing stage adds."""
 
     files: list[FileReport] = field(default_factory=list)
-    limit: int = 0  # after which no record was read; 0: none
-    not_read: str = ""  # files that the limit left out
     # Of every record whose prompt could be read, dropped or not: its place, rising, and its prompt's digest.
     places: array = field(default_factory=lambda: array("q"))
     keys: bytearray = field(default_factory=bytearray)  # 16 bytes each
@@ -79,27 +62,18 @@ class DataReport:
     lengths: dict[str, array] = field(default_factory=lambda: defaultdict(lambda: array("I")))
     own_bos: int = 0  # prompts whose text begins with BOS
     apart: int = 0  # responses that share a token with their prompt, as text, and are tokenized alone
-    rewards: bool = False  # of a reward model, which reads a prompt and its response as one text
     # Of the kept pairs, as they go to the model:
     truncated_prompts: int = 0
     truncated_responses: int = 0
-    prompt_tokens: int = 0
-    response_tokens: int = 0
     unscored_tokens: int = 0  # those of responses that others wrote
-    prompts: array = field(default_factory=lambda: array("q"))  # one hash per pair
 
     def add_prompt(self, prompt: str, index: int, file: int) -> None:
-        """Note the prompt of a record as it has it, once for all its pairs: no template, date, tokenizer or
-        limit changes its key."""
+        """Note the prompt of a record as it has it, once for all its pairs."""
         place = file << 40 | index
         if self.places and self.places[-1] == place:
             return
         self.places.append(place)
         self.keys.extend(hashlib.blake2b(prompt.encode(errors="surrogatepass"), digest_size=16).digest())
-
-    def prompt_keys(self) -> np.ndarray:
-        """(records, 16) uint8: the keys of all prompts."""
-        return np.frombuffer(self.keys, np.uint8).reshape(-1, 16)
 
     def add(self, whole: TokenPair, pair: TokenPair, reason: str) -> None:
         """Count one pair before and after the cut. reason: why it is dropped; empty if it is kept."""
@@ -111,33 +85,23 @@ class DataReport:
             self.dropped[reason].append(f"{file}{pair.index}")
             return
         self.kept += 1
-        self.prompts.append(hash(tuple(pair.prompt)))
         self.truncated_prompts += len(pair.prompt) < len(whole.prompt)
         both = zip(pair.responses, whole.responses, strict=True)
         self.truncated_responses += sum(len(left) < len(before) for left, before in both)
-        self.prompt_tokens += len(pair.prompt)
-        self.response_tokens += sum(map(len, pair.responses))
         self.unscored_tokens += sum(end - begin for begin, end in pair.unscored_ranges())
 
     def lines(self) -> Iterator[str]:
-        """The report as printable lines."""
         for file in self.files:
             yield from file.lines()
-        if self.limit:
-            yield f"data.limit: the first {self.limit} records{self.not_read}"
         if not self.tokenized:
             return
-        different = len(np.unique(self.prompts))
         single = not self.lengths["rejected"]
-        what = "responses" if single else "pairs"
-        yield f"tokenized {self.tokenized} {what}, {self.kept} kept, with {different} different prompts"
+        yield f"tokenized {self.tokenized} {'responses' if single else 'pairs'}, {self.kept} kept"
         yield from ("  " + line for line in dropped_lines(self.dropped, "record"))
         if self.own_bos:
             yield f"  {self.own_bos} prompts begin with BOS, and get no second one"
         if self.apart:
-            differ = "; transformers makes other ids of the whole text there" if self.rewards else ""
-            why = "their first token would begin in the prompt"
-            yield f"  {self.apart} responses tokenized apart: {why}{differ}"
+            yield f"  {self.apart} responses tokenized apart: their first token would begin in the prompt"
         cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
         yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
         for part, lengths in self.lengths.items():
@@ -146,8 +110,6 @@ class DataReport:
                 median, most = np.percentile(lengths, (50, 95))
                 few = f"median {median:.0f}, 95 % at most {np.ceil(most):.0f}, longest {max(lengths)}"
                 yield f"  {part} tokens before any cut: {few}"
-        if total := self.prompt_tokens + self.response_tokens:
-            yield f"  responses are {self.response_tokens / total:.0%} of the {total} tokens kept"
         if self.unscored_tokens:
             yield f"  {self.unscored_tokens} tokens in responses are not scored: others wrote them"
 

@@ -7,15 +7,13 @@ from heapq import heapreplace
 
 import numpy as np
 
-_Bins = list[list[int]]
-
 
 @dataclass(frozen=True)
 class PairOrder:
     """The batch of every optimizer step. It follows from these fields and the step, so a run can be resumed.
 
-    Every epoch is a new permutation of the pairs. The epochs form one sequence, which is cut into batches of
-    `batch_size`, so only the last batch of the run may be smaller. max_steps: 0 means no limit.
+    Every epoch is a new permutation of the pairs. The epochs form one sequence, which is cut into batches, so
+    only the last batch of the run may be smaller. max_steps: 0 means no limit.
     """
 
     pairs: int
@@ -58,8 +56,8 @@ def micro_batches(
     """Cut a batch into few micro-batches of at most `micro_tokens` tokens. Returns those of `rank`.
 
     indices: the numbers of the pairs; token_counts: the tokens of each in a packed row. A pair with more than
-    micro_tokens gets a micro-batch of its own (a run refuses such a setting at the start). All ranks gather
-    sharded parameters together, so all get the same number of micro-batches, and some may be empty.
+    micro_tokens gets a micro-batch of its own. All ranks gather sharded parameters together, so all get the
+    same number of micro-batches, and some may be empty.
     """
     longest_first = np.argsort(-token_counts, kind="stable").tolist()
     sizes = token_counts.tolist()
@@ -73,9 +71,9 @@ def micro_batches(
     return [indices[members] for members in bins]
 
 
-def _best_fit(longest_first: list[int], sizes: list[int], micro_tokens: int) -> _Bins:
+def _best_fit(longest_first: list[int], sizes: list[int], micro_tokens: int) -> list[list[int]]:
     """Few bins: each pair goes into the fullest bin that still has room for it."""
-    bins: _Bins = []
+    bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (free tokens, bin), ascending
     for i in longest_first:
         tightest = bisect_left(room, (sizes[i], 0))
@@ -89,10 +87,12 @@ def _best_fit(longest_first: list[int], sizes: list[int], micro_tokens: int) -> 
     return bins
 
 
-def _leveled(longest_first: list[int], sizes: list[int], micro_tokens: int, count: int) -> _Bins | None:
+def _leveled(
+    longest_first: list[int], sizes: list[int], micro_tokens: int, count: int
+) -> list[list[int]] | None:
     """`count` bins of similar size: each pair goes into the emptiest bin. Returns None if a bin with several
     pairs would exceed micro_tokens."""
-    bins: _Bins = [[] for _ in range(count)]
+    bins: list[list[int]] = [[] for _ in range(count)]
     filled = [(0, b) for b in range(count)]  # (tokens, bin), a heap
     for i in longest_first:
         total, emptiest = filled[0]

@@ -8,17 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from minidpo.data.readings import (
-    At,
-    Reading,
-    has_texts,
-    of_answers,
-    of_one,
-    of_pair,
-    of_preference,
-    of_vote,
-)
-from minidpo.data.records import BadRecord, printable
+from minidpo.data.bad_record import BadRecord, printable
+from minidpo.data.readings import At, Reading, of_answers, of_one, of_pair, of_preference, of_vote
 
 BESIDE_MESSAGES = ("system", "tools", "chat_template_kwargs")  # read in every shape
 OPTIONAL = {"system", "tools", "margin"}  # Some records of a file may lack them, whatever they are called.
@@ -26,33 +17,24 @@ OPTIONAL = {"system", "tools", "margin"}  # Some records of a file may lack them
 
 @dataclass(frozen=True)
 class Shape:
-    """A row of the table.
-
-    name: empty where the kind of the values names it, see preferences.py. needs, may_have: what stands under
-    which key. when: what the values must be, where keys alone do not tell. several: whether a record has more
-    than two responses, of which data.pairs_per_prompt makes pairs.
-    """
+    """A row of the table. name: empty where the kind of the values names it, see preferences.py. needs,
+    may_have: what stands under which key."""
 
     name: str
     needs: At
     read: Callable[[dict, At, bool], list[Reading]]
     may_have: At = field(default_factory=dict)
-    when: Callable[[dict], bool] | None = None
-    several: bool = False
 
     @cached_property
     def at(self) -> At:
-        at = {**self.needs, **self.may_have}
-        return dict(sorted(at.items(), key=lambda item: item[0] != "prompt"))  # The prompt is told first.
+        return {**self.needs, **self.may_have}
 
     @cached_property
     def keys(self) -> frozenset[str]:
-        """All that it reads."""
         return frozenset(self.at.values())
 
     def readings(self, record: dict, every: bool = False) -> list[Reading]:
-        """At least one; every: see readings.py. Raises `BadRecord` for a missing key and for a value of
-        another kind."""
+        """See readings.py. Raises `BadRecord` for a missing key and for a value of another kind."""
         for key in self.needs.values():
             if record.get(key) is None:
                 raise _missing(record, key)
@@ -60,8 +42,7 @@ class Shape:
 
 
 def renamed(record: dict, columns: Mapping[str, str]) -> dict:
-    """The record with its keys named as data.columns says, {name: key}. A name without a key ("") takes the
-    key of that name away."""
+    """The record with its keys named as data.columns says. A name without a key takes that key away."""
     if not columns:
         return record
     for name, key in columns.items():
@@ -81,8 +62,7 @@ def shape_of(record: dict, columns: Mapping[str, str] | None = None) -> Shape:
     for shape in SHAPES:
         # A prompt that is called so is the prompt, whatever else might be.
         other_prompt = "prompt" in there and shape.at.get("prompt", "prompt") != "prompt"
-        fits = there.issuperset(shape.needs.values()) and named <= shape.keys and not other_prompt
-        if fits and (shape.when is None or shape.when(record)):
+        if there.issuperset(shape.needs.values()) and named <= shape.keys and not other_prompt:
             return shape
     raise _missing(record, "rejected" if "chosen" in there else "chosen")
 
@@ -93,8 +73,7 @@ def keys_of(record: dict) -> str:
     names = names if len(names) <= 200 else names[:200] + " ..."
     right = "give chosen, rejected, and prompt unless they hold it"
     which = "say which they are (--data.columns.chosen=KEY, --column chosen=KEY)"
-    which += "; SFT takes prompt and completion, or messages"
-    return f"; its keys are {names}; {right}, or {which}"
+    return f"; its keys are {names}; {right}, or {which}; SFT takes prompt and completion, or messages"
 
 
 def _missing(record: dict, key: str) -> BadRecord:
@@ -106,11 +85,6 @@ def _missing(record: dict, key: str) -> BadRecord:
 _RESPONSES = {"chosen": "chosen", "rejected": "rejected"}
 _MARGINS = {name: name for name in ("margin", "score_chosen", "score_rejected")}
 _COMPLETION = {"prompt": "prompt", "completion": "completion"}
-_MESSAGES = {"messages": "messages"}
-
-
-def _asked_in(key: str) -> dict[str, str]:
-    return {"prompt": key, **_RESPONSES}
 
 
 SHAPES = (
@@ -132,43 +106,23 @@ SHAPES = (
         {"score of A": "score_A", "score of B": "score_B"},
     ),
     # Several answers
-    Shape(
-        "ranked answers",
-        {"prompt": "prompt", "answers": "answers"},
-        of_answers("answer", "rank"),
-        several=True,
-    ),
+    Shape("ranked answers", {"prompt": "prompt", "answers": "answers"}, of_answers("answer", "rank")),
     Shape(
         "scored completions",
         {"prompt": "instruction", "answers": "completions"},
-        of_answers("response", "overall_score", "fine-grained_score"),
-        several=True,
-    ),
-    Shape(
-        "lists of responses",
-        _asked_in("prompt"),
-        of_pair,
-        _MARGINS,
-        when=lambda record: has_texts(record["chosen"]) or has_texts(record["rejected"]),
-        several=True,
+        of_answers("response", "overall_score"),
     ),
     # Chosen and rejected
-    Shape("sharegpt pairs", _asked_in("conversations"), of_pair, _MARGINS),
-    Shape("orca pairs", _asked_in("question"), of_pair, _MARGINS),
-    Shape("alpaca pairs", _asked_in("instruction"), of_pair, {"input": "input", **_MARGINS}),
-    Shape("distilabel pairs", _asked_in("input"), of_pair, _MARGINS),
+    Shape("sharegpt pairs", {"prompt": "conversations", **_RESPONSES}, of_pair, _MARGINS),
+    Shape("orca pairs", {"prompt": "question", **_RESPONSES}, of_pair, _MARGINS),
+    Shape("alpaca pairs", {"prompt": "instruction", **_RESPONSES}, of_pair, {"input": "input", **_MARGINS}),
+    Shape("distilabel pairs", {"prompt": "input", **_RESPONSES}, of_pair, _MARGINS),
     Shape("", _RESPONSES, of_pair, {"prompt": "prompt", **_MARGINS}),
     # One response
     Shape("labelled responses", {**_COMPLETION, "label": "label"}, of_one),
     Shape("prompts with a completion", _COMPLETION, of_one),
     Shape("prompts with a chosen response", {"prompt": "prompt", "chosen": "chosen"}, of_one),
-    Shape(
-        "labelled conversations",
-        {**_MESSAGES, "label": "label"},
-        of_one,
-        when=lambda record: isinstance(record["label"], bool),
-    ),
-    Shape("conversations", _MESSAGES, of_one),
+    Shape("conversations", {"messages": "messages"}, of_one),
     Shape("sharegpt conversations", {"messages": "conversations"}, of_one),
     Shape("alpaca", {"prompt": "instruction", "completion": "output"}, of_one, {"input": "input"}),
 )

@@ -1,10 +1,8 @@
 """Text to token ids, and pairs of texts to pairs of ids.
 
-    prompt ids      what the tokenizer makes of the prompt alone: the model is asked with exactly these
-    response ids    what prompt + response adds to them, then EOS, once
-    boundary        where the two meet; a tokenizer may merge characters from both sides into one token
-
-There is no padding: a pair is three lists, and the list of a token says whether it is scored, never its id.
+prompt ids      what the tokenizer makes of the prompt alone: the model is asked with exactly these
+response ids    what prompt + response adds to them, then EOS, once
+boundary        where the two meet; a tokenizer may merge characters from both sides into one token
 """
 
 from collections.abc import Sequence
@@ -15,10 +13,10 @@ from pathlib import Path
 import tokenizers
 
 from minidpo.data.chat_template import ChatTemplate
+from minidpo.data.pair_tokens import TokenPair
 from minidpo.data.preferences import PreferencePair
 from minidpo.data.prompts import Prompt, prompt_of_pair
-from minidpo.data.token_pair import TokenPair
-from minidpo.data.tokenizer_files import add_named_tokens, embedding_rows, find_eos, find_stops
+from minidpo.data.tokenizer_files import GENERATION, add_named_tokens, fields_of, find_eos
 from minidpo.data.turns import others_in_tokens
 from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint, require_model_file
@@ -27,10 +25,9 @@ from minidpo.files import fingerprint, require_model_file
 class Tokenizer:
     """A `tokenizers.Tokenizer` that knows where text ends.
 
-    eos_id: the token that ends a text. bos_id: the token that `encode` puts before every text; None if it
-    puts none, whatever the directory calls its BOS. vocab_size: the highest id + 1, the least number of
-    embedding rows. rowless: ids of named tokens beyond the model's rows; no text may hold them. rewards: of
-    a reward model, which reads messages to the end of the chat template's text.
+    eos_id: the token that ends a text. bos_id: the one that `encode` puts before every text, if any.
+    vocab_size: the highest id + 1. rowless: ids of named tokens beyond the model's rows; no text may hold
+    them. rewards: of a reward model, which reads messages to the end of the chat template's text.
     """
 
     def __init__(
@@ -55,19 +52,21 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, rewards: bool = False) -> "Tokenizer":
-        """Load tokenizer.json of a Hugging Face directory, and its EOS from the configs beside it.
-
-        Raises `UserError` if tokenizer.json is missing or broken, or no EOS of its vocabulary is named.
-        """
-        hint = "a model directory with a fast tokenizer has one"
-        file = require_model_file(Path(path), "tokenizer.json", hint)
+        """Load tokenizer.json of a Hugging Face directory, and its EOS from the configs beside it. Raises
+        `UserError` if tokenizer.json is missing or broken, or no EOS of its vocabulary is named."""
+        file = require_model_file(
+            Path(path), "tokenizer.json", "a model directory with a fast tokenizer has one"
+        )
         try:
             core = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
-            own, rows = max(core.get_vocab().values()) + 1, embedding_rows(Path(path))
+            own, rows = (
+                max(core.get_vocab().values()) + 1,
+                fields_of(Path(path) / "config.json").get("vocab_size"),
+            )
             add_named_tokens(core, Path(path))
             vocabulary = core.get_vocab()
             # Many a pad token is named and never trained: that is no fault until a text holds it.
-            rowless = {i for i in vocabulary.values() if rows and i >= max(own, rows)}
+            rowless = {i for i in vocabulary.values() if type(rows) is int and i >= max(own, rows)}
             eos_id = find_eos(Path(path), {text: i for text, i in vocabulary.items() if i not in rowless})
             return cls(core, eos_id, Path(path), frozenset(rowless), rewards)
         except (UserError, KeyboardInterrupt, SystemExit):
@@ -97,13 +96,14 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens at which generation ends: EOS, and others that the model's configuration names."""
-        return frozenset([self.eos_id, *(find_stops(self._directory) if self._directory else ())])
+        names = ("config.json", GENERATION) if self._directory else ()
+        named = [fields_of(Path(self._directory or "", name)).get("eos_token_id") for name in names]
+        ids = (i for each in named for i in (each if isinstance(each, list) else [each]))
+        return frozenset([self.eos_id, *(i for i in ids if type(i) is int)])
 
     def conflict(self, other: "Tokenizer") -> str:
         """Where the ids of one tokenizer are other tokens to the other; empty if they are the same to both.
-
-        One of them may know more tokens, and spell a special one differently, because chat models give
-        reserved tokens a name. Files, merges and which tokens are special may differ.
+        One of them may know more tokens, and spell a special one differently: chat models name reserved ones.
         """
         ours, theirs = (dict(sorted(each._core.get_vocab().items())) for each in (self, other))
         for token, i in ours.items():
@@ -117,11 +117,8 @@ class Tokenizer:
         return ""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Ids of `text`; add_special_tokens: with those that the post-processor puts before a text (BOS).
-
-        A text that begins with BOS gets no second one, and what the post-processor puts behind a text (EOS)
-        is left out, because a prompt goes on.
-        """
+        """Ids of `text`; add_special_tokens: with BOS, if the tokenizer puts it before texts and it is not in
+        this one. What it puts behind a text (EOS) is left out, because a prompt goes on."""
         return self._ids(self._core.encode(text, add_special_tokens=add_special_tokens), add_special_tokens)
 
     def _ids(self, encoding: tokenizers.Encoding, add_special_tokens: bool) -> list[int]:
@@ -130,11 +127,9 @@ class Tokenizer:
             ids = ids[: len(ids) - self._behind]
             ids = ids[1:] if ids[:2] == [self.bos_id] * 2 else ids
         if not self._rowless.isdisjoint(ids):
-            token = self.piece(min(self._rowless.intersection(ids)))
-            raise UserError(
-                f"{self._directory}: a text holds {token!r}, for which the model has no row;"
-                " name no such token, or resize the embedding"
-            )
+            what = f"a text holds {self.piece(min(self._rowless.intersection(ids)))!r}"
+            right = "for which the model has no row; name no such token, or resize the embedding"
+            raise UserError(f"{self._directory}: {what}, {right}")
         return ids
 
     @property
@@ -154,7 +149,6 @@ class Tokenizer:
         self._core.save(str(file))
 
     def decode(self, ids: Sequence[int], special_tokens: bool = False) -> str:
-        """The text of `ids`, without special tokens or with them."""
         return self._core.decode(ids, skip_special_tokens=not special_tokens)
 
     def piece(self, token: int) -> str:
@@ -166,16 +160,14 @@ class Tokenizer:
 
     def prompt(self, ids: Sequence[int]) -> Prompt:
         """What `encode` makes `ids` of: special tokens are written out, but for the BOS that it adds itself.
-
-        If `ids` are a prompt that lost its beginning, the first token may come out as another.
-        """
+        If `ids` are a prompt that lost its beginning, the first token may come out as another."""
         added = list(ids[:1]) == [self.bos_id]
         rest = ids[1:] if added else ids
-        tokens = self._core.get_added_tokens_decoder().items()
-        apart = {i for i, token in tokens if not token.normalized}  # They are cut out before a space is put.
         whole = Prompt(self.decode(rest, True), add_special_tokens=added or self.bos_id is None)
-        # Tokenizers that put a space before a text put one behind each such token, and decoding takes only
-        # the first one away.
+        # Tokenizers that put a space before a text also put one behind each token that is cut out of a text
+        # beforehand, and decoding takes only the first space away.
+        tokens = self._core.get_added_tokens_decoder().items()
+        apart = {i for i, token in tokens if not token.normalized}
         parts = (
             "".join(map(self.piece, part)) if is_apart else self.decode([*part], True)
             for is_apart, part in groupby(rest, key=apart.__contains__)
@@ -186,18 +178,14 @@ class Tokenizer:
     def encode_responses(
         self, prompts: Sequence[Prompt], responses: Sequence[Sequence[str]]
     ) -> tuple[list[list[int]], list[list[list[int]]]]:
-        """Ids of each prompt, and of each of its responses by the boundary rule; on all threads.
-
-        A response ends with the prompt's tail, or with EOS where it has none. Nothing is cut. A prompt may
-        come out empty.
-        """
+        """Ids of each prompt, and of each of its responses by the boundary rule; on all threads. A response
+        ends with the prompt's tail, or with EOS where it has none. A prompt may come out empty."""
         prompt_ids: list[list[int]] = []
         response_ids: list[list[list[int]]] = []
         both = zip(prompts, responses, strict=True)
         # The library takes one value of add_special_tokens per call.
         for add_special_tokens, group in groupby(both, key=lambda each: each[0].add_special_tokens):
-            alike = list(group)
-            alike = [(prompt, [text + (prompt.tail or "") for text in its]) for prompt, its in alike]
+            alike = [(prompt, [text + (prompt.tail or "") for text in its]) for prompt, its in group]
             texts = [prompt.text + text for prompt, its in alike for text in ("", *its)]
             encodings = self._core.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
             ids = (self._ids(encoding, add_special_tokens) for encoding in encodings)
@@ -211,11 +199,9 @@ class Tokenizer:
         return response if response[-1:] == [self.eos_id] else [*response, self.eos_id]
 
     def _response(self, prompt: list[int], joint: list[int], text: str) -> list[int]:
-        """The boundary rule. joint: the ids of prompt + response, tokenized as one text.
-
-        If the tokenizer merged across the boundary, they do not begin with the prompt that the model is asked
-        with, and the response has to be tokenized alone.
-        """
+        """The boundary rule. joint: the ids of prompt + response, tokenized as one text. If the tokenizer
+        merged across the boundary, they do not begin with the ids that the model is asked with, and the
+        response has to be tokenized alone."""
         if joint[: len(prompt)] == prompt:
             return joint[len(prompt) :]
         self.apart += 1
@@ -240,14 +226,13 @@ class Tokenizer:
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
         """`encode_responses` of their responses, and which of the tokens others wrote."""
-        prompts = list(map(prompt_of_pair, pairs))
-        encoded = self.encode_responses(prompts, [pair.responses for pair in pairs])
+        encoded = self.encode_responses([*map(prompt_of_pair, pairs)], [pair.responses for pair in pairs])
         ids = []
         for pair, prompt, its in zip(pairs, *encoded, strict=True):
             both = zip(pair.responses, its, pair.others, strict=False)
             unscored = tuple(others_in_tokens(self._core, pair.prompt, *each) for each in both)
-            rejected = its[1] if len(its) == 2 else None
             source = pair.index, pair.margin, pair.file, pair.messages, pair.label
+            rejected = its[1] if len(its) > 1 else None
             ids.append(TokenPair(prompt, its[0], rejected, *source, unscored if any(unscored) else ()))
         return ids
 

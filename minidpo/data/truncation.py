@@ -4,9 +4,9 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from minidpo.data.pair_tokens import Ranges, TokenPair
 from minidpo.data.preferences import PreferencePair
 from minidpo.data.report import PARTS, DataReport, dropped_lines
-from minidpo.data.token_pair import Ranges, TokenPair
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.errors import UserError
 
@@ -26,25 +26,22 @@ def tokenize_pairs(
 
     A prompt longer than `max_prompt_length` (None: `max_length`) loses its beginning, BOS excepted. Each
     response then has the rest of `max_length` to itself and loses its end, EOS included: a model must not
-    learn to stop where a text was cut. What others said at the end of what is left is cut off too, because
-    nothing of the assistant follows it. Pairs that this leaves without a response, or with two equal ones
-    (unless `drop_identical=False`), are dropped and counted in `report`, as are prompts without a token.
-    `truncate=False` cuts nothing and drops what would have to be cut, so that every score is of a whole text.
+    learn to stop where a text was cut. What others said at the end of what is left is cut off too. Pairs that
+    this leaves without a response, or with two equal ones (unless `drop_identical=False`), are dropped and
+    counted in `report`, as are prompts without a token. `truncate=False` drops what would have to be cut.
     Raises `UserError` for limits that contradict each other, and if no pair is left.
     """
     limit = max_length if max_prompt_length is None else max_prompt_length
     if not 1 <= limit <= max_length:
         raise UserError(f"max_prompt_length = {limit} must lie between 1 and max_length = {max_length}")
     report = DataReport() if report is None else report
-    report.limits, report.rewards = (max_length, limit), tokenizer.rewards
+    report.limits = max_length, limit
     source, bos, apart = iter(pairs), tokenizer.bos, tokenizer.apart
     while chunk := list(islice(source, _CHUNK)):
         # A chat template writes BOS itself, but a text should not.
-        texts = [pair.prompt for pair in chunk if pair.add_special_tokens]
-        report.own_bos += sum(text.startswith(bos) for text in texts if bos)
-        encoded = tokenizer.encode_pairs(chunk)
-        report.apart = tokenizer.apart - apart
-        for whole in encoded:
+        report.own_bos += sum(p.add_special_tokens and p.prompt.startswith(bos) for p in chunk if bos)
+        for whole in tokenizer.encode_pairs(chunk):
+            report.apart = tokenizer.apart - apart
             pair, reason = _cut(whole, limit, max_length, tokenizer.bos_id), ""
             if not pair.prompt:
                 reason = "the prompt has no token, so nothing predicts the first token of a response"
@@ -67,8 +64,7 @@ def describe_pair(pair: TokenPair, tokenizer: Tokenizer) -> Iterator[dict[str, A
     """Every token of a pair in the order in which it is laid out, prompt | chosen | rejected.
 
     Positions of rejected restart where the prompt ended, because it follows the prompt too. The EOS that ends
-    a response has a role of its own, and is scored like the rest of the response. So has what others wrote in
-    a response, which is not scored.
+    a response, and what others wrote in it, have roles of their own; only the latter is not scored.
     """
     laid_out, by_others = 0, {i for ranges in pair.unscored_ranges() for i in range(*ranges)}
     for part, ids in zip(PARTS, (pair.prompt, *pair.responses), strict=False):

@@ -11,6 +11,7 @@ E head size.
 from collections.abc import Callable
 from functools import cache
 from itertools import islice
+from typing import cast
 
 import numpy as np
 import torch
@@ -99,7 +100,8 @@ def attention_in_bf16(batch: PackedBatch) -> Attend:
         # As many key heads as query heads: PyTorch before 2.12 has no option for fewer.
         k, v = (heads.repeat_interleave(q.shape[1] // heads.shape[1], dim=1) for heads in copies)
         # window_size (-1, 0): causal, aligned at the bottom right, as in `causal_attention`.
-        return varlen_attn(q.to(v.dtype), k, v, q_bounds, k_bounds, q_longest, k_longest, window_size=(-1, 0))
+        sizes = q_bounds, k_bounds, q_longest, k_longest
+        return cast(Tensor, varlen_attn(q.to(v.dtype), k, v, *sizes, window_size=(-1, 0)))
 
     return attend
 

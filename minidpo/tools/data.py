@@ -10,9 +10,8 @@
                                          stand, for `score` and `explain`
 
 Said of each file: what its records are read as, from which keys, and which keys are not read; records read
-and dropped (by reason, with the first line numbers); truncated prompts and responses, lengths, and the share
-of all tokens that are responses; then its first pair as the model sees it. Nothing is kept unless --cache (or
-data.cache) names a directory.
+and dropped (by reason, with the first line numbers); truncated prompts and responses, and lengths; then its
+first pair as the model sees it. Nothing is kept unless --cache (or data.cache) names a directory.
 """
 
 import argparse

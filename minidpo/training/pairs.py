@@ -8,6 +8,7 @@ from minidpo.config import DPOConfig, RewardConfig, data_of_run
 from minidpo.data import (
     PairTokens,
     Tokenizer,
+    TokenPair,
     load_pairs,
     longest_pair,
     require_fit,
@@ -15,7 +16,6 @@ from minidpo.data import (
     require_messages,
 )
 from minidpo.data.paths import data_files
-from minidpo.data.readings import Reading
 from minidpo.data.tokenizer_files import CONFIG, prefix_space
 from minidpo.distributed import first_before_others
 from minidpo.errors import UserError
@@ -43,9 +43,8 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         with naming_key(config, key):
             data_files(files)
 
-    def check_first(file: str, reading: Reading) -> None:
-        responses = 1 if reading.rejected is None else 2
-        require_responses(config.loss, file, responses, reading.label is not None)
+    def check_first(file: str, pair: TokenPair) -> None:
+        require_responses(config.loss, file, len(pair.responses), pair.label is not None)
 
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
         out = Path(config.run.out)

@@ -25,7 +25,7 @@ from record_files import GOOD, QUESTION, refusal, write
         ("[" * 200_000, "not JSON in UTF-8"),
         ('{"chosen": ' + "9" * 5000 + "}", "not JSON in UTF-8"),
         ("[", "a file that is one list of objects is named .json"),
-        ('["p", "c"]', "a JSON list; a record is an object with chosen and rejected, and a file that is one"),
+        ('["p", "c"]', "a JSON list; a record is an object with chosen and rejected; a file that is one"),
         ("null", "a JSON NoneType"),
         ('{"prompt": "p", "chosen": "c"}', "no key 'rejected'"),
         ('{"question": "p", "a\\nb": "c"}', "no key 'chosen'; its keys are question, 'a\\nb'; give chosen"),
@@ -55,13 +55,6 @@ def test_bad_record(tmp_path, line, said):
     assert kind in message and lines == [3]
 
 
-def test_count_by_kind(tmp_path):
-    """Records that fail alike are counted together, wherever in the record it was."""
-    path, report = write(tmp_path / "a.jsonl", GOOD, '{"a', '{"a": 1, "b', {"x": 1}, {"y": 1}), DataReport()
-    assert len(list(read_preferences(path, report, skip_bad=True))) == report.files[0].kept == 1
-    assert report.files[0].dropped == {"not JSON in UTF-8": [2, 3], "no key 'chosen'": [4, 5]}
-
-
 def test_no_usable_pair(tmp_path):
     """A file without a usable pair is refused with the reasons, and with the keys that it has."""
     message = refusal(write(tmp_path / "a.jsonl", GOOD | {"chosen": ""}, GOOD | {"chosen": "r"}))
@@ -69,12 +62,11 @@ def test_no_usable_pair(tmp_path):
     with pytest.raises(UserError, match=r"in 1 records \(dropped 1: no key 'chosen' \(line 1\)\)"):
         list(read_preferences(write(tmp_path / "b.jsonl", "{}"), skip_bad=True))
     asked = {"asked": "2+2?", "chosen": "4", "rejected": "5"}  # read as dialogues, of which it is none
-    keys = "; its keys are asked, chosen, rejected; give chosen, rejected, and prompt unless they hold it, or say"
+    keys = "; its keys are asked, chosen, rejected; give chosen, rejected, and prompt unless they hold it"
     assert keys in refusal(write(tmp_path / "c.jsonl", asked))
     assert refusal(write(tmp_path / "d.jsonl", RECORD)).startswith(":1: messages without a chat template")
-    for name in ("empty.jsonl", "empty.jsonl.gz", "empty.json.gz"):
-        assert "the file is empty" in refusal(write(tmp_path / name))
-    assert "the file is empty" in refusal(write(tmp_path / "none.json", "[ ]"))
+    for name, content in (("a.jsonl", ""), ("a.jsonl.gz", ""), ("a.json.gz", ""), ("a.json", "[ ]")):
+        assert "the file is empty" in refusal(write(tmp_path / name, content))
 
 
 # Small files that are meant to fill the memory
@@ -103,8 +95,8 @@ def test_long_list(tmp_path, monkeypatch):
     path = write(tmp_path / "a.json.gz", json.dumps([GOOD, GOOD | {"chosen": "c" * 10**6}]))
     limit = 1000 + 100 * path.stat().st_size  # about 1 kB, which unpacks to 1 MB
     assert refusal(path).startswith(f": unpacks to more than {limit} bytes; give one object per line")
-    path = write(tmp_path / "a.json.gz", json.dumps([GOOD | {"prompt": str(i)} for i in range(500)]))
-    assert len(list(read_preferences(path))) == 500  # 25 kB
+    usual = [GOOD | {"prompt": str(i)} for i in range(500)]  # 25 kB
+    assert len(list(read_preferences(write(path, json.dumps(usual))))) == 500
 
 
 # Files of which nothing can be read
@@ -149,6 +141,7 @@ def test_no_file(tmp_path):
         ("{}".encode("utf-16"), ": text in UTF-16, and UTF-8 is read; convert it: iconv -f utf-16"),
         ("{}".encode("utf-16-le"), ": text in UTF-16-LE, and UTF-8 is read; convert it: iconv"),
         ("version https://git-lfs.github.com/spec/v1\n", ": a git-lfs pointer"),
+        ("\n<!DOCTYPE html>\n<html>", ": a web page, not data; download the file"),
     ],
 )
 def test_broken_file(tmp_path, content, said):

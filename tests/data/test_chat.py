@@ -13,8 +13,6 @@ from minidpo.errors import UserError
 from record_files import GOOD, write
 from tiny import BOS
 
-pytest.importorskip("jinja2")
-
 SYSTEM = turn("system", "Be brief <&>.")
 TALK = [SYSTEM, ASKED, turn("assistant", "It is, 😀."), turn("user", "Sure?\n\nReally?")]
 TAGS = """{% set ns = namespace(n=0) %}
@@ -55,13 +53,12 @@ def test_ids(tmp_path, template, prompt):
 
 
 @pytest.mark.parametrize("template", [MISTRAL, TAGS], ids=["mistral", "tags"])
-@pytest.mark.parametrize("asks", [False, True])
-def test_text(tmp_path, template, asks):
+def test_text(tmp_path, template):
     """The text is that of transformers, whatever statements and filters a template has."""
     ours = chat_model(tmp_path, template).chat_template()
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
-    text = theirs.apply_chat_template([*TALK[1:], YES], add_generation_prompt=asks, tokenize=False)
-    assert ours.render([*TALK[1:], YES], asks) == text
+    text = theirs.apply_chat_template([*TALK[1:], YES], add_generation_prompt=True, tokenize=False)
+    assert ours.render([*TALK[1:], YES], True) == text
 
 
 # Special tokens
@@ -116,13 +113,9 @@ def test_template_to_keep(tmp_path, kind):
     assert whole[: len(expected.prompt + response)] == expected.prompt + response
 
 
-@pytest.mark.parametrize("elsewhere", [False, True])
-def test_hh_roles(tmp_path, elsewhere):
-    """hh refuses roles that it does not know, and so does its template in another program."""
+def test_hh_roles(tmp_path):
+    """hh refuses roles that it does not know."""
     chat = chat_model(tmp_path, None).chat_template("hh")
-    if elsewhere:  # A comment makes it a template that is not known.
-        (tmp_path / "chat_template.jinja").write_text("{# theirs #}" + chat.to_keep)
-        chat = Tokenizer.from_pretrained(tmp_path).chat_template()
     for prompt in ([turn("tool", "4")], [ASKED, SYSTEM]):
         with pytest.raises(BadRecord, match="the hh template takes user"):
             chat.split(prompt, [[YES]])

@@ -28,10 +28,6 @@ ABOUT = ["README.md", ".gitattributes", "dataset_info.json", "state.json", ".cac
         (["harmless.csv.gz", "latest.csv.gz"], ["harmless.csv.gz", "latest.csv.gz"]),
         (["test.jsonl.zst"], ["test.jsonl.zst"]),
         (["0001.parquet", "0000.parquet"], ["0000.parquet", "0001.parquet"]),
-        (
-            ["a-00001-of-00002.arrow", "a-00000-of-00002.arrow"],
-            ["a-00000-of-00002.arrow", "a-00001-of-00002.arrow"],
-        ),
         (["data/default/a.parquet", *ABOUT], ["data/default/a.parquet"]),
         (["a.jsonl", "old/b.jsonl"], ["a.jsonl"]),
     ],
@@ -44,35 +40,17 @@ def test_directory(tmp_path, names, files):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        (["a.jsonl", "b.parquet"], "holds files of several kinds; name one of 'D/*.jsonl', 'D/*.parquet'"),
-        (["a.jsonl", "a.jsonl.gz"], "holds files of several kinds; name one of 'D/*.jsonl', 'D/*.jsonl.gz'"),
-        (["train.jsonl", "test.jsonl"], "holds several splits; name one of 'D/test.jsonl', 'D/train.jsonl'"),
-        (["a.jsonl", "a_EVAL.jsonl"], "holds several splits; name one of 'D/a.jsonl', 'D/a_EVAL.jsonl'"),
-        (
-            ["train_sft-00000-of-00001.parquet", "train_prefs-00000-of-00002.parquet"],
-            "holds several splits; name one of 'D/train_prefs-*.parquet', 'D/train_sft-*.parquet'",
-        ),
-        (
-            ["train/a.arrow", "test/a.arrow"],
-            "has its data in several directories; name one of 'D/test', 'D/tr",
-        ),
+        (["a.jsonl", "b.parquet"], "name one of 'D/a.jsonl', 'D/b.parquet'"),
+        (["a.jsonl", "a.jsonl.gz"], "name one of 'D/a.jsonl', 'D/a.jsonl.gz'"),
+        (["train.jsonl", "test.jsonl"], "several splits or kinds of files; name one of 'D/test.jsonl', 'D/t"),
+        (["a.jsonl", "a_EVAL.jsonl"], "several splits or kinds of files; name one of 'D/a.jsonl', 'D/a_EVAL"),
+        (["a-00000-of-00001.arrow", "b-00000-of-00002.arrow"], "name one of 'D/a-*.arrow', 'D/b-*.arrow'"),
+        (["train/a.arrow", "test/a.arrow"], "has its data in several directories; name one of 'D/test', 'D"),
         ([f"{i}/a.csv" for i in range(6)], "name one of 'D/0', 'D/1', 'D/2', 'D/3', 'D/4', ..."),
-        (
-            ["README.md", "state.json", "a.txt"],
-            "a directory without a data file; .jsonl, .json or .csv, plain",
-        ),
-        (
-            ["adapter_config.json", "adapter_model.safetensors"],
-            "an adapter, where preferences are needed; name",
-        ),
-        (
-            ["config.json", "tokenizer.json", "model.safetensors"],
-            "a model, where preferences are needed; name",
-        ),
-        (
-            ["config.toml", "metrics.jsonl"],
-            "the directory of a run, where preferences are needed; name files",
-        ),
+        (["README.md", "state.json", "a.txt"], "a directory without a data file; .jsonl, .json or .csv, pl"),
+        (["adapter_config.json", "adapter_model.safetensors"], "an adapter, where preferences are needed; n"),
+        (["config.json", "tokenizer.json", "model.safetensors"], "a model, where preferences are needed; na"),
+        (["config.toml", "metrics.jsonl"], "the directory of a run, where preferences are needed; name"),
     ],
 )
 def test_choice(tmp_path, names, said):
@@ -89,8 +67,9 @@ def test_pattern(tmp_path):
     expected = ["test-0.jsonl", "train-0.jsonl", "train-1.jsonl", "d/x.csv", "a[1].jsonl"]
     named = ["test-0.jsonl", "train-*", "d", "a[1].jsonl"]
     assert data_files([tmp_path / name for name in named]) == [str(tmp_path / file) for file in expected]
-    with pytest.raises(UserError, match="eval-.*: No such file or directory; name a file that can be read"):
-        data_files([tmp_path / "eval-*"])
+    for name, why in (("eval-*", "No such file or directory"), ("a\0.jsonl", "embedded null byte")):
+        with pytest.raises(UserError, match=f"{why}; name a file that can be read"):
+            data_files([tmp_path / name])
 
 
 def test_one_file(tmp_path):
@@ -99,24 +78,16 @@ def test_one_file(tmp_path):
     assert [*read_records(tmp_path)] == [(1, GOOD)]
     make(tmp_path, "b.jsonl")
     with pytest.raises(
-        UserError, match=r": stands for 2 files, and one is needed; name one of '.*/a.jsonl', '"
+        UserError, match=": stands for 2 files, and one is needed; name one of '.*/a.jsonl', '"
     ):
         data_file(tmp_path)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "Anthropic/hh-rlhf",
-        "hf://datasets/Anthropic/hh-rlhf",
-        "https://huggingface.co/datasets/Anthropic/hh-rlhf",
-        "https://huggingface.co/datasets/Anthropic/hh-rlhf/resolve/main/train.jsonl.gz",
-    ],
-)
-def test_hub(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("begin", ["", "hf://datasets/", "https://huggingface.co/datasets/"])
+def test_hub(begin, tmp_path, monkeypatch):
     """A data set of the Hugging Face hub is refused with the command that downloads it."""
     monkeypatch.chdir(tmp_path)
     command = "hf download --repo-type dataset Anthropic/hh-rlhf --local-dir data/hh-rlhf"
     with pytest.raises(UserError) as caught:
-        data_files([name])
+        data_files([begin + "Anthropic/hh-rlhf"])
     assert str(caught.value).endswith(f"download it first: {command}")

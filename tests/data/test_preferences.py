@@ -1,42 +1,18 @@
-"""Every shape of record in every kind of file is read right, and what is left out is counted."""
+"""What of a file is left out and counted; HH-RLHF's dialogues, split where the last response begins."""
 
+import gzip
 import json
+from pathlib import Path
 
 import pytest
+from chat_model import NO, YES, turn
 
-from minidpo.data import ChatTemplate, DataReport, PreferencePair, read_preferences
+from minidpo.data import ChatTemplate, DataReport, PreferencePair, read_preferences, split_hh
 from record_files import GOOD, QUESTION, write
 
-HH = ChatTemplate("hh", None, "</s>")
-USER, ANSWER, AGAIN = (
-    {"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "a"), ("user", "r"))
-)
-YES, NO = ({"role": "assistant", "content": text} for text in ("y", "n"))
-SYSTEM = {"role": "system", "content": "Be brief."}
-TALK = [SYSTEM, USER, ANSWER, AGAIN]
-ASKED = "Be brief.\n\nHuman: q\n\nAssistant: a\n\nHuman: r\n\nAssistant:"  # TALK as hh has it
-
-DIALOGUES = {"chosen": QUESTION + " Yes.", "rejected": QUESTION + " No."}
-MESSAGES = {"prompt": TALK, "chosen": [YES], "rejected": [NO]}
+USER, AGAIN = turn("user", "q"), turn("user", "r")
+TALK = [turn("system", "Be brief."), USER, turn("assistant", "a"), AGAIN]
 CONVERSATIONS = {"prompt": "q", "chosen": [*TALK, YES], "rejected": [*TALK, NO]}  # as UltraFeedback has them
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
-@pytest.mark.parametrize(
-    ("shape", "record", "pair"),
-    [
-        ("prompt, chosen, rejected", GOOD, ("p", "c", "r")),
-        ("HH dialogues (chosen, rejected)", DIALOGUES, (QUESTION, " Yes.", " No.")),
-        ("prompt, chosen, rejected as messages", MESSAGES, (ASKED, " y", " n")),
-        ("whole conversations (chosen, rejected)", CONVERSATIONS, (ASKED, " y", " n")),
-    ],
-)
-def test_shapes(tmp_path, name, shape, record, pair):
-    """The first record decides the shape, in every kind of file."""
-    content = record if "jsonl" in name else json.dumps([record], indent=1)
-    path, report = write(tmp_path / name, content), DataReport()
-    assert list(read_preferences(path, report, template=HH)) == [PreferencePair(*pair)]
-    assert list(report.lines()) == [f"{path}: {shape}: 1 records read, 1 kept"]
 
 
 @pytest.mark.parametrize(
@@ -44,6 +20,7 @@ def test_shapes(tmp_path, name, shape, record, pair):
     [
         ([*TALK, YES], TALK, "a response does not begin and end with a turn of the assistant"),
         ([USER, AGAIN], [USER, NO], "a response does not begin and end with a turn of the assistant"),
+        ([*TALK, YES, AGAIN], [*TALK, NO], "a response does not begin and end with a turn of the assistant"),
         ([YES], [NO], "no prompt: chosen and rejected share no turn, or `prompt` has none"),
         ([], [*TALK, NO], "no prompt: chosen and rejected share no turn, or `prompt` has none"),
         ([*TALK, YES], [*TALK, NO | {"content": " \n"}], "nothing but blanks in a response"),
@@ -93,14 +70,6 @@ def test_numbers(tmp_path, name, text, place):
     assert f"  dropped 1: nothing but blanks in a response ({place})" in report.lines()
 
 
-def test_names(tmp_path):
-    """The content of a file decides, not its name: gzip without .gz, lines under .json."""
-    packed = write(tmp_path / "a.jsonl.gz", GOOD).rename(tmp_path / "packed.jsonl")
-    unpacked = write(tmp_path / "a.jsonl", GOOD).rename(tmp_path / "unpacked.jsonl.gz")
-    for path in (packed, unpacked, write(tmp_path / "lines.json", GOOD, GOOD)):
-        assert next(read_preferences(path)) == PreferencePair("p", "c", "r")
-
-
 def test_report(tmp_path):
     """The report names the first lines of what was dropped; equal responses are, unless they are wanted."""
     path, report = write(tmp_path / "a.jsonl", GOOD, *[GOOD | {"chosen": "r"}] * 7), DataReport()
@@ -108,3 +77,66 @@ def test_report(tmp_path):
     said = "  dropped 7: chosen and rejected are identical (line 2, 3, 4, 5, 6, ...)"
     assert list(report.lines()) == [f"{path}: prompt, chosen, rejected: 8 records read, 1 kept", said]
     assert len(list(read_preferences(path, drop_identical=False))) == 8
+
+
+# HH-RLHF's dialogues
+
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "hh"
+NO_TURN = "no '\\n\\nAssistant:' in a dialogue"
+OTHER_PROMPT = "chosen and rejected differ before the last '\\n\\nAssistant:'"
+BLANK = "nothing but blanks in a response"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "chosen"),
+    [
+        (QUESTION + " Yes.\n\nHuman: Sure?\n\nAssistant:", " I am."),
+        (QUESTION + " Well.\n\nAssistant:", " Yes."),  # two assistant turns in a row
+        (QUESTION, " Now."),  # The longest common prefix would go on to " No".
+        *((QUESTION, " Yes." + text) for text in (" Assistant:", "\nAssistant:", "\n\nHuman: And 3?")),
+    ],
+)
+def test_split(prompt, chosen):
+    """The prompt runs through the last assistant marker, and nothing is lost."""
+    assert split_hh(prompt + chosen, prompt + " No.") == PreferencePair(prompt, chosen, " No.")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "reason"),
+    [
+        (QUESTION + " Yes.", QUESTION.replace("four", "five") + " Yes.", OTHER_PROMPT),
+        (QUESTION + " Yes.", QUESTION + " Er.\n\nHuman: What?\n\nAssistant: No.", OTHER_PROMPT),
+        (QUESTION + " Yes.", QUESTION + " \n", BLANK),
+        ("Is 2 + 2 four? Yes.", QUESTION + " No.", NO_TURN),
+        ("", "", NO_TURN),
+    ],
+)
+def test_no_pair(chosen, rejected, reason):
+    """Dialogues that are no pair are refused with the reason."""
+    for texts in ((chosen, rejected), (rejected, chosen)):
+        with pytest.raises(ValueError) as caught:
+            split_hh(*texts)
+        assert str(caught.value) == reason
+
+
+HELPFUL = {
+    OTHER_PROMPT: [169, 355, 568, 744, 961, 1012, 1167, 1308, 1451],
+    BLANK: [121, 741, 1215, 2064],
+    "chosen and rejected are identical": [722, 2169],
+}
+HARMLESS = {OTHER_PROMPT: [1255, 1689, 1951, 1953, 2037], BLANK: [87, 517, 926, 1104]}
+
+
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published HH files (../shared/data/hh) are not here")
+@pytest.mark.parametrize(
+    ("name", "kept", "dropped"), [("helpful", 2339, HELPFUL), ("harmless", 2303, HARMLESS)]
+)
+def test_published(name, kept, dropped):
+    """Every record of the published files is split exactly, or dropped, and its line reported."""
+    path, report = PUBLISHED / f"{name}-base.test.jsonl.gz", DataReport()
+    records = [json.loads(line) for line in gzip.open(path, "rt", encoding="utf-8")]
+    for pair in read_preferences(path, report):
+        texts = {"chosen": pair.prompt + pair.chosen, "rejected": pair.prompt + pair.rejected}
+        assert texts == records[pair.index]
+    (file,) = report.files
+    assert (file.read, file.kept, file.dropped) == (len(records), kept, dropped)

@@ -6,7 +6,6 @@ import io
 import json
 import sys
 import tracemalloc
-from pathlib import Path
 
 import pytest
 
@@ -43,32 +42,21 @@ PACKED = {"": bytes, ".gz": gzip.compress, ".zst": zstd}
         ("a.json", LINES, [1, 2]),
         ("a.json", json.dumps(TWO), [0, 1]),
         ("a.json", "\n" + json.dumps(TWO, indent=2), [0, 1]),
-        ("a.json", json.dumps({"data": TWO}), [0, 1]),
-        ("a.json", json.dumps({"rows": TWO}, indent=1), [0, 1]),
         ("a.csv", csv_text(*TWO), [2, 3]),  # Line 1 has the names.
         ("a.Csv", "\ufeff" + csv_text(*TWO).replace("\r\n", "\n"), [2, 3]),
     ],
 )
 def test_kinds(tmp_path, name, content, numbers, ending):
-    """Lines, a list, a list under one key and a table with names hold the same records, also compressed."""
+    """Lines, a list and a table with names hold the same records, also compressed."""
     path = tmp_path / (name + ending)
     path.write_bytes(PACKED[ending](content.encode()))
     assert [*read_records(path)] == [*zip(numbers, TWO, strict=True)]
 
 
-@pytest.mark.parametrize("record", [GOOD, {"messages": [{"role": "user", "content": "x"}]}])
-def test_one_object(tmp_path, record, capsys):
-    """One object over several lines is one record; so is one with nothing but messages."""
-    (tmp_path / "a.json").write_text(json.dumps(record, indent=2))
-    assert [*read_records(tmp_path / "a.json")] == [(0, record)]
-    assert not capsys.readouterr().out
-
-
-def test_list_under_key(tmp_path, capsys):
-    """It is said under which key the list was found, as other keys would have been a record."""
-    (tmp_path / "a.json").write_text(json.dumps({"train": TWO}))
-    assert len([*read_records(tmp_path / "a.json")]) == 2
-    assert capsys.readouterr().out == f"{tmp_path / 'a.json'}: its records are the list under 'train'\n"
+def test_one_object(tmp_path):
+    """One object over several lines is one record."""
+    (tmp_path / "a.json").write_text(json.dumps(GOOD, indent=2))
+    assert [*read_records(tmp_path / "a.json")] == [(0, GOOD)]
 
 
 def test_content_decides(tmp_path):
@@ -91,13 +79,11 @@ def test_csv_margin(tmp_path):
     [
         ("p,c", ":4: 2 values under 3 names of columns; a value that holds commas stands in quotes"),
         ("p,c,r,x", ":4: 4 values under 3 names"),
-        (b"p,c,\xe4", ":4: column 'rejected' is not UTF-8; convert the file: iconv"),
     ],
 )
 def test_bad_row(tmp_path, row, said):
     """A row that cannot be read is named by the line on which it begins, and can be skipped."""
-    row = row if isinstance(row, bytes) else row.encode()
-    (tmp_path / "a.csv").write_bytes(b'prompt,chosen,rejected\n"two\nlines",c,r\n' + row + b"\n\nq,c,r\n")
+    (tmp_path / "a.csv").write_text(f'prompt,chosen,rejected\n"two\nlines",c,r\n{row}\n\nq,c,r\n')
     report = DataReport()
     assert refusal(tmp_path / "a.csv").startswith(said)
     pairs = [*read_preferences(tmp_path / "a.csv", report, skip_bad=True)]
@@ -108,21 +94,19 @@ def test_bad_row(tmp_path, row, said):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('a,b\n1,"2', ":2: not CSV (unexpected end of data); a value with commas"),
-        ('a,b\n1,"2" 3\n', ":2: not CSV (',' expected after '\"'); a value with commas"),
+        ('a,b\n1,"2', ":2: not CSV (unexpected end of data); values with commas"),
+        ('a,b\n1,"2" 3\n', ":2: not CSV (',' expected after '\"'); values with commas"),
+        ("a,b\n1,\udce4\n", ":2: not CSV ('utf-8' codec can't decode byte 0xe4"),
         ("a,b,a\n1,2,3\n", ":1: two columns have one name (a, b, a); rename one"),
         ("a,,b\n1,2,3\n", ":2: no key 'chosen'; its keys are a, column 2, b"),
-        (
-            'a,b\n1,"' + "2\n" * 600,
-            ":2: a row of more than 1000 bytes; is there a quote that is never closed?",
-        ),
-        ("a,b\n1," + "2" * 1001, ":2: a row of more than 1000 bytes"),
+        ('a,b\n1,"' + "2\n" * 600, ":2: not CSV (field larger than field limit (1000))"),
+        ("a,b\n1," + "2" * 1001, ":2: not CSV (a line of more than 1000 bytes)"),
     ],
 )
 def test_broken_csv(tmp_path, monkeypatch, text, said):
     """A table of which it cannot be told where a row ends is refused as a whole, and never held."""
     monkeypatch.setattr(module, "LONGEST_RECORD", 1000)
-    (tmp_path / "a.csv").write_text(text)
+    (tmp_path / "a.csv").write_text(text, errors="surrogateescape")
     assert refusal(tmp_path / "a.csv").startswith(said)
 
 
@@ -130,12 +114,6 @@ def test_long_value(tmp_path):
     """Python's csv module stops at values of 131,072 characters; here a value may be as long as a record."""
     (tmp_path / "a.csv").write_text(csv_text(GOOD | {"chosen": "c" * 200_000}))
     assert len(next(read_preferences(tmp_path / "a.csv")).chosen) == 200_000
-
-
-def test_page(tmp_path):
-    """A web page that was saved under the name of a file is told from data."""
-    (tmp_path / "a.jsonl").write_text("\n<!DOCTYPE html>\n<html>")
-    assert refusal(tmp_path / "a.jsonl").startswith(": a web page, not data; download the file")
 
 
 # zstd
@@ -150,12 +128,11 @@ def test_zstd_frames(tmp_path):
 
 
 def test_torn_zstd(tmp_path):
-    """A torn or spoilt zstd file is refused, although its readers take a torn one for a whole one."""
-    whole = zstd(b"".join(json.dumps(GOOD | {"prompt": str(i**9)}).encode() + b"\n" for i in range(5000)))
-    path = tmp_path / "a.jsonl.zst"
-    for content in (whole[: len(whole) // 2], whole[:-3], whole + whole[:50]):
-        path.write_bytes(content)
-        assert "cannot be read (the file ends within a zstd frame); fetch" in refusal(path)
+    """A spoilt zstd file is refused; a torn one ends within a line, which is refused as well."""
+    many = (json.dumps(GOOD | {"prompt": str(i**9)}).encode() + b"\n" for i in range(5000))
+    whole, path = zstd(b"".join(many)), tmp_path / "a.jsonl.zst"
+    path.write_bytes(whole[: len(whole) * 2 // 3])
+    assert "not JSON in UTF-8 (Unterminated string" in refusal(path)
     for content in (whole[:99] + b"\xff" * 9 + whole[108:], whole[:-1] + b"\0", whole + b"more"):
         path.write_bytes(content)
         assert "cannot be read (" in refusal(path) and "; fetch the file again" in refusal(path)
@@ -176,8 +153,7 @@ def test_zstd_bomb(tmp_path):
 
 def test_no_zstd(tmp_path, monkeypatch):
     """Without a module for zstd, the one that helps is named."""
-    for name in ("compression", "compression.zstd", "zstandard"):
-        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, "zstandard", None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd")
-    with pytest.raises(UserError, match=r"a.jsonl.zst: compressed with zstd.*; pip install zstandard$"):
-        next(read_records(Path(tmp_path / "a.jsonl.zst")))
+    with pytest.raises(UserError, match=r"a.jsonl.zst: compressed with zstd; pip install zstandard$"):
+        next(read_records(tmp_path / "a.jsonl.zst"))

@@ -9,8 +9,6 @@ from minidpo.data import Tokenizer
 from minidpo.errors import UserError
 from tiny import write_tokenizer
 
-pytest.importorskip("jinja2")
-
 
 def test_where_it_is(tmp_path):
     """The template is found where transformers finds it, and another one for records with tools."""
@@ -59,12 +57,10 @@ def test_bad_template(tmp_path, template, said):
 
 
 def test_without_jinja2(tmp_path, monkeypatch):
-    """Without jinja2 one line names what to install; hh needs none."""
+    """Without jinja2 one line names what to install."""
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    tokenizer = chat_model(tmp_path, SMOLLM2)
     with pytest.raises(UserError, match=r"needs jinja2: pip install -e '\.\[chat\]'"):
-        tokenizer.chat_template().render([ASKED], True)
-    assert tokenizer.chat_template("hh").render([ASKED], True)
+        chat_model(tmp_path, SMOLLM2).chat_template().render([ASKED], True)
 
 
 def test_identity(tmp_path):

@@ -6,9 +6,7 @@ from chat_model import SMOLLM2, chat_model, turn
 from minidpo.data import PairTokens, Prompt, Tokenizer, load_pairs, prompt_of
 from minidpo.errors import UserError
 from minidpo.sections import DataSection
-from record_files import QUESTION, record, write
-
-pytest.importorskip("jinja2")
+from record_files import QUESTION, write
 
 GLUED = {"prompt": "Is 2 + 2 four?", "chosen": "Yes, it is.", "rejected": "No."}
 
@@ -26,9 +24,8 @@ def chat(tmp_path) -> Tokenizer:
 
 def texts(tokenizer: Tokenizer, pairs: PairTokens) -> list[str]:
     """The prompt and both responses of the first pair, with their special tokens."""
-    bounds = pairs.bounds[0].tolist()
-    parts = zip(bounds, bounds[1:], strict=False)
-    return [tokenizer.decode(pairs.ids[start:end].tolist(), special_tokens=True) for start, end in parts]
+    pair = pairs.pair(0)
+    return [tokenizer.decode(ids, special_tokens=True) for ids in (pair.prompt, *pair.responses)]
 
 
 def test_template(chat, tmp_path):
@@ -40,13 +37,6 @@ def test_template(chat, tmp_path):
     messages = {"prompt": [turn("system", "Be brief."), turn("user", GLUED["prompt"])]}
     messages |= {key: [turn("assistant", GLUED[key])] for key in ("chosen", "rejected")}
     assert load(chat, tmp_path, messages).ids.tolist() == pairs.ids.tolist()
-
-
-def test_raw(chat, tmp_path, capsys):
-    """With data.text = raw it stays as it is; `system` has no place there, and is named as not read."""
-    pairs = load(chat, tmp_path, GLUED | {"system": "Be brief."}, text="raw")
-    assert texts(chat, pairs) == ["<s>Is 2 + 2 four?", "Yes, it is.<|im_end|>", "No.<|im_end|>"]
-    assert "  keys that are not read: system\n" in capsys.readouterr().out and not pairs.on_messages
 
 
 SPACED = GLUED | {"prompt": "Is 2 + 2 four? "}
@@ -78,14 +68,6 @@ def test_asks(chat, tmp_path, records, stops):
     assert 'data.text = "template"' in message and '"raw"' in message and f"read '{prompt}Yes" in message
     assert message.startswith(f"{tmp_path}/a.jsonl: ") and "\n" not in message
     assert len(load(chat, tmp_path, *records, text="raw")) == len(records)
-
-
-def test_first_records(chat, tmp_path):
-    """The first 100 records decide, as one program has written them all."""
-    other = record("p ")
-    assert len(load(chat, tmp_path, *[other] * 51, *[GLUED] * 149)) == 200  # 49 of the first 100 are glued.
-    with pytest.raises(UserError, match="text without turns"):
-        load(chat, tmp_path, *[other] * 49, *[GLUED] * 51)
 
 
 def test_without_template(tokenizer, tmp_path):

@@ -3,6 +3,7 @@
 import datetime
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -83,24 +84,6 @@ def test_other_pairs(tokenizer, world, files, tmp_path, capsys):
     assert "mapped from" in capsys.readouterr().out
 
 
-def test_directory(tokenizer, tmp_path, capsys):
-    """A file that is added to a directory makes other pairs; its name decides where they are in the order."""
-    directory = tmp_path / "data"
-    directory.mkdir()
-    write(directory / "b.jsonl", *(record(f"cat {i}") for i in range(5)))
-    load(tokenizer, tmp_path / "tokens", [str(directory)])
-    write(directory / "a.jsonl", *(record(f"dog {i}") for i in range(3)))
-    pairs = load(tokenizer, tmp_path / "tokens", [str(directory)])
-    assert (
-        pairs.files == (f"{directory}/a.jsonl", f"{directory}/b.jsonl")
-        and pairs.file.tolist() == [0] * 3 + [1] * 5
-    )
-    assert "mapped from" not in capsys.readouterr().out
-    load(tokenizer, tmp_path / "tokens", [str(directory)])
-    said = capsys.readouterr().out
-    assert "mapped from" in said and "a.jsonl: prompt, chosen, rejected: 3 records read, 3 kept" in said
-
-
 @pytest.mark.parametrize("name", ["ids.npy", "columns.safetensors"])
 @pytest.mark.parametrize("torn", ["empty", "cut", "other", "gone"])
 def test_torn(tokenizer, files, tmp_path, capsys, name, torn):
@@ -119,16 +102,12 @@ def test_torn(tokenizer, files, tmp_path, capsys, name, torn):
 def test_nothing_left(tokenizer, files, tmp_path, monkeypatch):
     """Pairs that the caller refuses, or a start that is interrupted, leave nothing behind."""
 
-    def refuse(train: PairTokens, held_out: PairTokens) -> None:
-        raise UserError(f"{len(train)} and {len(held_out)}")
-
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
+    refuse = Mock(side_effect=UserError("unfit"))
     data = DataSection(train=files, eval_pairs=5, max_length=40, max_prompt_length=9)
-    with pytest.raises(UserError, match="40 and 5"):
+    with pytest.raises(UserError, match="unfit"):
         load_pairs(data, tokenizer, 0, tmp_path / "tokens", refuse)
-    monkeypatch.setattr(dataset, "write_arrays", interrupted)
+    assert list(map(len, refuse.call_args.args)) == [40, 5]
+    monkeypatch.setattr(dataset, "write_arrays", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         load(tokenizer, tmp_path / "tokens", files)
     assert not [*tmp_path.glob("tokens/*")]
@@ -138,8 +117,7 @@ def test_nothing_left(tokenizer, files, tmp_path, monkeypatch):
 
 
 def test_date(tmp_path, capsys):
-    """Ids with a date are kept under it and tell it when they are mapped; others are kept under none."""
-    pytest.importorskip("jinja2")
+    """Ids with a date are kept apart from those of other days, and tell it when they are mapped."""
     tokenizer, files = chat_model(tmp_path, DATED), [str(write(tmp_path / "a.jsonl", RECORD))]
     for date, written in (("2024-02-29", "29 Feb"), ("2024-02-29", "29 Feb"), ("2024-03-01", "01 Mar")):
         pairs = load(tokenizer, tmp_path / "tokens", files, date=date, max_prompt_length=40)
@@ -149,32 +127,24 @@ def test_date(tmp_path, capsys):
     assert said.count("the chat template writes the date, here 2024-02-29") == 2
     assert said.count("the chat template writes the date, here 2024-03-01") == 1
     assert said.count("mapped from") == 1
-    names = sorted(path.name[22:] for path in (tmp_path / "tokens").iterdir())
-    assert names == ["", "-2024-02-29", "-2024-03-01"]
+    assert len([*(tmp_path / "tokens").iterdir()]) == 3
 
 
 def test_run(config, tmp_path, monkeypatch, capsys):
     """A run keeps its ids beside itself, and the date of its first day when it is resumed on another."""
-    pytest.importorskip("jinja2")
     chat_model(tmp_path / "dated", DATED)
     save_model(tiny_model(vocab_size=400), tmp_path / "dated")
     keys = {"data__eval_pairs": 0, "optim__epochs": 2, "optim__schedule": '"constant"'}
     data = write(tmp_path / "a.jsonl", *[RECORD] * 4)
     run = [*config(**keys), f"--model.path={tmp_path / 'dated'}", f"--data.train={data}"]
 
-    class FirstDay(datetime.date):
-        @classmethod
-        def today(cls):
-            return cls(2024, 2, 29)
-
-    monkeypatch.setattr(chat_template, "date", FirstDay)
+    monkeypatch.setattr(chat_template, "date", Mock(today=lambda: datetime.date(2024, 2, 29)))
     train_dpo.main([*run, "--optim.max_steps=1"])
     monkeypatch.undo()
     shutil.rmtree(tmp_path / "out" / "tokens")
     train_dpo.main(run)
     said = capsys.readouterr().out
     assert "resuming from" in said and said.count("writes the date, here 2024-02-29") == 2
-    assert [path.parent.name[22:] for path in tmp_path.rglob("ids.npy")] == ["-2024-02-29"]
     commands = {score: ["--out", f"{tmp_path / 'o'}"], explain: ["--index", "0"], sample: []}
     for command, options in commands.items():
         for model in (tmp_path / "out" / "final", *(tmp_path / "out" / "checkpoints").iterdir()):

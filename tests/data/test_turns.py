@@ -19,7 +19,8 @@ from minidpo.data import (
     describe_pair,
     tokenize_pairs,
 )
-from minidpo.data.messages import first_assistant, shared_turns
+from minidpo.data.messages import shared_turns
+from minidpo.errors import UserError
 
 SURE, REALLY = turn("user", "Sure?"), turn("user", "Really?")
 WET = turn("tool", "wet")
@@ -47,32 +48,25 @@ def braced(text: str, ranges: tuple[tuple[int, int], ...]) -> str:
     return text
 
 
-def first(template: ChatTemplate, directory, *responses: list[dict]) -> PreferencePair:
-    record = {"prompt": [ASKED], "chosen": responses[0], "rejected": responses[-1]}
-    ((pair,), _) = read(template, directory, record | {"rejected": [NO]})
+def first(template: ChatTemplate, directory, response: list[dict], prompt=(ASKED,)) -> PreferencePair:
+    record = {"prompt": list(prompt), "chosen": response, "rejected": [NO]}
+    ((pair,), _) = read(template, directory, record)
     return pair
 
 
 # Characters
 
 
+REASONED = call("Rome", reasoning_content="r")
+
+
 @pytest.mark.parametrize(
     ("template", "eos", "turns", "shown"),
     [
-        (
-            MARKED,
-            "<|im_end|>",
-            [YES, SURE, NO],
-            "Yes, it is.<|im_end|>{\n<|im_start|>user\nSure?<|im_end|>\n",
-        ),
+        (MARKED, "<|im_end|>", [YES, SURE, NO], "it is.<|im_end|>{\n<|im_start|>user\nSure?<|im_end|>\n"),
         (LLAMA3, "<|im_end|>", [YES, SURE, NO], "Yes, it is.<|im_end|>{<|im_start|>user\n\nSure?<|im_end|>"),
         (MISTRAL, "</s>", [YES, SURE, NO], " Yes, it is.</s>{[INST] Sure? [/INST]\n} No."),
-        (
-            PLAIN,
-            "</s>",
-            [call("Rome"), WET, WET, YES],
-            '"Rome"}})</s>{<tool>wet</s><tool>wet</s><assistant>}Yes',
-        ),
+        (PLAIN, "</s>", [call("Rome"), WET, WET, YES], "</s>{<tool>wet</s><tool>wet</s><assistant>}Yes"),
         (PLAIN, "</s>", [YES, NO], "Yes, it is.</s>{<assistant>}No."),
         (THINK, "</s>", [YES, SURE, NO], "Yes, it is.</s>{<user>Sure?<assistant>}No."),
         (QWEN3, "<|im_end|>", [call("Rome"), WET, YES], "call<|im_end|>{\n<|im_start|>tool\nwet<|im_end|>\n"),
@@ -80,40 +74,23 @@ def first(template: ChatTemplate, directory, *responses: list[dict]) -> Preferen
         (
             QWEN3,
             "<|im_end|>",
-            [call("Rome", reasoning_content="r"), WET, YES, SURE, NO],
-            "call<|im_end|>{\n<|im_start|>tool\nwet<|im_end|>\n<|im_start|>assistant\n}Yes, it is.<|im_end|>{\n",
+            [REASONED, WET, YES, SURE, NO],
+            "\n<|im_start|>assistant\n}Yes, it is.<|im_end",
         ),
         # The template closes a turn with another token than EOS: all that it writes belongs to the turn.
         (MARKED, "</s>", [YES, SURE, NO], "Yes, it is.<|im_end|>\n{<|im_start|>user\nSure?<|im_end|>\n"),
         # EOS in the content is no end.
         (PLAIN, "</s>", [turn("assistant", "a</s>b"), SURE, NO], "a</s>b</s>{<user>Sure?</s><assistant>}No."),
+        # Those that are written out. hh closes no turn but the last.
+        ("chatml", "<|im_end|>", [YES, SURE, YES], "is.<|im_end|>{\n<|im_start|>user\nSure?<|im_end|>\n<|im"),
+        ("hh", "</s>", [YES, SURE, YES], " Yes, it is.{\n\nHuman: Sure?\n\nAssistant:} Yes, it is."),
     ],
 )
 def test_ranges(tmp_path, template, eos, turns, shown):
     """What stands between the EOS of a turn and the end of the next one's header is not the assistant's."""
-    pair = first(chat_model(tmp_path, template, eos_token=eos).chat_template(), tmp_path, turns)
+    kind = template if template in ("hh", "chatml") else "model"
+    pair = first(chat_model(tmp_path, template, eos_token=eos).chat_template(kind), tmp_path, turns)
     assert shown in braced(pair.chosen, pair.others[0]) and pair.others[1] == ()
-
-
-@pytest.mark.parametrize(
-    ("kind", "shown"),
-    [
-        (
-            "hh",
-            " Yes, it is.{\n\nHuman: Sure?\n\nAssistant:} No.{\n\nHuman: Really?\n\nAssistant:} Yes, it is.",
-        ),
-        (
-            "chatml",
-            "No.\n\nIt is not<|im_end|>{\n<|im_start|>user\nReally?<|im_end|>\n<|im_start|>assistant\n}Yes",
-        ),
-    ],
-)
-def test_written_out(tmp_path, kind, shown):
-    """hh and chatml too; hh closes no turn but the last."""
-    no = NO if kind == "chatml" else turn("assistant", "No.")
-    template = chat_model(tmp_path, None, eos_token="<|im_end|>").chat_template(kind)
-    pair = first(template, tmp_path, [YES, SURE, no, REALLY, YES])
-    assert shown in braced(pair.chosen, pair.others[0])
 
 
 @pytest.mark.parametrize(
@@ -121,18 +98,14 @@ def test_written_out(tmp_path, kind, shown):
     [
         (LAST_USER, "a turn of the assistant is not to be found in the text of the conversation"),
         # No EOS closes a turn, and the last one is written otherwise than those before it.
-        (
-            QWEN3.replace("|im_end|", "|end|"),
-            "the end of a turn of the assistant is not to be found once others",
-        ),
+        (QWEN3.replace("|im_end|", "|end|"), "the end of a turn of the assistant is not to be found once"),
     ],
 )
 def test_not_found(tmp_path, template, said):
     """A template that writes turns otherwise once others follow, without a trace of them, is refused."""
-    chat = chat_model(tmp_path, template).chat_template()
     prompt = [turn("system", "Brief."), ASKED]
-    with pytest.raises(Exception, match=said):
-        read(chat, tmp_path, {"prompt": prompt, "chosen": [YES, SURE, NO], "rejected": [NO]})
+    with pytest.raises(UserError, match=said):
+        first(chat_model(tmp_path, template).chat_template(), tmp_path, [YES, SURE, NO], prompt)
 
 
 # Tokens
@@ -216,22 +189,6 @@ def test_shared_turns(chosen, rejected, shared):
     assert shared_turns(rejected, chosen, lambda name: True) == shared
 
 
-def test_first_assistant():
-    """A record of messages alone has its prompt before the first turn of the assistant."""
-    assert [first_assistant(m) for m in ([U, A, V, B], [A, U], [U, V])] == [1, 0, 2]
-
-
-@pytest.mark.parametrize("last", [SURE, turn("tool", "4"), turn("system", "s")])
-@pytest.mark.parametrize("begin", [False, True])
-def test_ends(tmp_path, last, begin):
-    """A response that begins or ends with somebody else's turn is dropped, and counted."""
-    bad = [last, YES] if begin else [YES, last]
-    records = [{"prompt": [ASKED], "chosen": chosen, "rejected": [NO]} for chosen in ([YES], bad)]
-    pairs, lines = read(chat_model(tmp_path, None).chat_template("chatml"), tmp_path, *records)
-    assert [pair.index for pair in pairs] == [0]
-    assert "  dropped 1: a response does not begin and end with a turn of the assistant (line 2)" in lines
-
-
 @pytest.mark.parametrize(
     ("turns", "kept"),
     [
@@ -266,9 +223,8 @@ def test_cut(max_length, chosen, unscored):
     pair = PreferencePair("a", "bcdefg", "h", others=(((1, 3), (4, 5)), ()))
     report = DataReport()
     (cut,) = tokenize_pairs([pair], Tokenizer(bpe(), EOS), max_length, report=report)
-    assert cut == TokenPair(
-        ids("a"), chosen, [*ids("h"), EOS], -1, unscored=(unscored, ()) if unscored else ()
-    )
+    left_unscored = (unscored, ()) if unscored else ()
+    assert cut == TokenPair(ids("a"), chosen, [*ids("h"), EOS], -1, unscored=left_unscored)
     left = sum(end - begin for begin, end in unscored)
     line = f"  {left} tokens in responses are not scored: others wrote them"
     assert (line in report.lines()) == (left > 0)
@@ -288,20 +244,19 @@ def test_nothing_left():
 
 
 def test_described():
-    """Each token of others has the role "other", and stands at its place in the response."""
+    """Responses are scored, without what others said; positions of rejected restart behind the prompt."""
     tokenizer = Tokenizer(bpe(bos=True), EOS)
-    pair = tokenizer.encode_pair(PreferencePair("a", "bcd", "ef", others=(((1, 2),), ((0, 1),))))
-    rows = [
-        tuple(t[key] for key in ("piece", "role", "position", "scored"))
-        for t in describe_pair(pair, tokenizer)
-    ]
+    pair = tokenizer.encode_pair(PreferencePair("a", "bc</s>d", "ef", others=(((1, 2),), ((0, 1),))))
+    keys, table = ("piece", "role", "position", "scored"), describe_pair(pair, tokenizer)
+    rows = [tuple(token[key] for key in keys) for token in table]
     assert pair.prompt[0] == BOS and rows == [
         ("<s>", "prompt", 0, False),
         ("a", "prompt", 1, False),
         ("b", "chosen", 2, True),
         ("c", "other", 3, False),
-        ("d", "chosen", 4, True),
-        ("</s>", "eos", 5, True),
+        ("</s>", "chosen", 4, True),  # EOS inside is no end.
+        ("d", "chosen", 5, True),
+        ("</s>", "eos", 6, True),
         ("e", "other", 2, False),
         ("f", "rejected", 3, True),
         ("</s>", "eos", 4, True),

@@ -1,6 +1,7 @@
 """Records of one response, and responses of several turns, from the file to the loss."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 import train_dpo
 import train_rm
 from minidpo.config import DPOConfig
-from minidpo.data import PairTokens, Tokenizer, TokenPair, dataset, read_preferences
+from minidpo.data import PairTokens, Tokenizer, TokenPair, read_preferences, truncation
 from minidpo.errors import UserError
 from minidpo.logprobs import sequence_logps
 from minidpo.losses import DPO, SFT
@@ -65,12 +66,12 @@ def test_refused(single, tmp_path, script, more, label, says):
     assert not (tmp_path / "out").exists()
 
 
-def test_told_first(single, tmp_path, monkeypatch):
-    """What a loss cannot read is told at the first record of each file, before any is tokenized."""
-    pairs = write(tmp_path / "pairs.jsonl", *(record(f"a dog {i}") for i in range(9)))
-    monkeypatch.setattr(dataset, "tokenize_pairs", None)  # Whoever tokenizes now fails.
+def test_told_first(single, monkeypatch):
+    """What a loss cannot read is told at the first record, before all are tokenized."""
+    monkeypatch.setattr(truncation, "_CHUNK", 1)
+    monkeypatch.setattr(truncation.DataReport, "add", Mock(side_effect=[None]))  # A second pair is an error.
     with pytest.raises(UserError, match="/single.jsonl: one response per record, but the loss dpo reads two"):
-        train_dpo.main([*single, f'--data.train=["{pairs}", "{tmp_path / "single.jsonl"}"]'])
+        train_dpo.main([*single])
 
 
 def test_kto(single, tmp_path):
