@@ -14,7 +14,7 @@ COMMANDS = {
     "plot": "how a run went, or how several compare, as a figure",
     "data": "what a run would be trained on: read, dropped and why, truncated, lengths",
     "explain": "one pair from tokens to loss and gradient weight, to check with a calculator",
-    "score": "log-probs or rewards of every pair of a preference file, accuracy and calibration",
+    "score": "log-probs or rewards of every pair of a preference file, accuracy",
     "sample": "responses to a prompt; best of n by a reward model, and preferences made of them",
     "bench": "how fast a training step is here, beside the textbook's and TRL's",
 }

@@ -6,9 +6,8 @@ prove the bound for what Stiennon et al. 2020 gave as the value).
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +18,7 @@ from minidpo.log import print0
 from minidpo.training.reward_scorer import with_error
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One response. ended: whether the model closed it with EOS, or max_new_tokens cut it off."""
 
     prompt: Prompt
@@ -43,17 +41,12 @@ def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
 
 
 def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
-    """One JSON line per sample: prompt_index (the record's number in its file), sample, prompt (text, or
-    messages), text, ended; with a reward model also reward and best."""
-    rows = []
+    """One JSON line per sample. prompt_index is the record's number in its file, prompt text or messages."""
+    rows: list[dict[str, Any]] = []
     for samples in prompts:
         for k, sample in enumerate(samples):
-            row: dict[str, Any] = {
-                "prompt_index": sample.prompt.index,
-                "sample": k,
-                "prompt": _prompt(sample),
-            }
-            row |= {"text": sample.text, "ended": sample.ended}
+            row: dict[str, Any] = {"prompt_index": sample.prompt.index, "sample": k}
+            row |= {"prompt": _prompt(sample), "text": sample.text, "ended": sample.ended}
             if not math.isnan(sample.reward):
                 row |= {"reward": sample.reward, "best": sample is _best(samples)}
             rows.append(row)

@@ -8,19 +8,21 @@ run with batch_size 1: nothing is truncated, and the same functions compute them
 
 import argparse
 import json
-import sys
 from dataclasses import Field, replace
-from os import environ
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minidpo.config import config_of_run, date_of_model, loss_of_run
+from minidpo.config import date_of_model
 from minidpo.data import (
+    BadRecord,
     ChatTemplate,
     PairTokens,
     PreferencePair,
     Tokenizer,
-    TokenPair,
+    Unusable,
+    pair_of,
+    read_records,
     renamed,
     require_fit,
     require_messages,
@@ -28,20 +30,17 @@ from minidpo.data import (
     stop_if_glued,
     tokenize_pairs,
 )
-from minidpo.data.preferences import Unusable, pair_of
-from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import PARTS
 from minidpo.errors import UserError
 from minidpo.files import require_place
 from minidpo.losses import DPO, LOSSES, PreferenceLoss
 from minidpo.model import read_config
 from minidpo.model.adapter_files import HELP, with_tokenizer
-from minidpo.packing import pack
 from minidpo.sections import TEMPLATES
 from minidpo.settings import keys_of
-from minidpo.tools.explain_text import every_loss, render
-from minidpo.tools.pair_numbers import numbers_of, token_logps, under
-from minidpo.tools.reading import add_reading_options, reading_section
+from minidpo.tools.explain_text import render
+from minidpo.tools.pair_numbers import explanations
+from minidpo.tools.reading import add_reading_options, add_settings, chosen_loss, reading_section
 from minidpo.tools.report_page import token_pairs, write_page
 from minidpo.tools.sample import unescaped
 from minidpo.training.device import choose_device
@@ -59,10 +58,8 @@ def main(arguments: list[str]) -> None:
     for name in PARTS:
         add(f"--{name}", metavar="TEXT", help="instead of --data (\\n is a line break)")
     default = "default: that of the run that made --model, else"
-    add("--loss", metavar="NAME", help=f"{', '.join(LOSSES)} ({default} {DPO.name})")
-    for name, key in _settings().items():
-        kind: Any = {"action": "store_true"} if key.default is False else {"type": type(key.default)}
-        add(_option(name), default=None, help=f"{key.metadata['about']} ({default} the loss's own)", **kind)
+    add("--loss", choices=LOSSES, metavar="NAME", help=f"{', '.join(LOSSES)} ({default} {DPO.name})")
+    add_settings(add, _settings(), f"{default} the loss's own")
     add("--max-length", type=int, help="longest prompt + response (default: the model's)")
     add("--template", default="model", choices=TEMPLATES, help="how messages become text")
     add_reading_options(add)
@@ -76,51 +73,43 @@ def main(arguments: list[str]) -> None:
     if options.html:
         require_place("--html", options.html)
 
-    loss, settings_from = _chosen_loss(options)
-    explanation = explain(options, loss) | {"settings_from": settings_from}
+    given = {name: value for name in _settings() if (value := getattr(options, name)) is not None}
+    if options.loss and LOSSES[options.loss].needs_z0:
+        why = "it compares with z0, a mean over a whole batch; one pair does not explain it"
+        raise UserError(f"--loss {options.loss}: {why}")
+    trained = Path(options.adapter or options.model)  # what the policy's run has left, if a run made it
+    loss, settings_from = chosen_loss(trained, lambda loss: not loss.needs_z0, options.loss, given)
+    explanation = explain(options, trained, loss) | {"settings_from": settings_from}
     if options.json:
         print(json.dumps(explanation))
     elif options.html:
         models = f"pi: {options.model}; pi_ref: {options.reference or 'the same'}"
-        write_page(Path(options.html), "A pair, token by token", token_pairs([("", models, explanation)]))
+        write_page(Path(options.html), "A pair, token by token", token_pairs([(models, explanation)]))
     else:
-        colour = sys.stdout.isatty() and not environ.get("NO_COLOR")
-        print(render(explanation, colour, options.every_token))
+        print(render(explanation, options.every_token))
 
 
-def explain(options: argparse.Namespace, loss: PreferenceLoss) -> dict[str, Any]:
-    """All that is printed, unrounded: float32 numbers as the model and the losses gave them."""
+def explain(options: argparse.Namespace, trained: Path, loss: PreferenceLoss) -> dict[str, Any]:
+    """All that is printed, unrounded."""
     device = choose_device(options.device, dtype=options.dtype)
     tokenizer = Tokenizer.from_pretrained(with_tokenizer(options.model, options.adapter))
-    template = tokenizer.chat_template(options.template, date_of_model(_trained(options)))
+    template = tokenizer.chat_template(options.template, date_of_model(trained))
     pair = _read_pair(options, template, tokenizer)
-    ids = _token_ids(options, pair, tokenizer)
-
-    # The log-prob of every token of both responses, then their sums log pi(y|x).
-    pairs = PairTokens.from_pairs([ids])
+    pairs = _token_ids(options, pair, tokenizer)
     require_messages("--template", template, pairs, tokenizer)
-    if loss.responses > pairs.responses:
-        others = sorted({each.name for each in every_loss() if each.responses <= pairs.responses})
-        what = f"{loss.name} compares {loss.responses} responses, and the record has {pairs.responses}"
-        raise UserError(f"{what}; give --loss {' or '.join(others)}")
-    batch = pack(pairs)
-    of_policy = token_logps(options.model, [batch], device, options.dtype, options.adapter)
-    (policy,) = (reference,) = of_policy  # (S,)
-    if options.reference:
-        (reference,) = token_logps(options.reference, [batch], device, options.dtype)
-    if loss.margin_from_data and pair.margin is None:
-        raise UserError(
-            f"{loss.name} with margin_from_data reads the record's margin, and this pair has none"
-        )
-    numbers, logps = numbers_of(ids, tokenizer, batch, policy, reference)
 
-    names = ("model", "adapter", "reference", "data", "index")
-    explanation = {name: getattr(options, name) for name in names}
-    explanation |= {name: getattr(pair, name) for name in PARTS} | numbers
-    losses = [each for each in every_loss() if each.responses <= pairs.responses]
-    explanation["loss"] = under(loss, logps)
-    explanation["losses"] = [under(each, logps) for each in losses + [loss] * (loss not in losses)]
-    return explanation
+    every = [kind() for kind in LOSSES.values() if kind.responses <= pairs.responses and not kind.needs_z0]
+    if loss.responses > pairs.responses:
+        what = f"{loss.name} compares {loss.responses} responses, and the record has {pairs.responses}"
+        raise UserError(f"{what}; give --loss {' or '.join(each.name for each in every)}")
+    if loss.margin_from_data and pair.margin is None:
+        what = "reads the record's margin, and this pair has none"
+        raise UserError(f"{loss.name} with margin_from_data {what}")
+    models = (options.model, options.reference, device, options.dtype, options.adapter)
+    losses = [loss, *(each for each in every if each != loss)]
+    (numbers,) = explanations(pairs, tokenizer, losses, *models)
+    given = {name: getattr(options, name) for name in ("model", "adapter", "reference", "data", "index")}
+    return numbers | given | {name: getattr(pair, name) for name in PARTS}
 
 
 def _settings() -> dict[str, Field]:
@@ -128,52 +117,9 @@ def _settings() -> dict[str, Field]:
     return {name: key for loss in reversed(LOSSES.values()) for name, key in keys_of(loss).items()}
 
 
-def _option(setting: str) -> str:
-    return "--" + setting.replace("_", "-")
-
-
-def _chosen_loss(options: argparse.Namespace) -> tuple[PreferenceLoss, str | None]:
-    """The loss that was asked for, and the configuration that its settings begin with, if there is one."""
-    of_run = loss_of_run(_trained(options))
-    of_run = None if of_run and of_run.needs_z0 else of_run  # It is shown under the default loss.
-    name = options.loss or (of_run.name if of_run else DPO.name)
-    if name not in LOSSES:
-        raise UserError(f"--loss {name}: it must be one of {', '.join(LOSSES)}")
-    if LOSSES[name].needs_z0:
-        raise UserError(
-            f"--loss {name}: it compares with z0, a mean over a whole batch; one pair does not explain it"
-        )
-    # A loss other than the run's begins at its own defaults.
-    begin: Any = of_run if of_run and of_run.name == name else LOSSES[name]()
-    given = {key: value for key in _settings() if (value := getattr(options, key)) is not None}
-    if foreign := given.keys() - keys_of(begin).keys():
-        has = ", ".join(map(_option, keys_of(begin))) or "no settings"
-        raise UserError(f"{_option(foreign.pop())}: the loss {name} has no such setting; it has {has}")
-    try:
-        loss = replace(begin, **given)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return loss, str(config_of_run(_trained(options))) if begin is of_run else None
-
-
-def _trained(options: argparse.Namespace) -> Path:
-    """The directory that the policy's run has left, if a run made it."""
-    return Path(options.adapter or options.model)
-
-
 def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: Tokenizer) -> PreferencePair:
     """The pair that --data and --index name, or that --prompt, --chosen and --rejected spell out."""
-    texts = {name: getattr(options, name) for name in PARTS}
-    if (options.data is None) == all(text is None for text in texts.values()):
-        raise UserError("give a pair either as --data and --index, or as --prompt, --chosen and --rejected")
-    if options.data is None:
-        if options.index is not None or None in texts.values():
-            raise UserError(
-                "a pair in text needs --prompt, --chosen and --rejected, all three and no --index"
-            )
-        place, record = "the pair as typed", {name: unescaped(text) for name, text in texts.items()}
-    else:
-        place, record = _record(options.data, options.index)
+    place, record = _record(options)
     try:
         if isinstance(record, BadRecord):
             raise record
@@ -187,26 +133,30 @@ def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: T
     return replace(pair, index=options.index or 0)
 
 
-def _record(file: str, index: int | None) -> tuple[str, Any]:
-    """A record of a file by its number, and where it stands."""
-    if index is None or index < 0:
-        raise UserError(
-            f"--index {'is missing' if index is None else index}; give the record's place, from 0"
-        )
-    place = -1
-    for place, (line, record) in enumerate(read_records(Path(file))):
-        if place == index:
-            return f"{file}:{line}", record
-    raise UserError(f"--index {index}: {file} has {place + 1} records; the last is {place}")
+def _record(options: argparse.Namespace) -> tuple[str, Any]:
+    """Where the record stands, and what it is."""
+    file, index = options.data, options.index
+    texts = {name: unescaped(text) for name in PARTS if (text := getattr(options, name)) is not None}
+    if file is None and index is None and len(texts) == len(PARTS):
+        return "the pair as typed", texts
+    if file is None or texts or index is None or index < 0:
+        typed = "--prompt, --chosen and --rejected, all three and no --index"
+        raise UserError(f"give a pair either as --data FILE and --index K, K from 0 on, or as {typed}")
+    for line, record in islice(read_records(Path(file)), index, None):
+        return f"{file}:{line}", record
+    count = sum(1 for _ in read_records(Path(file)))
+    raise UserError(f"--index {index}: {file} has {count} records; the last is {count - 1}")
 
 
-def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tokenizer) -> TokenPair:
+def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tokenizer) -> PairTokens:
     """The ids of the whole pair. Raises UserError unless policy and reference can read them."""
     config = read_config(Path(options.model))
     limit = config.max_length if options.max_length is None else options.max_length
     require_fit("model", config, tokenizer, limit)
-    (ids,) = tokenize_pairs([pair], tokenizer, limit, truncate=False, drop_identical=False)
+    whole = tokenize_pairs([pair], tokenizer, limit, truncate=False, drop_identical=False)
+    pairs = PairTokens.from_pairs(whole)
     if options.reference:
-        longest = len(ids.prompt) + max(map(len, ids.responses))
-        require_reference(Path(options.reference), tokenizer, longest)
-    return ids
+        require_reference(
+            Path(options.reference), tokenizer, int(pairs.lengths[0, 0] + pairs.lengths[0, 1:].max())
+        )
+    return pairs

@@ -1,220 +1,143 @@
-"""How `explain` prints a pair: the table of tokens, the calculation, every loss. At most 100 columns."""
+"""What `explain` prints of a pair, in at most 100 columns: its tokens, the calculation, every loss. The page
+of `report` has the same equations and the same table."""
 
 import inspect
-from collections import Counter
+import re
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import groupby
-from textwrap import dedent, indent
+from textwrap import dedent
 from typing import Any
-from unicodedata import combining, east_asian_width
 
-from minidpo.data import Tokenizer
-from minidpo.losses import LOSSES, PreferenceLoss
+from minidpo.data.report import PARTS
+from minidpo.losses import LOSSES
 from minidpo.settings import keys_of
+from minidpo.tools.pair_numbers import NUMBERS
+from minidpo.tools.tables import aligned
 
-# Besides its defaults, every loss that has one of these settings is shown with this value of it.
-VARIANTS = {"length_normalize": True, "label_smoothing": 0.1}
 # Tokens shown at either end of a part that is clearly longer than both together.
 SHOWN = {"prompt": 4, "chosen": 20, "rejected": 20}
-# What the table of tokens has of each scored one.
-NUMBERS = ("policy_logp", "reference_logp", "difference", "policy_sum", "reference_sum", "difference_sum")
-TOKEN_WIDTH = 16
-GREEN, RED, BOLD, RESET = "\033[32m", "\033[31m", "\033[1m", "\033[0m"
-UNMOVED, MUCH = 0.01, 1.0  # nats: there is no colour below the first, and bold from the second on
 
 
-def visible(tokenizer: Tokenizer, token: int) -> str:
-    """The text that one id stands for, with its leading space; its piece if it is special or stands for a
-    part of a character."""
-    piece, text = tokenizer.piece(token), tokenizer.decode([token])
-    if "▁" in piece:  # Decoders that write a space so strip it from the beginning of a text.
-        return piece.replace("▁", " ")
-    return piece if not text or "\ufffd" in text else text
+def render(e: dict[str, Any], every_token: bool = False) -> str:
+    """e: the explanation that `explain` makes."""
+    tables = aligned(list(_tokens(e["tokens"], every_token)), 9), aligned(calculation(e), 12)
+    losses = "The same pair under every loss, each at the settings beside it:\n" + _every_loss(e["losses"])
+    return "\n\n".join(["\n".join(_heading(e)), tables[0], equations(e), tables[1], losses])
 
 
-def characters(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
-    """The text of each token in its place. Where a character is several tokens, the last one has all of it,
-    and those before have none."""
-    waiting: list[int] = []
-    for place, token in enumerate(ids, start=1):
-        waiting.append(token)
-        text = tokenizer.decode(waiting)
-        if "\ufffd" in text and len(waiting) < 4 and place < len(ids):  # UTF-8: at most four bytes
-            yield ""
-        else:
-            yield text if len(waiting) > 1 else visible(tokenizer, token)
-            waiting = []
-
-
-def render(explanation: dict[str, Any], colour: bool, every_token: bool = False) -> str:
-    """The explanation that `explain` makes, as text; `colour`: with ANSI escapes."""
-    lines = [*_heading(explanation, colour), *_tokens(explanation["tokens"], colour, every_token)]
-    return "\n".join([*lines, *_calculation(explanation), *_every_loss(explanation["losses"])])
-
-
-def _heading(e: dict[str, Any], colour: bool) -> Iterator[str]:
+def _heading(e: dict[str, Any]) -> Iterator[str]:
     itself = "the policy itself (no --reference): every log-ratio is 0, as when training starts"
-    counts = Counter(token["response"] or "prompt" for token in e["tokens"])
-    lengths = ", ".join(
-        f"{count} {'tokens ' * (part == 'prompt')}of {part}" for part, count in counts.items()
-    )
-    if others := sum(token["role"] == "other" for token in e["tokens"]):
-        lengths += f" ({others} by others, not scored)"
+    parts = [token["response"] or "prompt" for token in e["tokens"]]
+    counts = ", ".join(f"{parts.count(part)} of {part}" for part in PARTS if part in parts)
+    others = sum(token["role"] == "other" for token in e["tokens"])
     yield f"policy     {e['model']}" + (f" with {e['adapter']}" if e["adapter"] else "")
     yield f"reference  {e['reference'] or itself}"
     if e["settings_from"]:
         yield f"loss       as {e['settings_from']} says; --loss, --beta, ... change it"
     yield "pair       " + ("as typed" if e["data"] is None else f"record {e['index']} of {e['data']}")
-    yield f"           {lengths}; nothing is cut off"
-    yield "Natural logarithms (nats). Each number is rounded by itself: a last digit may be off in a sum."
-    if colour:
-        yield (
-            f"{GREEN}likelier{RESET} or {RED}less likely{RESET} under the policy than under the reference;"
-            f" {BOLD}bold{RESET}: by a factor e or more"
-        )
-
-
-def _tokens(tokens: list[dict[str, Any]], colour: bool, every_token: bool) -> Iterator[str]:
-    yield f"\n{'':47}{'log-prob under':^18}  {'':10}{'sum so far':^31}".rstrip()
     yield (
-        f"{'pos':>4} {'role':<8} {'token':<{TOKEN_WIDTH}} {'scored':<6} {'policy':>9} {'reference':>9}"
-        f" {'difference':>10} {'policy':>10} {'reference':>10} {'diff.':>9}"
+        f"tokens     {counts}" + f" ({others} by others, not scored)" * (others > 0) + "; nothing is cut off"
     )
+    yield "Natural logarithms (nats). Each number is rounded by itself: a last digit may be off in a sum."
+
+
+def _tokens(tokens: list[dict[str, Any]], every_token: bool) -> Iterator[list[str]]:
+    """Rows of a table. Tokens that are not scored have no numbers."""
+    policy, reference, difference = "policy", "reference", "difference"
+    yield [f"{'':28}", "log-prob", "", "", "sum so far"]
+    yield [" pos role     token", policy, reference, difference, policy, reference, difference]
     for part, run in groupby(tokens, key=lambda token: token["response"] or "prompt"):
         of_part, ends = list(run), SHOWN[part]
         left_out = 0 if every_token else len(of_part) - 2 * ends
         if part != "prompt":
-            yield ""
+            yield [""]
         for place, token in enumerate(of_part):
             if left_out <= 2 or not ends <= place < len(of_part) - ends:
-                yield _token(token, colour)
+                numbers = [
+                    f"{token[name]:{'+' * name.startswith('d')}z.4f}" for name in NUMBERS if name in token
+                ]
+                yield [f"{token['position']:>4} {token['role']:<8} {repr(token['text'])[:14]}", *numbers]
             elif place == ends:
-                yield f"{'...':>4} {part:<8} {left_out} tokens left out" + (
-                    ", counted in the sums (--every-token prints them)" if part != "prompt" else ""
-                )
+                yield [f" ... {part:<8} {left_out} left out"]
 
 
-def _token(token: dict[str, Any], colour: bool) -> str:
-    text, difference = _fit(repr(token["text"])), token.get("difference", 0.0)
-    if not token["scored"]:
-        return f"{token['position']:>4} {token['role']:<8} {text} no"
-    if colour and abs(difference) >= UNMOVED:
-        text = (BOLD if abs(difference) >= MUCH else "") + (GREEN if difference > 0 else RED) + text + RESET
-    return (
-        f"{token['position']:>4} {token['role']:<8} {text} {'yes':<6} {token['policy_logp']:>z9.4f}"
-        f" {token['reference_logp']:>z9.4f} {difference:>+z10.4f} {token['policy_sum']:>z10.4f}"
-        f" {token['reference_sum']:>z10.4f} {token['difference_sum']:>+z9.4f}"
-    )
-
-
-def _fit(text: str) -> str:
-    """`text` in exactly TOKEN_WIDTH columns of a terminal, where some characters take two and some none."""
-
-    def width(text: str) -> int:
-        return sum(0 if combining(c) else 1 + (east_asian_width(c) in "WF") for c in text)
-
-    if width(text) > TOKEN_WIDTH:
-        while width(text) > TOKEN_WIDTH - 1:
-            text = text[:-1]
-        text += "…"
-    return text + " " * (TOKEN_WIDTH - width(text))
-
-
-def _calculation(e: dict[str, Any]) -> Iterator[str]:
-    """The loss as its class states it, then from the sums to its value, each line from those above."""
+def equations(e: dict[str, Any]) -> str:
+    """The loss and its settings; its equation, as its class states it and with the numbers of the pair."""
     loss, kind = e["loss"], LOSSES[e["loss"]["name"]]
+    title, equation = (inspect.getdoc(kind) or "").split("\n\n")[:2]
+    more = ", smoothed: (1-e) loss(z) + e loss(-z), e = label_smoothing" * bool(loss.get("label_smoothing"))
+    more += ", z less the record's margin" * loss.get("margin_from_data", False)
+    if loss.get("sft_weight") and not keys_of(kind)["sft_weight"].default:  # Else it is in the equation.
+        more += f", with {loss['sft_weight']:g} times the SFT loss"
+    lines = [f"{kind.name}: {title}", settings(kind, loss) or "no settings", dedent(equation)]
+    lines += [_filled_in(dedent(equation), e), f"loss = {loss['loss']:.4f}{more}"]
+    over = " / |y|" if loss.get("length_normalize") else ""
+    return "\n".join([*lines, f"gradient weight = {kind.gradient}{over}{more}"])
 
-    def line(label: str, *numbers: float, form: str = "z14.4f") -> str:
-        begin = f"  {label}\n{'':50}" if len(label) > 48 else f"  {label:<48}"  # A long one has its own line.
-        return begin + "".join(f"{number:>{form}}" for number in numbers)
 
-    def each(label: str, *values: float) -> str:
-        return line(label, *values) + (f"{values[0] - values[1]:>z20.4f}" if len(values) == 2 else "")
+def _filled_in(equation: str, e: dict[str, Any]) -> str:
+    loss, kind = e["loss"], LOSSES[e["loss"]["name"]]
+    values = {r"\b[zh]\b(?! =| as)": loss["argument"], r"\bz0\b": loss.get("z0")}
+    values[r"(?<![a-z])e\b"] = loss.get("flip_rate")
+    values |= {rf"\b{name}\b": loss[name] for name in keys_of(kind) if not isinstance(loss[name], bool)}
+    for name, y in zip(responses_of(e), ("y" if kind.unpaired else "y_w", "y_l"), strict=False):
+        policy, n = e[f"{name}_logps"], e[f"{name}_length"]
+        ratio = (policy - e[f"reference_{name}_logps"]) / (n if loss.get("length_normalize") else 1)
+        values[rf"log pi\({y}\|x\)/pi_ref\({y}\|x\)"] = ratio
+        values |= {rf"log pi\({y}\|x\)": policy, rf"log P\({y}\|x\)": policy / n, rf"\|{y}\|": n}
+        values[rf"log odds\({y}\)|\br{y[1:]}\b"] = loss.get(f"{name}_reward")
+    for symbol, value in values.items():
+        if value is not None:
+            number = f"({value:.4g})" if value < 0 else f"{value:.4g}"
+            equation = re.sub(symbol, f" {number} ", equation)
+    # Numbers side by side are multiplied.
+    equation = re.sub(r"(?<=[\d)]) +(?=[\d(])", " * ", re.sub(" +(?=[ )|])|(?<=[(]) +", "", equation))
+    return re.sub(r"\((\(-[\d.e+-]+\))\)", r"\1", equation)
 
-    title, equation = (*(inspect.getdoc(kind) or "").split("\n\n"), "")[:2]
-    yield f"\n{kind.name}: {title}"
-    yield indent(dedent(equation), "    ")
-    for name, key in keys_of(kind).items():
-        yield f"  {_setting(name, loss[name])}: {key.metadata['about']}"
 
-    names = responses_of(e)
-    difference = f"{'chosen - rejected':>20}" if len(names) == 2 else ""
-    yield f"{'':50}" + "".join(f"{name:>14}" for name in names) + difference
-    if e["reference"] and not kind.needs_reference:
-        yield f"  ({kind.name} has no reference: that of the table is not used)"
-    yield line("|y|, scored tokens", *(e[f"{name}_length"] for name in names), form="14")
-    for label, values in comparison(e):
-        yield each(label, *values)
+def calculation(e: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table from the sums to the gradient, each from those above: a quantity, its value of each
+    response, and the difference."""
+    loss, kind, names = e["loss"], LOSSES[e["loss"]["name"]], responses_of(e)
+    lengths = [e[f"{name}_length"] for name in names]
+    compared, quantity = [e[f"{name}_logps"] for name in names], "log pi(y|x)"
+    rows = {quantity: compared}
+    if kind.needs_reference:
+        rows["log pi_ref(y|x)"] = reference = [e[f"reference_{name}_logps"] for name in names]
+        compared = [ours - theirs for ours, theirs in zip(compared, reference, strict=True)]
+        rows["log-ratio = log pi - log pi_ref"], quantity = compared, "log-ratio"
+    rows[f"{quantity} / |y|"] = [value / n for value, n in zip(compared, lengths, strict=True)]
+    if kind.responses == 2:
+        rows["implicit reward r(x, y); their margin"] = [loss["chosen_reward"], loss["rejected_reward"]]
 
-    over, more = " / |y|" if loss.get("length_normalize") else "", additions(loss)
-    yield "\n" + line("z or h, what the loss is a function of", loss["argument"])
+    table = [["nats", *names, *["chosen - rejected"] * (len(names) == 2)]]
+    table.append(["|y|, scored tokens", *map(str, lengths)])
+    for label, values in rows.items():
+        differences = (values[0] - value for value in values[1:])
+        table.append([label, *(f"{value:z.4f}" for value in (*values, *differences))])
+    table.append(["z or h, what the loss is a function of", f"{loss['argument']:z.4f}"])
     if "sigmoid" in loss:
-        yield line("sigma(z)", loss["sigmoid"])
-    yield line(f"loss = {kind.equation}{more}", loss["loss"])
-    weights = [loss[f"{name}_weight"] for name in names]
-    yield line(f"gradient weight = {kind.gradient}{over}{more}", *weights, form="+z14.6f")
-    yield "  (-d loss / d log pi(y|x): how hard the pair pulls on each response, + up and - down)"
-    if loss.get("label_smoothing"):
-        yield "  (smoothed, e = label_smoothing: (1-e) loss(z) + e loss(-z), (1-e) weight(z) - e weight(-z))"
-
-
-def additions(loss: dict[str, Any]) -> str:
-    """What settings that are off by default have added to the equation of a loss."""
-    smoothed = ", smoothed" if loss.get("label_smoothing") else ""
-    if loss.get("margin_from_data"):
-        smoothed += ", z less the record's margin"
-    if loss.get("sft_weight") and not keys_of(LOSSES[loss["name"]])["sft_weight"].default:
-        smoothed += f", and {loss['sft_weight']:g} times the SFT loss"
-    return smoothed
+        table.append(["sigma(z)", f"{loss['sigmoid']:.4f}"])
+    table.append(["loss", f"{loss['loss']:z.4f}"])
+    weights = (f"{loss[f'{name}_weight']:+z.6f}" for name in names)
+    return [*table, ["gradient weight, -d loss / d log pi(y|x)", *weights]]
 
 
 def responses_of(e: dict[str, Any]) -> list[str]:
-    return [name for name in ("chosen", "rejected") if f"{name}_logps" in e]
+    return [name for name in PARTS[1:] if f"{name}_logps" in e]
 
 
-def comparison(e: dict[str, Any]) -> Iterator[tuple[str, list[float]]]:
-    """What the loss compares, from the sums on: a quantity, and its value for each response."""
-    loss, kind, names = e["loss"], LOSSES[e["loss"]["name"]], responses_of(e)
-    values, quantity = [e[f"{name}_logps"] for name in names], "log pi(y|x)"
-    yield quantity, values
-    if kind.needs_reference:
-        reference = [e[f"reference_{name}_logps"] for name in names]
-        yield "log pi_ref(y|x)", reference
-        values = [ours - theirs for ours, theirs in zip(values, reference, strict=True)]
-        quantity = "log-ratio"
-        yield "log-ratio = log pi - log pi_ref", values
-    lengths = [e[f"{name}_length"] for name in names]
-    yield f"{quantity} / |y|", [value / n for value, n in zip(values, lengths, strict=True)]
-    if kind.responses == 2:
-        yield "implicit reward r(x, y); their margin", [loss["chosen_reward"], loss["rejected_reward"]]
-
-
-def every_loss() -> Iterator[PreferenceLoss]:
-    """Each loss that one pair explains, at its defaults, and its variants."""
-    for kind in (kind for kind in LOSSES.values() if not kind.needs_z0):
-        default: Any = kind()
-        yield default
-        yield from (replace(default, **{name: VARIANTS[name]}) for name in keys_of(kind) if name in VARIANTS)
-
-
-def _every_loss(losses: list[dict[str, Any]]) -> Iterator[str]:
-    yield "\nThe same pair under every loss, each at the settings beside it:"
-    yield f"{'':76}{'gradient weight':>24}"
-    numbers = f"{'z or h':>11}{'sigma(z)':>9}{'loss':>11}{'chosen':>11}{'rejected':>12}"
-    yield f"{'loss':<8} {'settings':<37}{numbers}"
+def _every_loss(losses: list[dict[str, Any]]) -> str:
+    rows = [["", "z or h", "sigma(z)", "loss", "weight y_w", "weight y_l"]]
     for loss in losses:
-        sigmoid = f"{loss['sigmoid']:z.4f}" if "sigmoid" in loss else ""
-        weights = f"{loss['chosen_weight']:>+z11.6f}{loss['rejected_weight']:>+z12.6f}"
-        numbers = f"{loss['argument']:>z11.4f}{sigmoid:>9}{loss['loss']:>z11.4f}{weights}"
-        yield f"{loss['name']:<8} {settings(LOSSES[loss['name']], loss) or 'no settings':<37}{numbers}"
+        row = [f"{loss['name']:<8} {settings(LOSSES[loss['name']], loss) or 'no settings'}"]
+        numbers = (loss.get(name) for name in ("argument", "sigmoid", "loss"))
+        row += ("" if number is None else f"{number:z.4f}" for number in numbers)
+        rows.append([*row, *(f"{loss[f'{name}_weight']:+z.6f}" for name in PARTS[1:])])
+    return aligned(rows)
 
 
 def settings(kind: type, values: dict[str, Any]) -> str:
     """The settings of a loss in one line. What is off by default is shown only if it is on."""
-    shown = (name for name, key in keys_of(kind).items() if values[name] or key.default)
-    return ", ".join(_setting(name, values[name]) for name in shown)
-
-
-def _setting(name: str, value: float | bool) -> str:
-    return f"{name} {str(value).lower() if isinstance(value, bool) else f'{value:g}'}"
+    shown = {name: values[name] for name, key in keys_of(kind).items() if values[name] or key.default}
+    return ", ".join(f"{name} {str(v).lower() if v is True else f'{v:g}'}" for name, v in shown.items())

@@ -1,17 +1,12 @@
 """How minidpo's figures look, and how they are written: each file is complete or not there."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from minidpo.errors import UserError
 from minidpo.files import replacing_file, writing
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # Okabe & Ito 2008: colours that can be told apart with any colour vision, yellow last because it is faint on
 # paper. Each colour has a mark of its own, for printing in grey.
@@ -50,7 +45,7 @@ def png_and_svg(typed: str | Path) -> list[Path]:
 
 
 @contextmanager
-def drawing(files: list[Path], width: float, height: float) -> Iterator[Figure]:
+def drawing(files: list[Path], width: float, height: float) -> Iterator[Any]:
     """Yield an empty figure, width x height in inches; when the block ends well, write it to each of `files`.
 
     The format of a file is its suffix: .png, .svg or .pdf.

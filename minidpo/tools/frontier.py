@@ -7,29 +7,23 @@ is the better bargain. Runs share learning rate and pairs per step; only the los
 run again goes on from what is done.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from minidpo.errors import UserError
-from minidpo.files import fingerprint, remove_directory, replacing_file, require_regular, writing
-from minidpo.losses import DPO, IPO, KTO, ORPO, SFT, PreferenceLoss, SimPO
+from minidpo.files import fingerprint, remove_directory, write_file, writing
+from minidpo.losses import DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO
 from minidpo.model import load_model, model_fingerprint
+from minidpo.settings import keys_of, toml
 from minidpo.tools.demo.command import OUT, REPOSITORY, fit_reference, from_sft, run_script
 from minidpo.tools.demo.samples import UnseenPrompts
 from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, require_matplotlib
 from minidpo.tools.frontier_points import Point, best_of_reference, measure
-from minidpo.tools.tables import aligned
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 class Scale(NamedTuple):
@@ -63,15 +57,8 @@ QUICK = Scale(
     sizes={"sft_records": 300, "train_pairs": 64, "test_pairs": 16, "test_prompts": 8},
 )
 NUMBERS = ("beta", "gamma", "lambda_or")
-# Where the numbers of a run stand beside its end, by the kind of its loss: below, above, right, left, far
-# below.
-PLACES = (
-    ((0, -17), "center"),
-    ((0, 10), "center"),
-    ((8, -3), "left"),
-    ((-8, -3), "right"),
-    ((0, -26), "center"),
-)
+# Where the numbers of a run stand beside its end, by the kind of its loss, in points.
+PLACES = ((0, -17), (0, 10), (14, -3), (-14, -3), (0, -26))
 SAME_FOR_ALL = {
     "optim.lr": "1e-4",
     "optim.batch_size": "16",  # pairs
@@ -95,19 +82,15 @@ def main(arguments: list[str]) -> None:
     require_matplotlib("frontier")
     if options.quick and options.demo:
         raise UserError("--quick makes a tiny world of its own; leave out --demo, or --quick")
-    started, out = time.monotonic(), options.out
-    files = png_and_svg(out / "frontier")
-    for file in (out / "frontier.json", *files):
-        require_regular(file)  # Fail now rather than after the training.
+    out, files = options.out, png_and_svg(options.out / "frontier")
     scale, world = (QUICK, out / "world") if options.quick else (FULL, options.demo or OUT)
     if not Path(from_sft(world)["model.path"]).is_dir():
         fit_reference(world, seed=0, **scale.sizes)
     found = measure_all(out, world, scale)
     start = Point(**found["reference"])
     runs = {loss: [Point(**point) for point in found["runs"][run_name(loss)]] for loss in scale.losses}
-    print("\n" + table(start, runs))
     draw(start, found["best_reachable"], runs, files)
-    print(f"\n{time.monotonic() - started:.0f} s; wrote {out / 'frontier.json'}, {files[0]} and {files[1]}")
+    print(f"wrote {out / 'frontier.json'}, {files[0]} and {files[1]}")
 
 
 def numbers(loss: PreferenceLoss) -> dict[str, float]:
@@ -125,28 +108,24 @@ def measure_all(out: Path, world: Path, scale: Scale) -> dict[str, Any]:
     # What the numbers depend on; points of another reference, or of other settings, are measured again.
     settings = from_sft(world) | SAME_FOR_ALL | {"run.save_every": str(scale.every)}
     configs = sorted({REPOSITORY / config_of(loss) for loss in scale.losses})
-    counts = f"{scale.samples} {scale.best_samples}"
     reference = model_fingerprint(from_sft(world)["model.path"])
-    identity = fingerprint(reference, *unseen.prompts, repr(settings), *configs, counts)
+    identity = fingerprint(reference, *unseen.prompts, repr((settings, scale)), *configs)
     found = json.loads(file.read_text()) if file.exists() else {}
     if found.get("identity") != identity:
         print(f"sampling the reference, {scale.best_samples} responses per prompt", flush=True)
         start = measure(unseen, unseen.reference, 0, scale.samples)
         best = best_of_reference(unseen, scale.best_samples)
         found = {"identity": identity, "reference": start._asdict(), "best_reachable": best, "runs": {}}
-        save(file, found)
     for loss in scale.losses:
-        if run_name(loss) in found["runs"]:
-            continue
-        checkpoints = train(loss, out / run_name(loss), scale, settings)
-        print(f"measuring {run_name(loss)} at steps {', '.join(map(str, checkpoints))}", flush=True)
-        points = [
-            measure(unseen, load_model(path), step, scale.samples) for step, path in checkpoints.items()
-        ]
-        found["runs"][run_name(loss)] = [point._asdict() for point in points]
-        save(file, found)
-        # Each checkpoint has 30 MB.
-        remove_directory(out / run_name(loss) / "checkpoints")
+        if (name := run_name(loss)) not in found["runs"]:
+            checkpoints = train(loss, out / name, settings)
+            print(f"measuring {name} at steps {', '.join(map(str, checkpoints))}", flush=True)
+            models = ((step, load_model(path)) for step, path in checkpoints.items())
+            points = [measure(unseen, model, step, scale.samples)._asdict() for step, model in models]
+            found["runs"][name] = points
+            with writing(file):
+                write_file(file, json.dumps(found, indent=1) + "\n")
+            remove_directory(out / name / "checkpoints")  # Each checkpoint has 30 MB.
     return found
 
 
@@ -154,38 +133,14 @@ def config_of(loss: PreferenceLoss) -> str:
     return f"configs/demo_{loss.name}.toml"
 
 
-def train(loss: PreferenceLoss, directory: Path, scale: Scale, settings: dict[str, str]) -> dict[int, Path]:
+def train(loss: PreferenceLoss, directory: Path, settings: dict[str, str]) -> dict[int, Path]:
     """Train with one loss by the ordinary script; returns its checkpoints by step."""
-    of_loss = {f"loss.{name}": str(number) for name, number in numbers(loss).items()}
-    if hasattr(loss, "sft_weight"):  # The demo's DPO has an SFT term, which the figure is not about.
-        of_loss["loss.sft_weight"] = str(loss.sft_weight)
+    of_loss = {f"loss.{name}": toml(getattr(loss, name)) for name in keys_of(loss)}
     if loss.unpaired:  # A pair is two of its records.
         of_loss["optim.batch_size"] = str(2 * int(SAME_FOR_ALL["optim.batch_size"]))
     run_script("train_dpo.py", config_of(loss), settings | of_loss | {"run.out": str(directory)})
     paths = (directory / "checkpoints").glob("step-*")
     return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
-
-
-def save(file: Path, found: dict[str, Any]) -> None:
-    with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing_file(file) as temporary:
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
-
-
-# --- table and figure ---------------------------------------------------------------------------------------
-
-
-def table(start: Point, runs: dict[PreferenceLoss, list[Point]]) -> str:
-    """The last point of each run: the mean of what its responses earn, and what they cost."""
-    rows = [["loss", *NUMBERS, "true reward, nats", "KL, nats", "words"]]
-    for loss, point in [(SFT(), start), *((loss, points[-1]) for loss, points in runs.items())]:
-        own = [f"{numbers(loss)[name]:g}" if name in numbers(loss) else "" for name in NUMBERS]
-        reward = f"{point.reward:.2f} +- {point.reward_error:.2f}"
-        kl = f"{point.kl:.2f} +- {point.kl_error:.2f}"
-        rows.append([type(loss).__name__, *own, reward, kl, f"{point.length:.1f}"])
-    legend = "+-: one standard error over prompts. KL: of the next token, summed along sampled responses."
-    return aligned(rows, width=5) + "\n" + legend
 
 
 def draw(
@@ -196,15 +151,8 @@ def draw(
         axes = figure.subplots()
         axes.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
         axes.plot(best["kl"], best["reward"], "--", color=INK, label="most that a policy can earn, estimated")
-        star: dict[str, Any] = {
-            "marker": "*",
-            "ms": 11,
-            "color": INK,
-            "ls": "",
-            "zorder": 4,
-            "clip_on": False,
-        }
-        axes.plot(start.kl, start.reward, label="SFT, the reference", **star)
+        star: dict[str, Any] = {"ms": 11, "color": INK, "zorder": 4, "clip_on": False}
+        axes.plot(start.kl, start.reward, "*", label="SFT, the reference", **star)
         kinds = list(dict.fromkeys(type(loss) for loss in runs))
         for kind, colour, mark in zip(kinds, COLOURS, MARKS, strict=False):
             names = ", ".join(numbers(kind()))
@@ -220,7 +168,7 @@ def draw(
         axes.legend(loc="upper right")
 
 
-def draw_run(axes: Axes, loss: PreferenceLoss, points: list[Point], kind: int) -> None:
+def draw_run(axes: Any, loss: PreferenceLoss, points: list[Point], kind: int) -> None:
     """A thin line from the reference on, a small mark per point, and then a large one with standard errors.
 
     Beside the end stand the loss's numbers, at a place that belongs to its kind.
@@ -229,7 +177,6 @@ def draw_run(axes: Axes, loss: PreferenceLoss, points: list[Point], kind: int) -
     kls, rewards, end = [point.kl for point in points], [point.reward for point in points], points[-1]
     axes.plot(kls, rewards, lw=0.8, ms=3.5, alpha=0.5, markevery=slice(1, -1), **look)
     axes.errorbar(end.kl, end.reward, end.reward_error, end.kl_error, ms=8, mec="white", elinewidth=1, **look)
-    offset, alignment = PLACES[kind]
     text = ", ".join(f"{number:g}" for number in numbers(loss).values())
-    place: dict[str, Any] = {"xytext": offset, "textcoords": "offset points", "ha": alignment}
+    place = {"xytext": PLACES[kind], "textcoords": "offset points", "ha": "center"}
     axes.annotate(text, (end.kl, end.reward), color=COLOURS[kind], **place)

@@ -1,5 +1,6 @@
-"""One pair in numbers: per token, summed, and what a loss makes of them. `explain` and `report` show them."""
+"""Pairs in numbers: per token, summed, and what losses make of them. `explain` and `report` show them."""
 
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -8,22 +9,62 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.data import Tokenizer, TokenPair
+from minidpo.data import PairTokens, Tokenizer, TokenPair, describe_pair
 from minidpo.data.report import PARTS
-from minidpo.data.truncation import describe_pair
 from minidpo.logprobs import sum_by_response
 from minidpo.losses import PairLogps, PreferenceLoss
 from minidpo.model import load_model, response_token_logps
-from minidpo.packing import PackedBatch
+from minidpo.packing import PackedBatch, pack
 from minidpo.settings import keys_of
-from minidpo.tools.explain_text import NUMBERS, characters, visible
 from minidpo.training.device import autocast
 from minidpo.training.scoring import require_finite
 
+# Of each scored token: its log-probs, and what they have added up to in its response.
+NUMBERS = ("policy_logp", "reference_logp", "difference", "policy_sum", "reference_sum", "difference_sum")
+
+
+def explanations(
+    pairs: PairTokens,
+    tokenizer: Tokenizer,
+    losses: Sequence[PreferenceLoss],
+    policy: str | Path,
+    reference: str | Path | None,
+    device: torch.device,
+    dtype: str = "fp32",
+    adapter: str | Path | None = None,
+    z0: float = 0.0,
+) -> Iterator[dict[str, Any]]:
+    """Of each pair all its tokens, the sums, and what the losses make of it; `loss` is the first of them.
+
+    Nothing is rounded: the numbers are the float32 that models and losses gave. Each pair is computed by
+    itself, so that no other one changes a digit of it. reference: None stands for the policy itself.
+    """
+    batches = [pack(pairs, np.array([row])) for row in range(len(pairs))]
+    of_policy = of_reference = _token_logps(policy, batches, device, dtype, adapter)
+    if reference:
+        of_reference = _token_logps(reference, batches, device, dtype)
+    for row, (batch, ours, theirs) in enumerate(zip(batches, of_policy, of_reference, strict=True)):
+        ids, lengths = pairs.pair(row), batch.lengths[0]  # (K,)
+        file = pairs.files[ids.file] if pairs.files else None
+        numbers: dict[str, Any] = {"data": file, "index": ids.index, "label": ids.label}
+        known = {"margin": ids.margin, "label": ids.label, "z0": z0}
+        logps = {name: torch.tensor([value]) for name, value in known.items() if value is not None}
+        for of_model, (of_loss, values) in {"": ("", ours), "reference_": ("ref_", theirs)}.items():
+            sums = sum_by_response(values, lengths)  # (K,)
+            for k, name in enumerate(PARTS[1 : 1 + len(lengths)]):
+                numbers[f"{of_model}{name}_logps"] = sums[k].item()
+                logps[f"{of_loss}{name}"] = sums[k : k + 1]
+                numbers[f"{name}_length"] = lengths[k].item()
+                logps[f"{name}_length"] = lengths[k : k + 1]
+        numbers["tokens"] = _token_table(ids, tokenizer, ours.numpy(), theirs.numpy())
+        numbers["losses"] = [under(loss, PairLogps(**logps)) for loss in losses]
+        numbers["loss"] = numbers["losses"][0]
+        yield numbers
+
 
 @torch.no_grad()
-def token_logps(
-    model: str,
+def _token_logps(
+    model: str | Path,
     batches: list[PackedBatch],
     device: torch.device,
     dtype: str,
@@ -37,24 +78,6 @@ def token_logps(
     return logps
 
 
-def numbers_of(
-    ids: TokenPair, tokenizer: Tokenizer, batch: PackedBatch, policy: Tensor, reference: Tensor
-) -> tuple[dict[str, Any], PairLogps]:
-    """What the log-probs (S,) of a pair's scored tokens add up to; and the same for a loss (B = 1)."""
-    lengths = batch.lengths[0]  # (K,)
-    sums, reference_sums = (sum_by_response(logps, lengths) for logps in (policy, reference))
-    numbers: dict[str, Any] = {"tokens": _token_table(ids, tokenizer, policy.numpy(), reference.numpy())}
-    known = {"margin": ids.margin, "label": ids.label}
-    logps = {name: torch.tensor([value]) for name, value in known.items() if value is not None}
-    for k, name in enumerate(PARTS[1 : 1 + len(lengths)]):
-        numbers[f"{name}_logps"] = sums[k].item()
-        numbers[f"reference_{name}_logps"] = reference_sums[k].item()
-        numbers[f"{name}_length"] = lengths[k].item()
-        logps |= {name: sums[k : k + 1], f"ref_{name}": reference_sums[k : k + 1]}
-        logps[f"{name}_length"] = lengths[k : k + 1]
-    return numbers, PairLogps(**logps)
-
-
 def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:
     """What `loss` makes of one pair (B = 1). Rewards and the loss are the run's own.
 
@@ -66,21 +89,21 @@ def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:
     values["argument"] = loss.z(precise).item()
     if loss.z_is_logit:
         values["sigmoid"] = loss.z(precise).sigmoid().item()
+    if loss.needs_z0 and pair.z0 is not None:
+        values["z0"] = pair.z0.item()
     if loss.responses == 2:
         chosen, rejected = loss.rewards(pair)
         values["chosen_reward"], values["rejected_reward"] = chosen.item(), rejected.item()
         values["margin"] = (chosen - rejected).item()
     values["loss"] = loss(pair).item()
     weights = [weight.item() for weight in loss.gradient_weights(precise)]
-    values["chosen_weight"], values["rejected_weight"] = weights if loss.responses == 2 else (*weights, 0.0)
-    return values
+    return values | dict(zip(("chosen_weight", "rejected_weight"), [*weights, 0.0], strict=False))
 
 
 def _token_table(
     ids: TokenPair, tokenizer: Tokenizer, policy: np.ndarray, reference: np.ndarray
 ) -> list[dict[str, Any]]:
     """One entry per token, in the order of the packed row. A response's last sums are those of `score`."""
-
     tokens = list(describe_pair(ids, tokenizer))
     of_chosen = sum(token["scored"] and token["response"] == "chosen" for token in tokens)
 
@@ -91,9 +114,31 @@ def _token_table(
     policy_sum, reference_sum = sums(policy), sums(reference)
     columns = (policy, reference, policy - reference, policy_sum, reference_sum, policy_sum - reference_sum)
     numbers = iter(np.stack(columns, axis=1).tolist())
-    table = []
-    spelled = chain.from_iterable(characters(tokenizer, getattr(ids, part) or []) for part in PARTS)
-    for token in tokens:
-        token["text"], token["characters"] = visible(tokenizer, token["id"]), next(spelled)
-        table.append(token | (dict(zip(NUMBERS, next(numbers), strict=True)) if token["scored"] else {}))
-    return table
+    spelled = chain.from_iterable(characters(tokenizer, part) for part in (ids.prompt, *ids.responses))
+    for token, spelling in zip(tokens, spelled, strict=True):
+        token |= {"text": visible(tokenizer, token["id"]), "characters": spelling}
+        token |= zip(NUMBERS, next(numbers), strict=True) if token["scored"] else {}
+    return tokens
+
+
+def visible(tokenizer: Tokenizer, token: int) -> str:
+    """The text that one id stands for, with its leading space; its piece if it is special or stands for a
+    part of a character."""
+    piece, text = tokenizer.piece(token), tokenizer.decode([token])
+    if "▁" in piece:  # Decoders that write a space so strip it from the beginning of a text.
+        return piece.replace("▁", " ")
+    return piece if not text or "\ufffd" in text else text
+
+
+def characters(tokenizer: Tokenizer, ids: list[int]) -> Iterator[str]:
+    """The text of each token in its place. Where a character is several tokens, the last one has all of it,
+    and those before have none."""
+    waiting: list[int] = []
+    for place, token in enumerate(ids, start=1):
+        waiting.append(token)
+        text = tokenizer.decode(waiting)
+        if "\ufffd" in text and len(waiting) < 4 and place < len(ids):  # UTF-8: at most four bytes
+            yield ""
+        else:
+            yield text if len(waiting) > 1 else visible(tokenizer, token)
+            waiting = []

@@ -2,16 +2,14 @@
 
 Held-out values are lines with marks; training values are light lines, where they are many smoothed by a
 centred running mean. A panel is one quantity, and says what a good run shows. Quantities that no run has
-measured are left out; those that never changed are told in a line and get no axis. `report` draws the same.
+measured, or that never changed, are left out. `report` draws the same.
 """
-
-from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,11 +17,8 @@ from minidpo.config import loss_of_run
 from minidpo.errors import UserError
 from minidpo.files import require_file
 from minidpo.log import read_metrics
-from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, require_matplotlib
+from minidpo.tools.figures import COLOURS, MARKS, drawing, png_and_svg, require_matplotlib
 from minidpo.training.advice import MOST_KL
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 class Panel(NamedTuple):
@@ -57,8 +52,12 @@ LARGEST = 1e100  # No axis can be drawn for more.
 
 
 class Run(NamedTuple):
+    """A run, as far as it got."""
+
+    path: Path
     name: str
     unit: str  # of the loss
+    lines: list[dict[str, float]]  # of metrics.jsonl
     curves: dict[str, np.ndarray]  # by key in metrics.jsonl: (2, n), steps and values
 
 
@@ -67,46 +66,42 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m minidpo plot", description=about)
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="directory of a run (run.out)")
     beside = "RUN/curves, or for several runs curves beside the first"
-    parser.add_argument(
-        "--out", metavar="NAME", help=f"NAME.png and NAME.svg are written (default: {beside})"
-    )
+    about = f"NAME.png and NAME.svg are written (default: {beside})"
+    parser.add_argument("--out", metavar="NAME", help=about)
     options = parser.parse_args(arguments)
     require_matplotlib("plot")
-    runs = [read_run(*each) for each in zip(options.runs, names_of(options.runs), strict=True)]
-    first = options.runs[0].resolve()
+    runs, first = read_runs(options.runs), options.runs[0].resolve()
     files = png_and_svg(options.out or (first if len(runs) == 1 else first.parent) / "curves")
-    shown, constant = panels_of(runs)
-    if not (shown or constant):
-        where = " and ".join(str(path / "metrics.jsonl") for path in options.runs)
-        raise UserError(f"{where}: nothing that plot draws, such as a loss, is in it; give the file of a run")
-    columns = min(3, len(shown)) or 1
+    if not (shown := panels_of(runs)):
+        where = " and ".join(str(run.path / "metrics.jsonl") for run in runs)
+        raise UserError(
+            f"{where}: nothing that plot draws, such as a loss, has changed in it; give other runs"
+        )
+    columns = min(3, len(shown))
     rows = math.ceil(len(shown) / columns)
     with drawing(files, 3.4 * columns, 2.2 * rows + 0.6) as figure:
         draw(figure, runs, shown, rows, columns)
-        never = f"\nnever changed: {'; '.join(constant)}" if constant else ""
-        figure.supxlabel(f"optimizer step{never}", fontsize="small")
     print(f"wrote {files[0]} and {files[1]}")
 
 
-def read_run(directory: Path, name: str) -> Run:
-    hint = "plot takes directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ in it"
-    file = require_file(directory / "metrics.jsonl", hint)
-    curves = curves_of(read_metrics(file))
-    if not curves:
-        raise UserError(f"{file}: no step in it yet; plot again when the run has logged one")
-    loss = loss_of_run(directory / "final")
-    return Run(name, loss.unit if loss else "nats", curves)
+def read_runs(paths: list[Path]) -> list[Run]:
+    """The runs, named as their directories, or by their paths where names are equal.
 
-
-def names_of(runs: list[Path]) -> list[str]:
-    """What to call the runs: their directories' names, or their paths where names are equal.
-
-    Raises UserError for more runs than there are colours.
+    Raises UserError for what is no run, and for more runs than there are colours.
     """
-    if len(runs) > len(COLOURS):
-        raise UserError(f"{len(runs)} runs; at most {len(COLOURS)} can be told apart")
-    names = [path.resolve().name for path in runs]
-    return names if len(set(names)) == len(names) else list(map(str, runs))
+    if len(paths) > len(COLOURS):
+        raise UserError(f"{len(paths)} runs; at most {len(COLOURS)} can be told apart")
+    names = [path.resolve().name for path in paths]
+    names = names if len(set(names)) == len(names) else list(map(str, paths))
+    hint = "give directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ in it"
+    runs = []
+    for path, name in zip(paths, names, strict=True):
+        lines = read_metrics(file := require_file(path / "metrics.jsonl", hint))
+        curves, loss = curves_of(lines), loss_of_run(path / "final")
+        if not curves:
+            raise UserError(f"{file}: no step in it yet; come again when the run has logged one")
+        runs.append(Run(path, name, loss.unit if loss else "nats", lines, curves))
+    return runs
 
 
 def curves_of(lines: list[dict[str, float]]) -> dict[str, np.ndarray]:
@@ -119,19 +114,15 @@ def curves_of(lines: list[dict[str, float]]) -> dict[str, np.ndarray]:
     return {key: np.array(p, float).T for key, p in points.items()}
 
 
-def panels_of(runs: list[Run]) -> tuple[list[Panel], list[str]]:
-    """The panels to draw, titles complete, and in words the quantities that never changed in any run."""
-    shown, constant = [], []
-    units = " or ".join(sorted({run.unit for run in runs}))
+def panels_of(runs: list[Run]) -> list[Panel]:
+    """The panels to draw, their titles complete: those of quantities that changed, or were measured once."""
+    shown, units = [], " or ".join(sorted({run.unit for run in runs}))
     for panel in PANELS:
         keys = [prefix + key for key in panel.keys for prefix in ("", "eval/")]
         values = [run.curves[key][1] for run in runs for key in keys if key in run.curves]
         if any(np.ptp(of_key) for of_key in values) or max(map(len, values), default=0) == 1:
             shown.append(panel._replace(title=f"Loss, {units}") if panel.title == "Loss" else panel)
-        elif values:
-            numbers = dict.fromkeys(f"{of_key[0]:.4g}" for of_key in values)
-            constant.append(f"{panel.title}: {' or '.join(numbers)}")
-    return shown, constant
+    return shown
 
 
 def curves_in(panel: Panel, runs: list[Run]) -> Iterator[tuple[int, str, bool, np.ndarray]]:
@@ -145,8 +136,9 @@ def curves_in(panel: Panel, runs: list[Run]) -> Iterator[tuple[int, str, bool, n
                 yield number, key, True, held_out
 
 
-def draw(figure: Figure, runs: list[Run], shown: list[Panel], rows: int, columns: int) -> None:
-    """All panels, and one legend above them."""
+def draw(figure: Any, runs: list[Run], shown: list[Panel], rows: int, columns: int) -> None:
+    """All panels, and one legend above them: the runs, and chosen and rejected if there is one run."""
+    named: dict[str, Any] = {}
     for place, panel in enumerate(shown, start=1):
         axes = figure.add_subplot(rows, columns, place)
         axes.set_title(panel.title, pad=16)
@@ -158,14 +150,19 @@ def draw(figure: Figure, runs: list[Run], shown: list[Panel], rows: int, columns
         for number, key, held_out, points in curves_in(panel, runs):
             style = look(key, number if len(runs) > 1 else None)
             if held_out:
-                axes.plot(*points, **style, markevery=math.ceil(points.shape[1] / 12))
+                (line,) = axes.plot(*points, **style, markevery=math.ceil(points.shape[1] / 12))
             else:
                 style["marker"] = "None" if points.shape[1] > FEW else "."
-                axes.plot(*points, **style | TRAINING)
+                (line,) = axes.plot(*points, **style | TRAINING)
+            part = key.rpartition("/")[2]
+            name = part if len(runs) == 1 and part in ("chosen", "rejected") else runs[number].name
+            if held_out or name not in named:
+                named[name] = line
         low, high = axes.get_ylim()
         if panel.level is not None and low <= panel.level <= high:  # Further off it would flatten the curves.
             axes.axhline(panel.level, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
-    legend(figure, runs)
+    figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(5, len(named)))
+    figure.supxlabel("optimizer step; marks: held out, light: training, dashed: rejected", fontsize="small")
 
 
 def look(key: str, number: int | None = None) -> dict[str, Any]:
@@ -180,27 +177,3 @@ def smoothed(values: np.ndarray) -> np.ndarray:
     """A running mean over about an eighth of the values, centred: the first and the last stay as they are."""
     half = [min(len(values) // MANY, i, len(values) - 1 - i) for i in range(len(values))]
     return np.array([values[i - h : i + h + 1].mean() for i, h in enumerate(half)])
-
-
-def legend(figure: Figure, runs: list[Run]) -> None:
-    """One for all panels: the runs, if there are several, and which line is which."""
-    from matplotlib.lines import Line2D
-
-    several = len(runs) > 1
-    handles = [Line2D([], [], label=run.name, **look("", i)) for i, run in enumerate(runs) if several]
-    of_every_run = {"color": INK, "marker": ""} if several else {}
-    styles = {  # label -> part of the keys that are drawn so, and style
-        "chosen": ("/chosen", look("chosen") | of_every_run),
-        "rejected": ("/rejected", look("rejected") | of_every_run),
-        "held out": ("eval/", {"color": INK, "marker": MARKS[0]}),
-    }
-    for label, (part, style) in styles.items():
-        if any(part in key for run in runs for key in run.curves):
-            handles.append(Line2D([], [], label=label, **style))
-    keys = [key for panel in PANELS for key in panel.keys]  # of training values
-    smooth = {run.curves[key].shape[1] >= MANY for run in runs for key in keys if key in run.curves}
-    if smooth:
-        how = ", smoothed" if smooth == {True} else ", partly smoothed" if True in smooth else ""
-        handles.append(Line2D([], [], label=f"training{how}", color=INK, **TRAINING))
-    title = None if several else runs[0].name
-    figure.legend(handles=handles, loc="outside upper center", ncols=min(5, len(handles)), title=title)

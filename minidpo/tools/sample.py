@@ -5,6 +5,7 @@
 """
 
 import argparse
+from collections.abc import Iterator
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -77,11 +78,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, \\n is a line break")
     about = "a file of records with a `prompt` in text or messages, or dialogues"
     prompt.add_argument("--data", metavar="FILE", help=about)
-    add(
-        "--template",
-        choices=TEMPLATES,
-        help="of messages and --human (default model; hh for --human without one)",
-    )
+    about = "of messages and --human (default model; hh for --human without one)"
+    add("--template", choices=TEMPLATES, help=about)
     add_reading_options(add)
     add("--n", type=int, default=1, help="samples per prompt")
     add("--reward-model", metavar="DIR", help="print the best of the n samples by its reward")
@@ -93,10 +91,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    if options.n < 1:
-        raise UserError(f"--n {options.n}; at least 1 sample is needed")
-    if options.reward_model and options.n < 2:
-        raise UserError(f"--reward-model chooses among samples, and --n is {options.n}; give at least 2")
+    if options.n < (least := 2 if options.reward_model else 1):
+        raise UserError(f"--n is {options.n}; give at least {least} (--reward-model chooses among samples)")
     if options.pairs_out and not options.reward_model:
         raise UserError("--pairs-out goes with --reward-model")
     for option, path in (("--out", options.out), ("--pairs-out", options.pairs_out)):
@@ -114,38 +110,40 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
     if options.prompt == "":
         return [Prompt("")]  # The model begins after its BOS.
-    file = options.data or options.prompts_file
-    records: list[tuple[str, Any]]
-    if options.human is not None:
-        records = [("--human", {"prompt": [{"role": "user", "content": options.human}]})]
-    elif options.prompt is not None:
-        records = [("--prompt", {"prompt": unescaped(options.prompt)})]
-    elif options.data:
-        records = [(f"{file}:{line}", record) for line, record in read_records(Path(file))]
-    else:
-        path = require_file(Path(file), "a text file with one prompt per line is needed")
-        try:
-            # str.splitlines would also break lines at form feeds and other characters inside a prompt.
-            lines = path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 text ({error})") from None
-        records = [
-            (f"{file}:{n}", {"prompt": unescaped(line)} if line else None) for n, line in enumerate(lines, 1)
-        ]
     data = reading_section(options, options.model) if options.data else DataSection()
     prompts = []
-    for index, (place, record) in enumerate(records):
-        if record is None:  # a blank line
-            continue
+    for index, (place, record) in enumerate(_records(options)):
         try:
             if isinstance(record, BadRecord):
                 raise record
-            prompts.append(prompt_of(record, template, data)._replace(index=index))
+            if record is not None:
+                prompts.append(prompt_of(record, template, data)._replace(index=index))
         except BadRecord as bad:
             raise UserError(f"{place}: {bad}") from None
     if not prompts:
+        file = options.data or options.prompts_file
         raise UserError(f"{file}: no prompt in the file; at least one is needed")
     return prompts
+
+
+def _records(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """Where each prompt stands, and a record of it; None for a blank line."""
+    if options.human is not None:
+        yield "--human", {"prompt": [{"role": "user", "content": options.human}]}
+    elif options.prompt is not None:
+        yield "--prompt", {"prompt": unescaped(options.prompt)}
+    elif options.data:
+        for place, record in read_records(Path(options.data)):
+            yield f"{options.data}:{place}", record
+    else:
+        file = require_file(Path(options.prompts_file), "a text file with one prompt per line is needed")
+        try:
+            # str.splitlines would also break lines at form feeds and other characters inside a prompt.
+            lines = file.read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file}: not UTF-8 text ({error})") from None
+        for number, line in enumerate(lines, start=1):
+            yield f"{file}:{number}", {"prompt": unescaped(line)} if line else None
 
 
 def _that_fit(

@@ -216,9 +216,6 @@ def test_nobody_reads(best_of_n, prompts, tmp_path, monkeypatch):
     [
         ('{"chosen": "no turn in it"}', ":1: no prompt; "),
         ('{"prompt": [{"role": "user", "content": "a"}]}', "no chat_template in .*--template hh"),
-        ('{"prompt": [{"role": "user"}]}', ":1: a message in 'prompt' has no text under 'content'"),
-        ('{"prompt": "a", "chosen": [{"role": "user", "content": "a"}]}', ":1: no prompt; "),
-        ('{"prompt": "\\ud800"}', "give whole characters"),
         ("{", ":1: not JSON in UTF-8"),
         ("", "no prompt in the file"),
     ],

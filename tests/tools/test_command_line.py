@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from minidpo.__main__ import COMMANDS
 from tiny import small_files
 
 ROOT = Path(__file__).parents[2]
@@ -62,11 +61,3 @@ def test_ascii_terminal(world):
     result = run(*sample, "--max-new-tokens", "60", env=os.environ | {"PYTHONIOENCODING": "ascii"})
     assert result.returncode == 0, result.stderr
     assert "?" in result.stdout and result.stdout.isascii()
-
-
-def test_help():
-    """--help lists the commands, and each is a file or a folder of tools."""
-    result = run("-m", "minidpo", "--help")
-    assert result.returncode == 0
-    assert all(name in result.stdout for name in COMMANDS)
-    assert set(COMMANDS) <= {path.stem for path in (ROOT / "minidpo" / "tools").iterdir()}

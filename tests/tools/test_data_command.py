@@ -57,6 +57,10 @@ def test_every_file(world, tmp_path, capsys):
     assert "tokenized 1 responses, 1 kept" in out and out.endswith(" tokens: ' yes</s>'\n")
 
 
+def said(**turns: str) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in turns.items()]
+
+
 SINGLE = {"prompt": "cat", "completion": " yes"}
 HH = {"chosen": "\n\nHuman: cat?\n\nAssistant: yes", "rejected": "\n\nHuman: cat?\n\nAssistant: no"}
 MINE = {"q": "cat", "good": "yes", "bad": "no", "by": 3}
@@ -67,7 +71,7 @@ RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, 
 @pytest.mark.parametrize(
     ("written", "options", "expected"),
     [
-        (record("cat", id=3), "", [record("cat")]),
+        (record("cat", id=3), "--skip-bad --limit 1", [record("cat")]),
         (HH, "", [{"prompt": "\n\nHuman: cat?\n\nAssistant:", "chosen": " yes", "rejected": " no"}]),
         (SINGLE, "", [SINGLE]),
         (SINGLE | {"label": "false"}, "", [SINGLE | {"label": False}]),
@@ -76,16 +80,8 @@ RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, 
             MINE | {"system": "Be brief.", "tools": [{"name": "f"}]},
             f"{COLUMNS} --text template --template chatml",
             [
-                {
-                    "prompt": [
-                        {"role": "system", "content": "Be brief."},
-                        {"role": "user", "content": "cat"},
-                    ],
-                    "chosen": [{"role": "assistant", "content": "yes"}],
-                    "rejected": [{"role": "assistant", "content": "no"}],
-                    "margin": 3.0,
-                    "tools": [{"name": "f"}],
-                }
+                {"prompt": said(system="Be brief.", user="cat"), "chosen": said(assistant="yes")}
+                | {"rejected": said(assistant="no"), "margin": 3.0, "tools": [{"name": "f"}]}
             ],
         ),
         (
@@ -119,19 +115,6 @@ def test_out_refused(world, tmp_path):
             data_command([file, "--model", str(world / "model"), *options])
 
 
-def test_skip_bad(world, tmp_path, capsys):
-    """It skips and counts what cannot be read, when asked."""
-    arguments = [
-        str(write(tmp_path / "a.jsonl", record("cat"), {"prompt": "dog"})),
-        "--model",
-        str(world / "model"),
-    ]
-    with pytest.raises(UserError, match="a.jsonl:2: no key 'chosen'"):
-        data_command(arguments)
-    data_command([*arguments, "--skip-bad"])
-    assert "dropped 1: no key 'chosen' (line 2)" in capsys.readouterr().out
-
-
 def test_held_out(config, world, tokenizer, tmp_path):
     """--held-out writes the records that a run holds out, as they stand in their files."""
     records = [json.loads(line) for line in gzip.open(world / "pairs.jsonl.gz", "rt")]
@@ -154,15 +137,12 @@ def test_held_out_of_parquet(config, tmp_path):
     (tmp_path / "data").mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "a.parquet")
     arguments = config(data__train=f'["{tmp_path}/data"]', data__eval_pairs=2)
-    with pytest.raises(
-        UserError, match="--held-out .*: is a file of the data, or in a directory of the data"
-    ):
+    with pytest.raises(UserError, match="--held-out .*: is a file of the data, or in a directory"):
         data_command([*arguments, "--held-out", f"{tmp_path}/data/held_out.jsonl"])
     data_command([*arguments, "--held-out", f"{tmp_path}/held_out.jsonl"])
     expected = [record(f"a dog {i}", time="2026-11-26T00:00:00", votes=[1, None]) for i in range(9)]
-    assert len(held_out := read(tmp_path / "held_out.jsonl")) == 2 and all(
-        row in expected for row in held_out
-    )
+    held_out = read(tmp_path / "held_out.jsonl")
+    assert len(held_out) == 2 and all(row in expected for row in held_out)
 
 
 @pytest.mark.parametrize(

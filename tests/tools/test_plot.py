@@ -75,7 +75,8 @@ def test_curves(drawn, tmp_path):
 
 
 def test_panels(drawn, tmp_path):
-    """Every panel names its quantity, its unit and what is good; panels without data are left out."""
+    """Every panel names its quantity, its unit and what is good; what was not measured, or never changed (the
+    learning rate, the gradient norm), has none."""
     pairs, length = ["Accuracy, share of pairs", "Margin of rewards, nats"], "Response length (data), tokens"
     _, dpo = drawn(write_run(tmp_path / "dpo"))
     assert list(dpo) == ["Loss, nats", *pairs, "Reward, nats", length]
@@ -85,13 +86,6 @@ def test_panels(drawn, tmp_path):
     assert list(rm) == first and len(first) == 6
     _, ipo = drawn(write_run(tmp_path / "ipo", ("loss",), "ipo"))
     assert list(ipo) == ["Loss, nats²"]
-
-
-def test_constant(drawn, tmp_path):
-    """What never changed has no axis: it is told below the panels."""
-    figure, panels = drawn(write_run(tmp_path / "run"))
-    assert "Learning rate" not in panels
-    assert figure.get_supxlabel().endswith("never changed: Gradient norm: 1; Learning rate: 0.0001")
 
 
 def test_level(drawn, tmp_path):
@@ -111,7 +105,7 @@ def test_keys(config, tmp_path):
     run_rm(config(), f"--run.out={tmp_path / 'rm'}")
     judged = f"--eval.reward_model={tmp_path / 'rm' / 'final'}"
     run_dpo(config(eval__samples=2, eval__max_new_tokens=4), judged)
-    runs = [command.read_run(tmp_path / name, name) for name in ("rm", "out")]
+    runs = command.read_runs([tmp_path / "rm", tmp_path / "out"])
     written = {key.removeprefix("eval/") for run in runs for key in run.curves}
     assert all(set(panel.keys) & written for panel in command.PANELS)
 
@@ -124,9 +118,8 @@ def test_compared(drawn, tmp_path):
     held_out = [line for line in panels["Loss, nats"].lines if line.get_marker() != "None"]
     assert len({line.get_color() for line in held_out}) == len({line.get_marker() for line in held_out}) == 3
     # Two directories have one name, so that only paths tell the runs apart.
-    names = [*map(str, runs), "chosen", "rejected", "held out", "training"]
     (legend,) = figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == names
+    assert [text.get_text() for text in legend.get_texts()] == [*map(str, runs)]
     assert not any(axes.get_legend() for axes in panels.values())
 
 
@@ -139,27 +132,13 @@ def test_gaps(drawn, tmp_path, end):
     assert max(panels["Loss, nats"].lines[0].get_xdata()) == 10
 
 
-def test_held_out(drawn, tmp_path):
-    """Held-out values are a full line with a mark at each, be they two."""
-    write(tmp_path / "metrics.jsonl", {"step": 0, "eval/loss": 6.4}, {"step": 900, "eval/loss": 0.5})
-    (line,) = drawn(tmp_path)[1]["Loss, nats"].lines
-    assert (line.get_linestyle(), line.get_marker()) == ("-", "o")
-
-
-@pytest.mark.parametrize(
-    ("counts", "label"),
-    [([15], "training"), ([16], "training, smoothed"), ([1, 40], "training, partly smoothed")],
-)
-def test_legend(drawn, tmp_path, counts, label):
-    """It says smoothed of what is smoothed; one or two values have marks, so that they are seen."""
-    for count in counts:
-        (tmp_path / str(count)).mkdir()
-        lines = ({"step": step, "loss": step} for step in range(count))
-        write(tmp_path / str(count) / "metrics.jsonl", *lines)
-    figure, panels = drawn(*(tmp_path / str(count) for count in counts))
-    assert figure.legends[0].get_texts()[-1].get_text() == label
-    marks = [line.get_marker() for line in panels["Loss, nats"].lines]
-    assert marks == ["." if count <= 2 else "None" for count in counts]
+def test_few(drawn, tmp_path):
+    """One or two values in training have marks, so that they are seen."""
+    for count in (2, 3):
+        write_run(tmp_path / str(count), ())
+        write(tmp_path / str(count) / "metrics.jsonl", *({"step": k, "loss": k} for k in range(count)))
+    _, panels = drawn(tmp_path / "2", tmp_path / "3")
+    assert [line.get_marker() for line in panels["Loss, nats"].lines] == [".", "None"]
 
 
 def test_smoothing():
@@ -178,8 +157,7 @@ def test_name_with_a_dot():
 @pytest.mark.parametrize(
     ("written", "says"),
     [
-        (None, "no such file; plot takes"),
-        ("", "no step in it yet"),
+        (None, "no such file; give directories of runs"),
         ('{"step": 1', "no step in it yet"),
         ('{"step": 1, "other": 2}\n', "nothing that plot draws"),
         ('{"step": 1, "loss": 1' + "0" * 400 + "}\n", "nothing that plot draws"),
