@@ -26,7 +26,7 @@ BLOCK = 128  # FlexAttention's block size: rows on a GPU are whole blocks
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One packed row. An index means an index into `tokens`."""
+    """One packed row. An index of this class is one into its `tokens`."""
 
     tokens: Tensor  # (N,) int64
     # Which token is what; attention and rotary positions are derived from these three.
@@ -73,12 +73,12 @@ def pack(
     responses: how many responses of each prompt are laid out, counted from the first; default: all. Raises
     ValueError if it has fewer. scored: how many of those get log-probs, counted from the first; default: all.
     """
-    if responses is not None and responses > pairs.responses:
+    responses = pairs.responses if responses is None else responses
+    scored = responses if scored is None else scored
+    if responses > pairs.responses:
         raise ValueError(f"{responses} responses of each prompt are needed, the data has {pairs.responses}")
     # A row of bounds is (prompt start, prompt end = response 1 start, response 1 end, response 2 end, ...).
-    bounds = pairs.bounds if indices is None else pairs.bounds[indices]
-    bounds = bounds[:, : 2 + (bounds.shape[1] - 2 if responses is None else responses)]
-    scored = bounds.shape[1] - 2 if scored is None else scored
+    bounds = (pairs.bounds if indices is None else pairs.bounds[indices])[:, : 2 + responses]
 
     tokens, prompt, response, position, predictor, last = [], [], [], [], [], []
     n = 0  # The prompts stand one after the other: this is the index at which the next one starts.

@@ -24,7 +24,8 @@ def response_token_logps(model: Transformer, batch: PackedBatch, hidden: Tensor 
 
 
 def response_logps(model: Transformer, batch: PackedBatch, hidden: Tensor | None = None) -> Tensor:
-    """log pi(y|x) of every scored response: (P, scored), nats; `sequence_logps` of padded rows."""
+    """log pi(y|x) of every scored response: (P, scored), nats; what `logprobs.sequence_logps` computes of
+    padded rows."""
     # log pi(y|x) = sum over t of log pi(y_t | x, y_<t). Scored tokens lie response after response: (S,).
     logps = response_token_logps(model, batch, hidden)
     # In this order: prompt 0's responses, prompt 1's, ... So the sums, one after the other, are (P, scored).
