@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits are computed in chunks of this many bytes at most. Each chunk costs a product and a sum as large as the
-# output matrix, so that fewer and larger ones are faster, where there is memory for them.
+# Logits are computed in chunks of this many bytes at most. Each chunk costs a product and a sum as large as
+# the output matrix, so that fewer and larger ones are faster, where there is memory for them.
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**28}
-# Of a chunk so many logits at a time are turned to float32: on a CPU 8 MiB, which stay in its cache; on a GPU
-# 256 MiB, because few large calls are faster there.
+# Of a chunk so many logits at a time are turned to float32: on a CPU 8 MiB, which stay in its cache; on a
+# GPU 256 MiB, because few large calls are faster there.
 FLOAT32_LOGITS = {"cuda": 2**26, "cpu": 2**21}
 
 

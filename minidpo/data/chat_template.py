@@ -10,16 +10,16 @@ The model's own template writes BOS itself; hh and chatml do not, so their text 
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from functools import cached_property
 from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
-from minidpo.data.bad_record import BadRecord, check_characters
+from minidpo.data.bad_record import BadRecord, check_characters, printable
 from minidpo.data.jinja import compiled, refused, written
-from minidpo.data.messages import ASSISTANT, Given, Turns, with_reasoning
+from minidpo.data.messages import ASSISTANT, SPEAKERS, Given, Message, Turns, with_reasoning
 from minidpo.data.tokenizer_files import find_template, special_tokens
 from minidpo.errors import one_line
 from minidpo.files import fingerprint
@@ -70,11 +70,24 @@ class ChatTemplate:
         parts = self.kind, eos, self._source, self._with_tools, json.dumps(self._tokens), self.date
         self.identity = fingerprint(*parts, str(self.closes))
         self._compiled: dict[str, Any] = {}
+        self._roles = set(SPEAKERS.values())  # those of which nothing needs saying
         self._date_is_told = self._markers_are_checked = False
 
     def reads(self, name: str) -> bool:
         """Whether the text of a message can depend on its key `name`, or on a variable of that name."""
         return name in self._source + self._with_tools
+
+    def check_roles(self, messages: Iterable[Message]) -> None:
+        """Tell once of each role that the template does not name, because many write any role, and a
+        model knows a few. Raises `BadRecord` where it is another name of the user, assistant or system."""
+        for role in (message["role"] for message in messages):
+            if role not in self._roles and not (self.reads(f"'{role}'") or self.reads(f'"{role}"')):
+                what = f"a message has the role {printable(repr(role))[:40]}"
+                usual = SPEAKERS.get(role.lower())
+                if usual in ("user", "assistant", "system"):
+                    raise BadRecord(what, f", which the chat template does not name; call it {usual!r}")
+                print0(f"warning: {what}, which the chat template does not name")
+            self._roles.add(role)
 
     def tell_date(self) -> None:
         """Say once which date the template writes, if it writes one."""

@@ -28,7 +28,7 @@ from minidpo.log import Progress, print0
 from minidpo.sections import DataSection
 
 # Of the code from text to ids. Raise it with a change of the ids of a text, and caches are made anew.
-_VERSION = "7"
+_VERSION = "8"
 
 _Check = Callable[[str, TokenPair], None] | None
 

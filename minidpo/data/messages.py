@@ -9,6 +9,7 @@ All other keys are kept, because a chat template may read them: `name`, `reasoni
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,13 +25,15 @@ Given = Mapping[str, Any]  # what a record has its chat template given beside me
 # Where a message may have its reasoning, the first of them the standard name.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
-# Who speaks in sharegpt's form.
-_SPEAKERS = {
+# Who speaks in sharegpt's form, and the role of that speaker.
+SPEAKERS = {
     **dict.fromkeys(("human", "user", "prompter"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatbot", "model", "bot"), "assistant"),
     **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
     "system": "system",
 }
+# How the text of a list of messages, or of one, begins; Python prints it with single quotes.
+_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:""")
 _FORM = "; a message is {'role': 'user', 'content': '...'}"
 
 
@@ -40,6 +43,21 @@ def messages_of(record: dict, key: str) -> list[Message]:
     if not isinstance(record[key], list):
         raise BadRecord(f"{key!r} is no list of messages", "; give one, as under the other keys")
     return [_checked(message, key) for message in record[key]]
+
+
+def as_text(record: dict) -> list[str]:
+    """The keys under which a record has messages in JSON text, because a .csv file has nothing but text."""
+    return [key for key, value in record.items() if isinstance(value, str) and _AS_TEXT.match(value)]
+
+
+def from_json(record: dict, key: str) -> Any:
+    """What stands under a key; of text, what it spells. Raises `BadRecord` for text that is not JSON."""
+    value = record.get(key)
+    try:
+        return json.loads(value or "null") if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        right = f" ({one_line(error)}); give a list, as it is or as json.dumps writes it"
+        raise BadRecord(f"{key!r} is not JSON", right) from None
 
 
 def with_reasoning(message: Message) -> Message:
@@ -84,12 +102,7 @@ def with_system(record: dict, prompt: list[Message]) -> list[Message]:
 
 def given_of(record: dict) -> Given:
     """What the record has its chat template given: `chat_template_kwargs`, and `tools`, which may be JSON."""
-    tools, others = record.get("tools"), record.get("chat_template_kwargs") or {}
-    try:
-        if isinstance(tools, str):
-            tools = json.loads(tools or "null")
-    except (ValueError, RecursionError) as error:
-        raise BadRecord("'tools' is not JSON", f" ({one_line(error)}); give a list of tools") from None
+    tools, others = from_json(record, "tools"), record.get("chat_template_kwargs") or {}
     if not (tools is None or isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise BadRecord("'tools' is no list of objects", "; give one object per tool")
     if not isinstance(others, dict):
@@ -103,9 +116,9 @@ def _checked(message: Any, key: str) -> Message:
     message = {name: value for name, value in message.items() if value is not None}
     if "role" not in message and {"from", "value"} <= message.keys():
         speaker, value = message.pop("from"), message.pop("value")
-        role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+        role = SPEAKERS.get(speaker) if isinstance(speaker, str) else None
         if role is None:
-            right = f"; give one of {', '.join(_SPEAKERS)}"
+            right = f"; give one of {', '.join(SPEAKERS)}"
             raise BadRecord(f"a message in {key!r} is from {printable(repr(speaker))[:40]}", right)
         message = {"role": role, "content": value} | message
     if isinstance(message.get("content"), list):

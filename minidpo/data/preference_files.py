@@ -5,7 +5,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.preferences import ASSISTANT, PreferencePair, Unusable, pair_of
+from minidpo.data.preferences import ASSISTANT, NO_DIALOGUE, PreferencePair, Unusable, pair_of
 from minidpo.data.readings import form_of
 from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import DataReport, FileReport, dropped_lines
@@ -70,7 +70,8 @@ def read_preferences(
     if not file.kept:
         reasons = ", ".join(dropped_lines(file.dropped, file.unit)) or "the file is empty"
         what = f"{path}: no usable pair in {file.read} records ({reasons})"
-        raise UserError(f"{what}; one at least is needed{keys}")
+        other_keys = keys if shape is None or NO_DIALOGUE in file.dropped else ""
+        raise UserError(f"{what}; one at least is needed{other_keys}")
     if unseen := sorted(name for name in OPTIONAL if data.columns.get(name) and name not in file.noted):
         named = ", ".join(f"data.columns.{name} = {data.columns[name]!r}" for name in unseen)
         raise UserError(f"{path}: no record has the key of {named}{keys.partition('; give')[0]}")
@@ -98,6 +99,7 @@ def format_of(record: dict, data: DataSection) -> str:
 def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, data: DataSection) -> None:
     """Count a pair, and which keys of its record were read and which were not."""
     file.pairs += 1
+    file.margins += pair.margin is not None
     if pair.left_out:
         file.left_out[pair.left_out] += 1
     if pair.unread:
@@ -108,8 +110,7 @@ def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, da
     for name, key in (*shape.at.items(), *zip(BESIDE_MESSAGES, BESIDE_MESSAGES, strict=True)):
         told = data.columns.get(key, key)
         read = key in shape.keys or (pair.messages and key not in pair.unread)
-        needs_saying = name != told or name not in ("prompt", "chosen", "rejected")
-        if read and needs_saying and record.get(key) not in (None, ""):
+        if read and name != told and record.get(key) not in (None, ""):
             file.columns.setdefault(name, told)
 
 

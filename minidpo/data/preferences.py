@@ -31,6 +31,7 @@ from minidpo.sections import DataSection
 # The blank line before it belongs to the marker: "Assistant:" anywhere else is something that was said.
 ASSISTANT = "\n\nAssistant:"
 
+NO_DIALOGUE = "no '\\n\\nAssistant:' in a dialogue"
 _BLANK = "nothing but blanks in a response"
 DEFAULTS = DataSection()
 
@@ -87,7 +88,7 @@ def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
 def _split_hh(chosen_text: str, rejected_text: str) -> tuple[str, str, str]:
     cut = chosen_text.rfind(ASSISTANT)
     if ASSISTANT not in rejected_text or cut < 0:
-        raise Unusable("no '\\n\\nAssistant:' in a dialogue")
+        raise Unusable(NO_DIALOGUE)
     if chosen_text[:cut] != rejected_text[: rejected_text.rfind(ASSISTANT)]:
         raise Unusable("chosen and rejected differ before the last '\\n\\nAssistant:'")
     end = cut + len(ASSISTANT)
@@ -150,6 +151,7 @@ def _pair_of_messages(
 ) -> PreferencePair:
     """note: called with the prompt, to tell it from others. fields: what of the pair needs no template."""
     prompt, responses = _turns(reading, template)
+    template.check_roles(chain(prompt, *responses))
     if not prompt:
         one = "nothing stands before the assistant's first turn"
         two = "chosen and rejected share no turn, or `prompt` has none"

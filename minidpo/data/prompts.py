@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from minidpo.data.bad_record import BadRecord
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.messages import Given, Message, given_of, with_system
+from minidpo.data.messages import Given, Message, as_text, from_json, given_of, with_system
 from minidpo.data.preferences import ASSISTANT, DEFAULTS, PreferencePair
 from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, MESSAGES, Reading, form_of, said
 from minidpo.data.shapes import renamed, shape_of
@@ -26,6 +26,8 @@ def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS
     """The prompt of a record, which needs no responses: a `prompt` in text or messages, or what a record of
     any shape has for its prompt; of a dialogue, all before its last response."""
     record = renamed(record, data.columns)
+    in_text = [key for key in as_text(record) if key in ("prompt", "chosen")]
+    record = record | {key: from_json(record, key) for key in in_text}
     if record.get("prompt") is not None:  # Whether it has responses, and what else, is of no interest.
         conversation = isinstance(record.get("chosen"), list)
         reading = Reading(said(record, "prompt"), said(record, "chosen") if conversation else "")
@@ -46,6 +48,7 @@ def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS
     if not (prompt and isinstance(prompt, list)):
         raise BadRecord("no prompt", "; give `prompt` as text or messages, or a dialogue as `chosen`")
     prompt, given = with_system(record, prompt), given_of(record)
+    template.check_roles(prompt)
     text = template.render(prompt, True, given)
     if template.kind != "model":
         return Prompt(text, tail=template.tail)

@@ -25,7 +25,8 @@ class FileReport:
     read: int = 0  # records
     kept: int = 0  # of them, those that gave a pair
     pairs: int = 0  # those of the records that were kept
-    columns: dict[str, str] = field(default_factory=dict)  # what was read under which key, if it needs saying
+    columns: dict[str, str] = field(default_factory=dict)  # what was read under a key of another name
+    margins: int = 0  # pairs that have one
     unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
     unread: set[str] = field(default_factory=set)  # keys of records that hold something
@@ -37,7 +38,9 @@ class FileReport:
         yield f"{self.path}: {self.format}: {self.read} records read, {self.kept} kept{several}"
         if self.columns:
             columns = ", ".join(f"{name} = {printable(key)}" for name, key in self.columns.items())
-            yield f"  read as: {self.format}: {columns}"
+            yield f"  read as: {columns}"
+        if self.margins:
+            yield f"  {self.margins} pairs with a margin, for loss.margin_from_data and data.min_margin"
         yield from ("  " + line for line in dropped_lines(self.dropped, self.unit))
         if self.unread:
             yield f"  keys that are not read: {', '.join(map(printable, sorted(self.unread)))}"
@@ -64,6 +67,7 @@ class DataReport:
     apart: int = 0  # responses that share a token with their prompt, as text, and are tokenized alone
     # Of the kept pairs, as they go to the model:
     truncated_prompts: int = 0
+    truncated_messages: int = 0  # of these prompts, those that a chat template wrote
     truncated_responses: int = 0
     unscored_tokens: int = 0  # those of responses that others wrote
 
@@ -85,7 +89,9 @@ class DataReport:
             self.dropped[reason].append(f"{file}{pair.index}")
             return
         self.kept += 1
-        self.truncated_prompts += len(pair.prompt) < len(whole.prompt)
+        is_cut = len(pair.prompt) < len(whole.prompt)
+        self.truncated_prompts += is_cut
+        self.truncated_messages += is_cut and pair.templated
         both = zip(pair.responses, whole.responses, strict=True)
         self.truncated_responses += sum(len(left) < len(before) for left, before in both)
         self.unscored_tokens += sum(end - begin for begin, end in pair.unscored_ranges())
@@ -104,6 +110,9 @@ class DataReport:
             yield f"  {self.apart} responses tokenized apart: their first token would begin in the prompt"
         cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
         yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
+        if self.truncated_messages:
+            what = f"{self.truncated_messages} prompts of messages lost their beginning, with any system turn"
+            yield f"  warning: {what}; raise data.max_prompt_length to keep them whole"
         for part, lengths in self.lengths.items():
             if lengths:
                 part = "response" if single and part == "chosen" else part

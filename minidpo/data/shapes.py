@@ -5,10 +5,11 @@ key that is null is not there. `data.columns` gives keys of a record the names t
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from minidpo.data.bad_record import BadRecord, printable
+from minidpo.data.messages import as_text, from_json
 from minidpo.data.readings import At, Reading, of_answers, of_one, of_pair, of_preference, of_vote
 
 BESIDE_MESSAGES = ("system", "tools", "chat_template_kwargs")  # read in every shape
@@ -18,12 +19,13 @@ OPTIONAL = {"system", "tools", "margin"}  # Some records of a file may lack them
 @dataclass(frozen=True)
 class Shape:
     """A row of the table. name: empty where the kind of the values names it, see preferences.py. needs,
-    may_have: what stands under which key."""
+    may_have: what stands under which key. in_text: the keys whose messages are JSON text in this file."""
 
     name: str
     needs: At
     read: Callable[[dict, At, bool], list[Reading]]
     may_have: At = field(default_factory=dict)
+    in_text: tuple[str, ...] = ()
 
     @cached_property
     def at(self) -> At:
@@ -35,6 +37,8 @@ class Shape:
 
     def readings(self, record: dict, every: bool = False) -> list[Reading]:
         """See readings.py. Raises `BadRecord` for a missing key and for a value of another kind."""
+        if self.in_text:
+            record = record | {key: from_json(record, key) for key in self.in_text}
         for key in self.needs.values():
             if record.get(key) is None:
                 raise _missing(record, key)
@@ -63,7 +67,8 @@ def shape_of(record: dict, columns: Mapping[str, str] | None = None) -> Shape:
         # A prompt that is called so is the prompt, whatever else might be.
         other_prompt = "prompt" in there and shape.at.get("prompt", "prompt") != "prompt"
         if there.issuperset(shape.needs.values()) and named <= shape.keys and not other_prompt:
-            return shape
+            in_text = tuple(key for key in as_text(record) if key in shape.keys)
+            return replace(shape, in_text=in_text) if in_text else shape
     raise _missing(record, "rejected" if "chosen" in there else "chosen")
 
 

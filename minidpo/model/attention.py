@@ -28,8 +28,8 @@ SMALLEST_HEAD = 16  # FlexAttention's CUDA kernel takes no smaller head size
 # RTX 3090 to 5090) 99 KiB.
 LARGE_SHARED_MEMORY = 128 * 1024
 
-# How attention is computed on CUDA, by the dtype of v (bf16 under autocast): "flash", "flex", or "sdpa", which
-# is the only one that needs no particular GPU and no compiler. `choose_device` sets them.
+# How attention is computed on CUDA, by the dtype of v (bf16 under autocast): "flash", "flex", or "sdpa",
+# which is the only one that needs no particular GPU and no compiler. `choose_device` sets them.
 KINDS = {torch.bfloat16: "flash", torch.float32: "flex"}
 
 

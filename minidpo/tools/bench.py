@@ -61,9 +61,8 @@ def main(arguments: list[str]) -> None:
                 f"--against textbook: minidpo/textbook.py has plain DPO alone, and this is {config.loss}"
             )
         if options.their_passes < 1 or config.optim.batch_size % options.their_passes:
-            raise UserError(
-                f"--their-passes {options.their_passes} must divide the {config.optim.batch_size} pairs of a step"
-            )
+            given, pairs = options.their_passes, config.optim.batch_size
+            raise UserError(f"--their-passes {given} must divide the {pairs} pairs of a step")
         case = make_case(options, config, Path(temporary))
         result = {
             "model": options.shape or config.model.path,

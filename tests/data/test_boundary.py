@@ -20,7 +20,7 @@ STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
         # The tokenizer merges "bc" across the boundary of one response, and of both.
         (bpe([("b", "c")]), ("ab", "cd", "dc"), (ids("ab"), ids("cd"), ids("dc"))),
         (bpe([("b", "c")], bos=True), ("ab", "cc", "ce"), ([BOS, *ids("ab")], ids("cc"), ids("ce"))),
-        # It prepends a space to every text, but a response is none.
+        # It prepends a space to every text, but a response is not a text of its own.
         (bpe(bos=True, prepend=True), ("ab", "cd", " d"), ([BOS, *ids("▁ab")], ids("cd"), ids("▁d"))),
         # EOS is in the response already; EOS inside is no end.
         (bpe(), ("a", "bc", "de</s>"), (ids("a"), ids("bc"), ids("de"))),
@@ -136,6 +136,18 @@ def test_long_prompt(bos, prompt, limit, left):
     report, tokenizer = DataReport(), Tokenizer(bpe(bos=bos), EOS)
     (cut,) = tokenize_pairs([pair(prompt, "i", "j")], tokenizer, 9, limit, report)
     assert cut == TokenPair(left, [*ids("i"), EOS], [*ids("j"), EOS], 0) and report.truncated_prompts == 1
+
+
+def test_long_messages():
+    """The report warns of prompts of messages that lost their beginning, where a system turn stands."""
+    of_messages, report = PreferencePair("abcdef", "g", "h", 0, messages=True), DataReport()
+    short = PreferencePair("ab", "g", "h", 1, messages=True)
+    list(tokenize_pairs([of_messages, pair("abcdef", "g", "h"), short], Tokenizer(bpe(), EOS), 9, 4, report))
+    assert report.truncated_prompts == 2  # one of messages, one of text
+    said = (
+        "  warning: 1 prompts of messages lost their beginning, with any system turn; raise data.max_prompt"
+    )
+    assert any(line.startswith(said) for line in report.lines())
 
 
 def test_space_after_a_cut():

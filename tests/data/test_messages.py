@@ -40,6 +40,7 @@ def parts(role: str, *texts: str) -> dict:
         {"prompt": [ASKED, call("Rome"), turn("tool", "wet")]},
         {"prompt": [ASKED, call("Rome", content=None), turn("tool", "wet")]},
         {"prompt": [ASKED, call(None, content="")]},  # a null inside is an argument's value
+        {"prompt": json.dumps([ASKED])},
         {"prompt": [parts("user", "Is 2 + ", "2 four?")]},
         {"system": "Be brief."},
     ],
@@ -50,7 +51,7 @@ def test_as_transformers(tmp_path, changed):
     theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
     tools = json.loads(record["tools"]) if isinstance(record.get("tools"), str) else record.get("tools")
     given = {"tools": tools, "tokenize": False} | record.get("chat_template_kwargs", {})
-    messages = record["prompt"]
+    messages = json.loads(record["prompt"]) if isinstance(record["prompt"], str) else record["prompt"]
     if "system" in record:
         messages = [turn("system", record["system"]), *messages]
     if isinstance(messages[0]["content"], list):  # transformers would print the list.
@@ -121,6 +122,17 @@ def test_unread_keys(tmp_path, changed, kind, unread):
         ({"tools": "[{"}, "model", "'tools' is not JSON (Expecting"),
         ({"tools": ["weather"]}, "model", "'tools' is no list of objects; give one object per tool"),
         ({"chat_template_kwargs": "effort"}, "model", "'chat_template_kwargs' is no object; give one"),
+        (
+            {"prompt": [turn("human")]},
+            "model",
+            "has the role 'human', which the chat template does not name; ",
+        ),
+        ({"chosen": [turn("gpt")]}, "chatml", "which the chat template does not name; call it 'assistant'"),
+        (
+            {"prompt": [turn("System"), ASKED]},
+            "hh",
+            "which the chat template does not name; call it 'system'",
+        ),
         ({"chosen": [turn("assistant", [{"type": "image"}])]}, "model", "has a part of type 'image'; a part"),
         ({"chosen": [turn("assistant", ["Yes"])]}, "model", "has a part of type 'str'; a part is"),
         ({"chosen": [turn("assistant", None, tool_calls=[])]}, "model", "has no text under 'content'"),
@@ -133,6 +145,17 @@ def test_refused(tmp_path, changed, kind, said):
     with pytest.raises(UserError) as caught:
         read(chat_model(tmp_path, PLAIN).chat_template(kind), tmp_path, RECORD | changed)
     assert str(caught.value).startswith(f"{tmp_path}/pairs.jsonl:1: ") and said in str(caught.value)
+
+
+def test_roles(tmp_path, capsys):
+    """A role that the template names is its own; of any other, unless it is another's name, is told once."""
+    record = RECORD | {"prompt": [turn("critic", "Hm."), turn("bot", "Hi."), ASKED]}
+    chat = chat_model(tmp_path, PLAIN + "{# 'bot' #}").chat_template()
+    assert len(read(chat, tmp_path, record, record)[0]) == 2
+    told = "warning: a message has the role 'critic', which the chat template does not name\n"
+    assert capsys.readouterr().out == told
+    with pytest.raises(BadRecord, match="role 'bot', which the chat template does not name; call it 'assis"):
+        prompt_of(record, chat_model(tmp_path, PLAIN).chat_template())
 
 
 def test_deep_nesting(tmp_path):

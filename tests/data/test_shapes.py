@@ -1,5 +1,7 @@
 """Preferences in every shape in which they are published become the same pairs of messages."""
 
+import json
+
 import pytest
 from chat_model import SMOLLM2, chat_model, turn
 
@@ -53,6 +55,11 @@ SHAPES = {
     "repeated text": ({"prompt": ASK, "chosen": [Q, A], "rejected": [Q, B]}, pair()),
     "repeated messages": ({"prompt": [Q], "chosen": [Q, A], "rejected": [Q, B]}, pair()),
     "system": ({"prompt": ASK, "system": "Be brief.", **TEXTS}, pair(BRIEF, Q)),
+    # Messages in JSON text, as .csv files have them
+    "JSON": ({name: json.dumps(value) for name, value in pair().items()}, pair()),
+    "JSON conversations": ({"chosen": json.dumps([Q, A]), "rejected": json.dumps([Q, B])}, pair()),
+    "JSON sharegpt": ({"conversations": json.dumps([HUMAN, GPT])}, one()),
+    "JSON responses": ({"prompt": ASK, "chosen": json.dumps(A), "rejected": json.dumps([B])}, pair()),
     "scores": ({"prompt": ASK, "score_chosen": 3, "score_rejected": 1, **TEXTS}, pair(margin=2.0)),
     # Other names; a prompt that is called so wins
     "two prompts": ({"prompt": ASK, "question": "Who?", "input": "What?", **TEXTS}, pair()),
@@ -144,15 +151,16 @@ def test_as_transformers(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "lines"),
     [
-        ("orca", ["read as: orca pairs: prompt = question, system = system"]),
-        ("HelpSteer3", ["keys that are not read: individual_preference"]),
-        ("rasbt", ["read as: alpaca pairs: prompt = instruction", "keys that are not read: output"]),
+        ("SFT completion", []),
+        ("scores", ["1 pairs with a margin, for loss.margin_from_data and data.min_margin"]),
+        ("orca", ["read as: prompt = question"]),
+        ("rasbt", ["read as: prompt = instruction", "keys that are not read: output"]),
     ],
 )
 def test_told(tmp_path, name, lines):
-    """The report names the shape, the keys that are read and those that are not."""
+    """The report names the keys that are read under another name, and those that are not read."""
     _, said = read(chat_model(tmp_path, None), tmp_path, SHAPES[name][0])
-    assert [line for line in lines if f"  {line}" not in said] == []
+    assert said[1:] == [f"  {line}" for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -168,10 +176,21 @@ def test_first_record_decides(tmp_path, records, said):
     assert refusal(write(tmp_path / "a.jsonl", *records)).startswith(f":2: {said}")
 
 
+def test_json_text(tmp_path):
+    """Text is messages if the first record's is; in a file of text a response may look like messages."""
+    text = {"prompt": ASK, **TEXTS}
+    in_json = text | {"chosen": json.dumps([A])}
+    found, _ = read(chat_model(tmp_path, None), tmp_path, text, in_json, text="raw")
+    assert [each.chosen for each in found] == ["Yes.", json.dumps([A])]
+    with pytest.raises(UserError, match=r"a.jsonl:2: 'chosen' is not JSON \(Expecting value"):
+        read(chat_model(tmp_path, None), tmp_path, in_json, text)
+
+
 @pytest.mark.parametrize(
     ("record", "said"),
     [
         ({"chosen": [Q, A], "rejected": "No."}, "'rejected' is no list of messages; give one"),
+        ({"prompt": ASK, **TEXTS, "chosen": str([A])}, "'chosen' is not JSON (Expecting property name enc"),
         ({"messages": "Is it?"}, "'messages' is no list of messages; give one"),
         ({"chosen": "a", "rejected": "b"}, "HH dialogues, which are text of their own; data.text ="),
         ({"prompt": "\n\nHuman: 1?\n\nAssistant: ", **TEXTS}, "HH dialogues, which are text of their own;"),
