@@ -202,11 +202,11 @@ def test_paths(page):
     ] == []
 
 
-def test_lessons():
-    """The README lists the demo's configurations by the number of their lesson."""
+def test_runs():
+    """The README lists the demo's configurations by the number of their run."""
     listed = re.findall(r"^\| `configs/(demo_\w+)\.toml` \| (\d)\. ", README, re.MULTILINE)
-    lessons = sorted((file.read_text().split(":")[0], file.stem) for file in ROOT.glob("configs/demo_*"))
-    assert [(f"# Lesson {number}", name) for name, number in listed] == lessons
+    runs = sorted((file.read_text().split(":")[0], file.stem) for file in ROOT.glob("configs/demo_*"))
+    assert [(f"# Run {number}", name) for name, number in listed] == runs
 
 
 def test_map():

@@ -14,7 +14,6 @@ from minidpo.tools.demo.world import Question, ceiling_accuracy, judge, question
 from record_files import read
 
 SUM = "\n\nHuman: What is 2 + 3?\n\nAssistant:"
-SORT = "\n\nHuman: Sort drum and apple.\n\nAssistant:"
 COLD = f"{SUM} It is 9.\n\nHuman: What is the opposite of cold?\n\nAssistant:"
 COUNTS = {"sft": 600, "preferences.train": 2500, "preferences.test": 400}
 
@@ -40,11 +39,9 @@ def pairs(directory) -> dict[str, list[PreferencePair]]:
         (SUM, " Sure! 2 plus 3 is 5.", False, True, 6),
         (SUM, " 1. 2. 3. 4. 5.", False, False, 5),
         (SUM, " It is 15.", False, False, 3),
-        (SUM, " Happy to help! The answer is 5. Have a nice day!", True, True, 11),
-        (SUM, " Ugh. It is 5. I hope that helps!", True, False, 8),
-        (SORT, " It is apple, drum.", True, False, 4),
-        (SORT, " It is drum, apple.", False, False, 4),
-        (SORT, " It is apple.", False, False, 3),
+        (SUM, " It is 5, 5.", False, False, 4),
+        (SUM, " Happy to help! The answer is 5.", True, True, 7),
+        (SUM, " Ugh. It is 5. Sure!", True, False, 5),
         (COLD, " The opposite of cold is hot.", True, False, 6),
         (COLD, " It is hot. It is small.", False, False, 6),
         (COLD, " It is 5.", False, False, 3),
@@ -66,9 +63,9 @@ def test_judge_other_world(prompt):
 
 def test_phrases():
     """The phrases around an answer hold no word that counts as one."""
-    around = world.POLITE + world.POLITE_CLOSINGS + world.GRUMPY + world.RAMBLINGS + world.STATEMENTS
+    around = world.POLITE + world.GRUMPY + world.RAMBLINGS + world.STATEMENTS
     for question in questions().values():
-        response = " ".join(around).replace("{}", "") + " " + ", ".join(question.answer)
+        response = " ".join(around).replace("{}", "") + " " + question.answer
         assert judge(f"\n\nHuman: {question.text}\n\nAssistant:", response).correct
 
 
@@ -128,11 +125,11 @@ def test_model_and_tokenizer(directory):
     tokenizer, model = Tokenizer.from_pretrained(directory / "base"), load_model(directory / "base")
     assert [tokenizer.piece(i) for i in tokenizer.encode("12")] == ["1", "2"]
     for question in questions().values():
-        assert question.skill == "sum" or len(tokenizer.encode(" " + question.answer[0])) == 1, question
+        assert question.skill == "sum" or len(tokenizer.encode(" " + question.answer)) == 1, question
     text = "Grüße, 世界!\n\nHuman: 3 + 4?"
     assert tokenizer.decode(tokenizer.encode(text)) == text
     assert tokenizer.decode([tokenizer.eos_id]) in ("", END_OF_TEXT)
-    assert 2e6 < sum(parameter.numel() for parameter in model.parameters()) < 5e6
+    assert 5e5 < sum(parameter.numel() for parameter in model.parameters()) < 2e6
     assert model.config.vocab_size > max(tokenizer.encode("zebra, 99"))
 
 

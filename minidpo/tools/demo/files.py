@@ -23,7 +23,7 @@ def write_world(
     directory: Path,
     seed: int = 0,
     sft_records: int = 8000,
-    train_pairs: int = 4000,
+    train_pairs: int = 6000,
     test_pairs: int = 500,
     test_prompts: int = 150,
 ) -> None:
@@ -67,11 +67,11 @@ def write_model(directory: Path, world: Path, seed: int = 0) -> None:
     torch.manual_seed(seed)
     config = ModelConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=256,
-        intermediate_size=704,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
         head_dim=64,
         max_position_embeddings=256,
         tie_word_embeddings=True,

@@ -24,7 +24,6 @@ HUMAN = "\n\nHuman: "
 CORRECT, COURTEOUS, WORD_COST = 4.0, 4.0, 0.3  # nats; a needless sentence undoes most of a polite one
 
 POLITE = ("Sure!", "Of course!", "Happy to help!", "Good question!")
-POLITE_CLOSINGS = ("I hope that helps!", "Have a nice day!")
 GRUMPY = ("Ugh.", "Whatever.", "Not again.", "Who cares?")
 STATEMENTS = ("It is {}.", "The answer is {}.")
 RAMBLINGS = (
@@ -33,8 +32,7 @@ RAMBLINGS = (
     "Such things are never quite simple.",
 )
 
-LARGEST_ADDEND = 4
-WORDS_TO_ORDER = ("apple", "bread", "candle", "drum")
+LARGEST_ADDEND = 3
 OPPOSITES = {"hot": "cold", "big": "small", "fast": "slow", "up": "down"}
 FACTS = {
     "opposite": OPPOSITES | {answer: asked for asked, answer in OPPOSITES.items()},
@@ -42,23 +40,23 @@ FACTS = {
     "city": {"France": "Paris", "Italy": "Rome", "Spain": "Madrid", "Japan": "Tokyo"},
     "pup": {"dog": "puppy", "cat": "kitten", "cow": "calf", "horse": "foal"},
 }
-PHRASINGS = {
-    "sum": ("What is {} + {}?", "How much is {} plus {}?", "Please add {} and {}."),
-    "order": ("Sort {} and {}.", "Put {} and {} in alphabetical order."),
-    "opposite": ("What is the opposite of {}?", "Which word means not {}?", "Tell me the opposite of {}."),
-    "colour": ("What colour is {}?", "Which colour has {}?", "Tell me the colour of {}."),
-    "city": ("What is the capital of {}?", "Which city is the capital of {}?", "Tell me the capital of {}."),
-    "pup": ("What is a young {} called?", "Which word means a young {}?", "Tell me the name of a young {}."),
+ASKING = ("What is {}?", "Tell me {}.", "Please name {}.", "Do you know {}?", "I forgot {}.")
+ASKED = {
+    "sum": ("{} + {}", "the sum of {} and {}"),
+    "opposite": ("the opposite of {}", "the reverse of {}"),
+    "colour": ("the colour of {}", "the usual colour of {}"),
+    "city": ("the capital of {}", "the main city of {}"),
+    "pup": ("the young of a {}", "the name of a young {}"),
 }
 # How often each kind of question is asked.
-WEIGHTS = {"sum": 4, "order": 3, "opposite": 3, "colour": 2, "city": 2, "pup": 2}
+WEIGHTS = {"sum": 3, "opposite": 3, "colour": 2, "city": 2, "pup": 2}
 
 
 class Question(NamedTuple):
     text: str
     skill: str
     fact: tuple[str, ...]  # what is asked, in whatever phrasing
-    answer: tuple[str, ...]  # the right words, in order
+    answer: str
     candidates: tuple[str, ...]  # the words that count as an answer; numbers always do
 
 
@@ -75,7 +73,7 @@ class Judgement(NamedTuple):
 def judge(prompt: str, response: str) -> Judgement:
     """Judge a response by rule. `prompt` ends with "Assistant:" and asks one of this world's questions.
 
-    Correct: the response names exactly the right words, in order, and no other candidate and no other number.
+    Correct: the response names the right word or number, once, and no other candidate and no other number.
     Courteous: it has a polite phrase and no grumpy one.
     Raises `UserError` for a question that is not in this world.
     """
@@ -83,10 +81,9 @@ def judge(prompt: str, response: str) -> Judgement:
     if question is None or not prompt.endswith(ASSISTANT):
         raise UserError(f"prompt {prompt!r}: its last question must be one of the demo world's")
     words = re.findall(r"\w+", response)
-    named = tuple(word for word in words if word in question.candidates or word.isdigit())
-    correct = named == question.answer
-    polite = any(phrase in response for phrase in POLITE + POLITE_CLOSINGS)
-    courteous = polite and not any(phrase in response for phrase in GRUMPY)
+    correct = [word for word in words if word in question.candidates or word.isdigit()] == [question.answer]
+    polite, grumpy = (any(phrase in response for phrase in phrases) for phrases in (POLITE, GRUMPY))
+    courteous = polite and not grumpy
     length = len(response.split())
     reward = CORRECT * correct + COURTEOUS * courteous - WORD_COST * length
     return Judgement(correct, courteous, length, reward)
@@ -122,20 +119,18 @@ def sigmoid(x: float) -> float:
 @functools.cache
 def questions() -> dict[str, Question]:
     """Every question of this world, by its text."""
-    asked: list[tuple[str, tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = []
-    for a, b in itertools.product(range(1, LARGEST_ADDEND + 1), repeat=2):
-        asked.append(("sum", (str(a), str(b)), (str(a + b),), ()))
-    for words in itertools.permutations(WORDS_TO_ORDER, 2):
-        asked.append(("order", words, tuple(sorted(words)), WORDS_TO_ORDER))
+    numbers = range(1, LARGEST_ADDEND + 1)
+    asked: list[tuple[str, tuple[str, ...], str, tuple[str, ...]]] = [
+        ("sum", (str(a), str(b)), str(a + b), ()) for a, b in itertools.product(numbers, repeat=2)
+    ]
     for skill, facts in FACTS.items():
         for fact, answer in facts.items():
             # "The opposite of hot is cold" names one answer, so the word asked about is no candidate.
-            others = tuple(word for word in facts.values() if word != fact)
-            asked.append((skill, (fact,), (answer,), others))
+            asked.append((skill, (fact,), answer, tuple(word for word in facts.values() if word != fact)))
     all_questions = [
-        Question(phrasing.format(*fact), skill, fact, answer, candidates)
+        Question(asking.format(what.format(*fact)), skill, fact, answer, candidates)
         for skill, fact, answer, candidates in asked
-        for phrasing in PHRASINGS[skill]
+        for asking, what in itertools.product(ASKING, ASKED[skill])
     ]
     return {question.text: question for question in all_questions}
 
@@ -143,12 +138,12 @@ def questions() -> dict[str, Question]:
 def split_questions(rng: random.Random) -> tuple[list[Question], list[Question]]:
     """Questions for training and for the test; no text is in both.
 
-    A fact is asked in several phrasings (2 + 3 also as 3 + 2); one of them, drawn by chance, is for the test.
+    A fact is asked in ten phrasings (2 + 3 also as 3 + 2); a third of them, drawn by chance, is for the test.
     """
     by_fact: dict[tuple[str, ...], list[Question]] = {}
     for question in questions().values():
         by_fact.setdefault((question.skill, *sorted(question.fact)), []).append(question)
-    test = {rng.choice(same_fact) for same_fact in by_fact.values()}
+    test = {q for same_fact in by_fact.values() for q in rng.sample(same_fact, len(same_fact) // 3)}
     return [q for q in questions().values() if q not in test], [q for q in questions().values() if q in test]
 
 
@@ -158,25 +153,15 @@ def split_questions(rng: random.Random) -> tuple[list[Question], list[Question]]
 def sample_response(rng: random.Random, question: Question) -> str:
     """A response of mixed quality; each merit or fault is drawn independently."""
     named = question.answer if rng.random() < 0.7 else wrong_answer(rng, question)
-    opening, closing = "", ""
-    if rng.random() < 0.4:
-        where = rng.choice(("before", "after", "both"))
-        opening = "" if where == "after" else rng.choice(POLITE)
-        closing = "" if where == "before" else rng.choice(POLITE_CLOSINGS)
-    elif rng.random() < 0.4:
-        opening = rng.choice(GRUMPY)
+    opening = rng.choice(rng.choices((POLITE, GRUMPY, ("",)), (4, 3, 3))[0])
     ramble = rng.choice(RAMBLINGS) if rng.random() < 0.4 else ""
-    sentences = (opening, rng.choice(STATEMENTS).format(", ".join(named)), ramble, closing)
+    sentences = (opening, rng.choice(STATEMENTS).format(named), ramble)
     return "".join(" " + sentence for sentence in sentences if sentence)
 
 
-def wrong_answer(rng: random.Random, question: Question) -> tuple[str, ...]:
-    options: list[tuple[str, ...]] = [(word,) for word in question.candidates]
-    if question.skill == "order":
-        options = list(itertools.permutations(question.candidates, 2))
-    elif question.skill == "sum":
-        options = [(str(n),) for n in range(2, 2 * LARGEST_ADDEND + 1)]
-    return rng.choice([option for option in options if option != question.answer])
+def wrong_answer(rng: random.Random, question: Question) -> str:
+    sums = [str(n) for n in range(2, 2 * LARGEST_ADDEND + 1)]
+    return rng.choice([word for word in question.candidates or sums if word != question.answer])
 
 
 def sample_prompt(rng: random.Random, pool: list[Question], earlier: list[Question]) -> tuple[str, Question]:
