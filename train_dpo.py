@@ -5,10 +5,10 @@ chosen responses alone: SFT.
     torchrun --nproc_per_node=8 train_dpo.py configs/hh_dpo.toml
 
 A pair is one prompt with a chosen and a rejected response. Each step computes the log-probs of both responses
-under the policy (SFT: of the chosen one), compares them with those under the frozen reference (DPO, IPO), and
-takes one step of AdamW on the mean loss of `optim.batch_size` pairs. The same command, run again, resumes
-from the last checkpoint. minidpo/textbook.py is the same step without packing, micro-batches, clipping,
-processes and checkpoints.
+under the policy (SFT: of the chosen one), compares them with those under the frozen reference (losses that
+have one), and takes one step of AdamW on the mean loss of `optim.batch_size` pairs. The same command, run
+again, resumes from the last checkpoint. minidpo/textbook.py is the same step without packing, micro-batches,
+clipping, processes and checkpoints.
 """
 
 import torch
@@ -95,7 +95,7 @@ def main(arguments: list[str]) -> None:
 
             # Forward and backward pass, one micro-batch after the other. backward() adds to the gradients,
             # and each micro-batch divides by the size of the whole batch. So the result is the gradient of
-            # the batch's mean loss, however the batch is cut and spread over processes.
+            # the batch's mean loss, however the batch is cut, and spread over processes, which add up theirs.
             batch, totals = order[step], Means()  # batch: the numbers of the pairs that this step draws
             for indices in run.micro_batches(train_token_counts, batch):
                 logps = pair_logps(policy, train, indices, loss, run.device, run.dtype, z0)
@@ -107,7 +107,7 @@ def main(arguments: list[str]) -> None:
             # Clip, check, update. The norm that is logged is the one before clipping. A NaN must not reach
             # the weights, where no later step could remove it.
             norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)
-            grad_norm = full_tensor(norm).item()
+            grad_norm = full_tensor(norm).item()  # With one process, full_tensor changes nothing.
             run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -39,8 +39,8 @@ def main(arguments: list[str]) -> None:
     total_steps = len(order)
 
     # --------------------------------------------------------------------------------------------------------
-    # The language model with a new head. All of it is trained, not only the head; with lora.rank > 0 the head
-    # and adapters of the frozen layers (minidpo/model/lora.py).
+    # The language model with a new head. All of it is trained, not only the head. With lora.rank > 0 the head
+    # and adapters are trained, and the layers are frozen (minidpo/model/lora.py).
     model = new_reward_model(
         config.model.path, run.device, language_modelling=loss.lm_weight > 0, prepare=run.prepare
     )

@@ -6,7 +6,7 @@ from minidpo.errors import UserError, exit_on_user_error
 
 COMMANDS = {
     "demo": "a small world, a reward model and DPO from nothing, in minutes on a CPU",
-    "exact": "every loss trained to its analytic optimum in a world small enough to list",
+    "exact": "losses trained to their analytic optima in a world small enough to list",
     "verify": "the proofs, asked of every loss here or of a function of yours",
     "vectors": "test vectors of every loss, for programs in any language",
     "frontier": "true reward against KL for five losses: the DPO paper's Figure 2, on a CPU",

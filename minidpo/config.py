@@ -12,7 +12,7 @@ from minidpo.distributed import rank
 from minidpo.errors import UserError
 from minidpo.files import write_file, writing
 from minidpo.losses import DPO, LOSSES, BradleyTerry, PreferenceLoss
-from minidpo.sections import COMMAND_LINE, DPOConfig, RewardConfig, named_key
+from minidpo.sections import COMMAND_LINE, DataSection, DPOConfig, RewardConfig, named_key
 from minidpo.settings import fault, help_lines, keys_of, one_of, setting, toml
 
 Config = TypeVar("Config", DPOConfig, RewardConfig)
@@ -88,24 +88,24 @@ def loss_of_run(model: Path) -> PreferenceLoss | None:
     return cls(**{name: _value("loss", keys[name], value, str(file)) for name, value in given.items()})
 
 
+def settings_of_run(out: Path) -> Values:
+    """What the run in the directory `out` has written down of its configuration."""
+    try:
+        return read_toml(out / "config.toml")
+    except UserError:  # There is no such file, or a spoilt one that is about to be written again.
+        return {}
+
+
 def data_of_run(out: Path, key: str) -> str:
     """A text in [data] of the run in the directory `out`; empty if there is none."""
-    try:
-        return str(read_toml(out / "config.toml").get("data", {}).get(key, ""))
-    except UserError:  # There is no such file, or a spoilt one that is about to be written again.
-        return ""
+    return str(settings_of_run(out).get("data", {}).get(key, ""))
 
 
-def date_of_model(model: Path) -> str:
-    """The data.date of the run whose final/ or checkpoint `model` is; empty if there is none."""
+def data_of_model(model: Path) -> DataSection:
+    """[data] of the run whose final/ or checkpoint `model` is. Without a run `train` is empty."""
     file = config_of_run(model)
-    return data_of_run(file.parent, "date") if file else ""
-
-
-def text_of_model(model: Path) -> str:
-    """The data.text of the run whose final/ or checkpoint `model` is; empty if there is none."""
-    file = config_of_run(model)
-    return data_of_run(file.parent, "text") if file else ""
+    given = read_toml(file).get("data", {}) if file else {}
+    return DataSection(**{name: given[name] for name in keys_of(DataSection) if name in given})
 
 
 def to_dict(config: DPOConfig | RewardConfig) -> Values:
@@ -160,7 +160,10 @@ def _section_types(kind: type, file: str, of_file: Values, typed: Values) -> dic
     chosen = name(typed, COMMAND_LINE, former)
     # Where the command line chooses another loss, the keys in the file's [loss] belong to the former one.
     if chosen != former and (dropped := of_file.pop("loss", {})) and rank() == 0:
-        print(f"loss.name = {chosen}: {', '.join(dropped)} in {file} belong to {former} and are not read")
+        same = (dropped.keys() & keys_of(LOSSES[chosen])) - typed.get("loss", {}).keys()
+        own = ", ".join(f"{name} = {toml(getattr(LOSSES[chosen], name))}" for name in sorted(same))
+        names, default = ", ".join(dropped), f"; {chosen} takes {own} by default" if own else ""
+        print(f"loss.name = {chosen}: {names} in {file} belong to {former} and are not read{default}")
     return types | {"loss": LOSSES[chosen]}
 
 

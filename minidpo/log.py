@@ -73,10 +73,12 @@ class MetricsFile:
 
     def __init__(self, path: Path, last_step: int) -> None:
         self.path = path
+        self.kept: list[dict[str, float]] = []
         if rank() == 0:
             with writing(path):  # Written anew even if all lines stay: a link would lead out of the run.
                 lines = read_metrics(path) if path.exists() else []
-                write_json_lines(path, (line for line in lines if line["step"] <= (last_step or -1)))
+                self.kept = [line for line in lines if line["step"] <= (last_step or -1)]
+                write_json_lines(path, self.kept)
 
     def write(self, values: dict[str, float]) -> None:
         if rank() == 0:

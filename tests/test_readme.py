@@ -96,7 +96,7 @@ def test_commands(world, tmp_path, monkeypatch):
     assert first["eval/loss"] == pytest.approx(math.log(2))
     assert "loss is **0.6931** = ln 2" in README
     # The first losses that the lesson expects.
-    for name, loss in (("one_step", math.log(2)), ("ipo", 25.0), ("kto", 0.5)):
+    for name, loss in (("one_step", math.log(2)), ("ipo", 25.0), ("kto", 0.625)):
         metrics = Path("runs/lesson", name, "metrics.jsonl").read_text().splitlines()
         assert json.loads(metrics[0])["eval/loss"] == pytest.approx(loss, rel=1e-6)
 
@@ -113,7 +113,7 @@ def test_help(command, capsys):
 
 
 EQUATIONS = re.findall(r"^\| .* \| `(.*)` \| `(\w+\(.*\))` \|$", PAGES["methods.md"], re.MULTILINE)
-assert len(EQUATIONS) == 12
+assert len(EQUATIONS) == 14
 
 
 @pytest.mark.parametrize(("equation", "code"), EQUATIONS)
@@ -130,9 +130,12 @@ def test_equations(equation, code):
         names[f"odds_{y}"] = torch.log(p / (1 - p))
     names["z"] = names["beta"] * ((names["pi_w"] - names["ref_w"]) - (names["pi_l"] - names["ref_l"]))
     names["logps"] = losses.PairLogps(*(names[n] for n in "pi_w pi_l ref_w ref_l n_w n_l".split()))
-    liked = torch.ones(5, dtype=torch.bool)
-    names["labelled"] = losses.PairLogps(
-        names["pi_w"], ref_chosen=names["ref_w"], label=liked, z0=names["z0"]
+    for label, y in (("desirable", "w"), ("undesirable", "l")):
+        its, z0 = torch.full((5,), y == "w"), names["z0"]
+        names[label] = losses.PairLogps(names[f"pi_{y}"], ref_chosen=names[f"ref_{y}"], label=its, z0=z0)
+    names |= {"margin": 0.5, "c": 0.01, "lambda_d": 1.2, "lambda_u": 1.5}
+    names["rewards"] = losses.Rewards(
+        names["r_w"], names["r_l"], chosen_logps=names["pi_w"], chosen_length=names["n_w"]
     )
     expected = eval(equation, {"log": torch.log, "sigmoid": torch.sigmoid, "relu": torch.relu}, names)
     torch.testing.assert_close(eval(code, dict(vars(losses)), names), expected)
@@ -238,8 +241,11 @@ def test_usual_rates():
 
 def test_limits():
     """The lesson's table of what to watch has the thresholds of training/advice.py."""
-    limits = re.findall(r"^\| `([\w/]+)` \|.* (?:above|more than) (\d+)(?![.\d])", PAGES["lesson.md"], re.M)
+    limits = re.findall(
+        r"^\| `([\w/]+)` \* \|.* (?:above|more than) (\d+)(?![.\d])", PAGES["lesson.md"], re.M
+    )
     assert {name: float(limit) for name, limit in limits} == {
+        "eval/loss": round(100 * advice.RISEN - 100),  # in percent
         "eval/logps/chosen": advice.FALLEN,
         "eval/kl": advice.MOST_KL,
         "eval/kl_of_worst": advice.APART,

@@ -81,7 +81,8 @@ def load_pairs(
         mask = split_by_prompt(train.prompt_keys(), data.eval_pairs, seed, of_records)
         train, held_out = train.select(~mask), train.select(mask)
         if data.eval_pairs:
-            print0(f"held out {len(held_out)} pairs by prompt, {len(train)} left to train on")
+            what = "responses" if train.responses == 1 else "pairs"
+            print0(f"held out {len(held_out)} {what} by prompt, {len(train)} left to train on")
     if check:
         check(train, held_out)
     for new in to_keep:

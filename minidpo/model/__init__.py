@@ -13,6 +13,7 @@ from minidpo.model.pretrained import (
     load_reward_model,
     model_fingerprint,
     new_reward_model,
+    require_language_model,
     require_reward_model,
     reward_read_at,
     save_model,

@@ -61,6 +61,12 @@ def require_reward_model(directory: Path) -> None:
         raise UserError(f"{directory}: no score.weight among its tensors: a language model; {hint}")
 
 
+def require_language_model(directory: Path) -> None:
+    """Raises UserError if the directory holds a reward model, judging by the names of its weights."""
+    if "score.weight" in tensor_files(directory):
+        raise UserError(f"{directory}: a reward model (score.weight), where a language model is needed")
+
+
 def reward_read_at(directory: Path) -> str:
     """Where in a text a reward model was trained: at its "end of text" in general, at "EOS of text" without
     messages, or at "EOS", whatever followed, by an older version. Empty if no run of this package did."""

@@ -84,7 +84,7 @@ def show_all(prompts: Sequence[Sequence[Sample]]) -> None:
     for samples in prompts:
         for k, sample in enumerate(samples):
             if len(prompts) * len(samples) > 1:
-                print0(f"--- prompt {sample.prompt.index}, sample {k}")
+                print0(f"--- {_named(sample.prompt)}, sample {k}")
             print0(sample.text)
 
 
@@ -94,8 +94,8 @@ def show_best(prompts: Sequence[Sequence[Sample]]) -> None:
     rewards = np.array([[sample.reward for sample in samples] for samples in prompts])  # (prompts, n)
     for samples, its in zip(prompts, rewards, strict=True):
         best, mean, worst = its.max(), its.mean(), its.min()
-        index = samples[0].prompt.index
-        print0(f"--- prompt {index}, best of {n}: reward {best:.4f} (mean {mean:.4f}, worst {worst:.4f})")
+        named = _named(samples[0].prompt)
+        print0(f"--- {named}, best of {n}: reward {best:.4f} (mean {mean:.4f}, worst {worst:.4f})")
         print0(_best(samples).text)
     every, top = (with_error(per_prompt, ".4f") for per_prompt in (rewards.mean(axis=1), rewards.max(axis=1)))
     print0(f"--- {len(prompts)} prompts, {n} samples each; mean ± standard error over prompts")
@@ -105,6 +105,12 @@ def show_best(prompts: Sequence[Sequence[Sample]]) -> None:
     if cut := sum(not sample.ended for samples in prompts for sample in samples):
         were = f"{cut} of {rewards.size} samples were cut off at --max-new-tokens"
         print0(f"{were}, and are scored as if they ended there")
+
+
+def _named(prompt: Prompt) -> str:
+    """Its record's number in the file, and the end of what was asked."""
+    asked = prompt.messages[-1].get("content") or "" if prompt.messages else prompt.text
+    return f"prompt {prompt.index} ({'...' * (len(asked) > 60)}{asked[-60:]!r})"
 
 
 def _prompt(sample: Sample) -> str | list[Message]:

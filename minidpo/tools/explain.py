@@ -3,7 +3,8 @@
 Printed are every token (of long texts the ends, unless --every-token is given) with its role and its
 log-prob under policy and reference, the sums, the log-ratios, and what the loss and its gradient make of
 them; then the same pair under every loss. The numbers are those of `score`, and of the first logged step of a
-run with batch_size 1: nothing is truncated, and the same functions compute them. --html: as in `report`.
+run with batch_size 1, by the same functions. Nothing is truncated; where training did, that is said.
+--html: as in `report`.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from minidpo.config import date_of_model
+from minidpo.config import data_of_model
 from minidpo.data import (
     BadRecord,
     ChatTemplate,
@@ -40,7 +41,13 @@ from minidpo.sections import TEMPLATES
 from minidpo.settings import keys_of
 from minidpo.tools.explain_text import render
 from minidpo.tools.pair_numbers import explanations
-from minidpo.tools.reading import add_reading_options, add_settings, chosen_loss, reading_section
+from minidpo.tools.reading import (
+    add_reading_options,
+    add_settings,
+    chosen_loss,
+    cut_in_training,
+    reading_section,
+)
 from minidpo.tools.report_page import token_pairs, write_page
 from minidpo.tools.sample import unescaped
 from minidpo.training.device import choose_device
@@ -93,7 +100,7 @@ def explain(options: argparse.Namespace, trained: Path, loss: PreferenceLoss) ->
     """All that is printed, unrounded."""
     device = choose_device(options.device, dtype=options.dtype)
     tokenizer = Tokenizer.from_pretrained(with_tokenizer(options.model, options.adapter))
-    template = tokenizer.chat_template(options.template, date_of_model(trained))
+    template = tokenizer.chat_template(options.template, data_of_model(trained).date)
     pair = _read_pair(options, template, tokenizer)
     pairs = _token_ids(options, pair, tokenizer)
     require_messages("--template", template, pairs, tokenizer)
@@ -109,6 +116,8 @@ def explain(options: argparse.Namespace, trained: Path, loss: PreferenceLoss) ->
     losses = [loss, *(each for each in every if each != loss)]
     (numbers,) = explanations(pairs, tokenizer, losses, *models)
     given = {name: getattr(options, name) for name in ("model", "adapter", "reference", "data", "index")}
+    cut, limits = cut_in_training(trained, pairs.lengths)
+    given["cut_in_training"] = limits if cut else None
     return numbers | given | {name: getattr(pair, name) for name in PARTS}
 
 
@@ -123,7 +132,7 @@ def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: T
     try:
         if isinstance(record, BadRecord):
             raise record
-        data = reading_section(options, options.model)
+        data = reading_section(options, options.adapter or options.model)
         record = renamed(record, data.columns)
         pair = pair_of(record, shape_of(record, data.columns), template, drop_identical=False, data=data)
     except (BadRecord, Unusable) as reason:

@@ -38,6 +38,8 @@ def _heading(e: dict[str, Any]) -> Iterator[str]:
     yield (
         f"tokens     {counts}" + f" ({others} by others, not scored)" * (others > 0) + "; nothing is cut off"
     )
+    if e["cut_in_training"]:
+        yield f"           (training cuts this pair: {e['cut_in_training']})"
     yield "Natural logarithms (nats). Each number is rounded by itself: a last digit may be off in a sum."
 
 
@@ -77,7 +79,7 @@ def equations(e: dict[str, Any]) -> str:
 
 def _filled_in(equation: str, e: dict[str, Any]) -> str:
     loss, kind = e["loss"], LOSSES[e["loss"]["name"]]
-    values = {r"\b[zh]\b(?! =| as)": loss["argument"], r"\bz0\b": loss.get("z0")}
+    values = {r"\b[zh]\b(?! =| as)": loss.get("argument"), r"\bz0\b": loss.get("z0")}
     values[r"(?<![a-z])e\b"] = loss.get("flip_rate")
     values |= {rf"\b{name}\b": loss[name] for name in keys_of(kind) if not isinstance(loss[name], bool)}
     for name, y in zip(responses_of(e), ("y" if kind.unpaired else "y_w", "y_l"), strict=False):
@@ -115,7 +117,8 @@ def calculation(e: dict[str, Any]) -> list[list[str]]:
     for label, values in rows.items():
         differences = (values[0] - value for value in values[1:])
         table.append([label, *(f"{value:z.4f}" for value in (*values, *differences))])
-    table.append(["z or h, what the loss is a function of", f"{loss['argument']:z.4f}"])
+    if "argument" in loss:
+        table.append(["z or h of the equation", f"{loss['argument']:z.4f}"])
     if "sigmoid" in loss:
         table.append(["sigma(z)", f"{loss['sigmoid']:.4f}"])
     table.append(["loss", f"{loss['loss']:z.4f}"])

@@ -1,5 +1,6 @@
 """Pairs in numbers: per token, summed, and what losses make of them. `explain` and `report` show them."""
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
@@ -81,12 +82,13 @@ def _token_logps(
 def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:
     """What `loss` makes of one pair (B = 1). Rewards and the loss are the run's own.
 
-    argument: what the loss is a function of. sigmoid: of the argument, if it is the logit of a probability.
+    argument: z or h of its equation, if it has one. sigmoid: of z, if that is the logit of a probability.
     """
     # In float64, because a weight of 1e-9 is still a weight.
     precise = PairLogps(*(v.double() if v is not None and v.is_floating_point() else v for v in pair))
     values: dict[str, Any] = {"name": loss.name} | {name: getattr(loss, name) for name in keys_of(loss)}
-    values["argument"] = loss.z(precise).item()
+    if re.search(r"\b[zh]\b", loss.equation):
+        values["argument"] = loss.z(precise).item()
     if loss.z_is_logit:
         values["sigmoid"] = loss.z(precise).sigmoid().item()
     if loss.needs_z0 and pair.z0 is not None:

@@ -2,11 +2,15 @@
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import Field, replace
 from pathlib import Path
 from typing import Any
 
-from minidpo.config import config_of_run, loss_of_run, text_of_model
+import numpy as np
+
+from minidpo.config import config_of_run, data_of_model, loss_of_run
+from minidpo.data.paths import data_files
 from minidpo.errors import UserError
 from minidpo.losses import DPO, LOSSES, PreferenceLoss
 from minidpo.sections import COLUMNS, TEXTS, DataSection
@@ -40,7 +44,30 @@ def reading_section(options: argparse.Namespace, model: str | Path, **settings: 
         if not equals or name not in COLUMNS:
             raise UserError(f"--column {option}: give NAME=KEY, NAME one of {', '.join(COLUMNS)}")
         columns[name] = key
-    return DataSection(text=options.text or text_of_model(Path(model)), columns=columns, **settings)
+    return DataSection(text=options.text or data_of_model(Path(model)).text, columns=columns, **settings)
+
+
+def trained_on(model: Path, file: Path) -> str:
+    """A warning if `file` is one of data.train of the run which made the model; else empty."""
+    data, files = data_of_model(model), set[Path]()
+    for name in data.train:
+        with suppress(UserError):  # It is no longer there, so it is not `file`.
+            files |= set(map(Path.resolve, map(Path, data_files([name]))))
+    if file.resolve() not in files:
+        return ""
+    held_out = 0 if data.eval else data.eval_pairs
+    but = f", but for about {held_out} pairs that it held out" if held_out else ""
+    return f"warning: the model was trained on {file} (data.train in {config_of_run(model)}){but}"
+
+
+def cut_in_training(model: Path, lengths: np.ndarray) -> tuple[int, str]:
+    """How many pairs the run which made the model cuts, and by which limits. lengths: (n, 1 + K), tokens of
+    prompts and responses."""
+    data = data_of_model(model)
+    prompts = lengths[:, 0].clip(max=data.max_prompt_length)
+    cut = (prompts < lengths[:, 0]) | (prompts + lengths[:, 1:].max(axis=1) > data.max_length)
+    limits = f"data.max_length = {data.max_length}, data.max_prompt_length = {data.max_prompt_length}"
+    return int(cut.sum()) if data.train else 0, limits
 
 
 def chosen_loss(

@@ -74,8 +74,7 @@ def in_words(run: Run, config: Any) -> Iterator[object]:
 
     advice = Advice(loss, parameters, optim.lr, adapters, (warnings := list[str]()).append)
     for line in run.lines:
-        look_at = advice.on_step if "loss" in line else advice.on_evaluation
-        look_at({key.removeprefix("eval/"): value for key, value in line.items()})
+        advice.on_line(line)
     if evaluations := [line for line in run.lines if "loss" not in line]:
         yield f"On held-out {unit}, step {evaluations[0]['step']} → {evaluations[-1]['step']}"
         for key, label, form in COLUMNS:

@@ -10,7 +10,7 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from minidpo.config import date_of_model
+from minidpo.config import data_of_model
 from minidpo.data import BadRecord, ChatTemplate, Prompt, Tokenizer, prompt_of, read_records, require_fit
 from minidpo.errors import UserError
 from minidpo.files import require_file, require_place
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     tokenizer = Tokenizer.from_pretrained(files)
     as_hh = options.human is not None and tokenizer.chat_template().form is None
     kind = options.template or ("hh" if as_hh else "model")
-    template = tokenizer.chat_template(kind, date_of_model(Path(options.adapter or options.model)))
+    template = tokenizer.chat_template(kind, data_of_model(Path(options.adapter or options.model)).date)
     prompts = _prompts(options, template)
     if options.template == "chatml" and all(prompt.tail is None for prompt in prompts):
         raise UserError("--template = chatml is for messages, and the prompts are text; leave it out")
@@ -75,6 +75,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     prompt.add_argument("--prompt", help="text to continue, exactly as given (\\n is read as a line break)")
     about = "a question, put by the model's chat template, else as \\n\\nHuman: TEXT\\n\\nAssistant:"
     prompt.add_argument("--human", metavar="TEXT", help=about)
+    add("--system", metavar="TEXT", help="with --human: what stands before it, as the system's turn")
     prompt.add_argument("--prompts-file", metavar="FILE", help="one prompt per line, \\n is a line break")
     about = "a file of records with a `prompt` in text or messages, or dialogues"
     prompt.add_argument("--data", metavar="FILE", help=about)
@@ -100,6 +101,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             require_place(option, path)
     if options.template and options.human is None and not options.data:
         raise UserError("--template is for messages and --human; a prompt in text is taken as it is")
+    if options.system is not None and options.human is None:
+        raise UserError("--system goes with --human; a record may have `system`")
     if (options.text or options.column) and not options.data:
         raise UserError("--text and --column are for the records of --data")
     if options.out and options.out == options.pairs_out:
@@ -110,7 +113,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
     if options.prompt == "":
         return [Prompt("")]  # The model begins after its BOS.
-    data = reading_section(options, options.model) if options.data else DataSection()
+    data = reading_section(options, options.adapter or options.model) if options.data else DataSection()
     prompts = []
     for index, (place, record) in enumerate(_records(options)):
         try:
@@ -129,7 +132,8 @@ def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt
 def _records(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
     """Where each prompt stands, and a record of it; None for a blank line."""
     if options.human is not None:
-        yield "--human", {"prompt": [{"role": "user", "content": options.human}]}
+        asked = [{"role": "user", "content": options.human}]
+        yield "--human", {"prompt": asked, "system": options.system}
     elif options.prompt is not None:
         yield "--prompt", {"prompt": unescaped(options.prompt)}
     elif options.data:

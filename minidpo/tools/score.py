@@ -1,7 +1,8 @@
 """`python -m minidpo score`: what a model thinks of every pair of a preference file, one JSON line per pair.
 
 Nothing is truncated: a pair that does not fit max_length is left out and counted, so every number is of a
-whole text. Printed is what the set shows: accuracy, mean margin, and the accuracy of the longer response.
+whole text, even where training cut it, of which a line is printed, as of a file that was trained on. Then
+follows what the set shows: accuracy, mean margin, and the accuracy of the longer response.
 
 margin         that of the rewards of the run's loss (rewards/margins of its log); DPO's for other models
 accuracy       share of pairs whose margin is > 0: strict, as in training, so a model that cannot tell has 0
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minidpo.config import date_of_model
+from minidpo.config import data_of_model
 from minidpo.data import (
     DataReport,
     PairTokens,
@@ -35,7 +36,13 @@ from minidpo.model import RewardModel, load_model, load_reward_model
 from minidpo.model.adapter_files import HELP, with_tokenizer
 from minidpo.sections import TEMPLATES
 from minidpo.tools.explain_text import settings
-from minidpo.tools.reading import add_reading_options, chosen_loss, reading_section
+from minidpo.tools.reading import (
+    add_reading_options,
+    chosen_loss,
+    cut_in_training,
+    reading_section,
+    trained_on,
+)
 from minidpo.tools.tables import aligned
 from minidpo.training.device import choose_device
 from minidpo.training.reference import require_reference
@@ -82,8 +89,9 @@ def main(arguments: list[str]) -> None:
             reference = load_model(options.reference, device=device)
             values = all_logps(reference, pairs, *passes, "reference_log-probs")
             add("reference_{}_logps", values, options.reference)
-    of_pairs = zip(*(column.tolist() for column in columns.values()), strict=True)
-    write_json_lines(Path(options.out), (dict(zip(columns, values, strict=True)) for values in of_pairs))
+    if options.out:
+        of_pairs = zip(*(column.tolist() for column in columns.values()), strict=True)
+        write_json_lines(Path(options.out), (dict(zip(columns, values, strict=True)) for values in of_pairs))
 
     if pairs.responses == 2:
         margins, meaning = _margins(loss, origin, columns)
@@ -94,7 +102,8 @@ def main(arguments: list[str]) -> None:
     else:
         per_token = columns["chosen_logps"] / columns["chosen_length"]
         print0(f"mean log-prob of a token, per response {with_error(per_token, '.4f')} nats")
-    print0(f"{len(pairs)} pairs, one per line, written to {options.out}")
+    if options.out:
+        print0(f"{len(pairs)} pairs, one per line, written to {options.out}")
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -105,7 +114,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     add("--adapter", metavar="DIR", help=HELP)
     add("--reference", metavar="DIR", help="with --model: this model's log-probs too")
     add("--data", metavar="FILE", required=True, help="preference file")
-    add("--out", metavar="FILE", required=True, help="for the scores, one JSON line per pair")
+    add("--out", metavar="FILE", help="for the scores, one JSON line per pair")
     add("--by", metavar="FIELD", help="accuracy also for each value of this field of the records")
     add("--beta", type=float, help=f"of the rewards in the summary (default: the run's, else {DPO().beta})")
     add("--max-length", type=int, help="longest prompt + response scored (default: the model's)")
@@ -118,7 +127,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     for option in ("reference", "beta"):
         if getattr(options, option) is not None and options.reward_model:
             raise UserError(f"--{option} goes with --model; a reward model needs none")
-    require_place("--out", options.out)
+    if options.out:
+        require_place("--out", options.out)
     return options
 
 
@@ -126,12 +136,17 @@ def _read_whole(options: argparse.Namespace, trained: Path, tokenizer: Tokenizer
     """The pairs of --data that fit the limit, none of them cut."""
     file, report = Path(options.data), DataReport()
     data = reading_section(options, trained)
-    template = tokenizer.chat_template(options.template, date_of_model(trained))
+    template = tokenizer.chat_template(options.template, data_of_model(trained).date)
     texts = read_preferences(file, report, drop_identical=False, template=template, data=data)
     texts = stop_if_glued(texts, file, tokenizer, template, data.text)
     whole = tokenize_pairs(texts, tokenizer, limit, report=report, truncate=False, drop_identical=False)
     pairs = PairTokens.from_pairs(whole)
     print0("\n".join(report.lines()))
+    if warning := trained_on(trained, file):
+        print0(warning)
+    cut, limits = cut_in_training(trained, pairs.lengths)
+    if cut:
+        print0(f"{cut} pairs are scored whole, but training cuts them ({limits})")
     require_messages("--template", template, pairs, tokenizer)
     if options.reward_model and pairs.on_messages:
         compare_template(Path(options.reward_model), tokenizer, template)

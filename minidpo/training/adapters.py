@@ -13,8 +13,8 @@ from minidpo.distributed import full_tensor, reshard, shard_like
 from minidpo.errors import UserError
 from minidpo.files import read_object
 from minidpo.log import print0
-from minidpo.model import RewardModel, Transformer
-from minidpo.model.lora import adapted_layers, adapters_off
+from minidpo.model import RewardModel, Transformer, read_config
+from minidpo.model.lora import adapted_layers, adapters_off, add_adapters
 from minidpo.sections import LoRASection
 from minidpo.settings import keys_of
 from minidpo.training.scoring import all_logps, all_rewards
@@ -34,6 +34,8 @@ def settle_lora(config: DPOConfig | RewardConfig, device: torch.device) -> None:
         if given:
             print0(f"lora.rank is 0, so all weights are trained: {', '.join(given)} of [lora] is not read")
         return
+    with torch.device("meta"):  # Fail now, on a model without weights, if a target is no layer.
+        add_adapters(Transformer(read_config(Path(config.model.path))), lora)
     if lora.base_dtype == "bf16" and dtype == "fp32":
         name = config.named("lora.base_dtype")
         raise UserError(f'{name} = "bf16" needs run.dtype = "bf16"; with run.dtype = "fp32" give "fp32"')

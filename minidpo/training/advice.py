@@ -3,7 +3,7 @@
 The thresholds are rules of thumb, not theorems.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from minidpo.log import print0
 from minidpo.losses import SATURATED, BradleyTerry, PreferenceLoss
@@ -12,6 +12,7 @@ from minidpo.settings import keys_of
 APART = 30.0  # nats of KL of one short response, which as a rule is then no language any more
 MOST_KL = 10.0  # nats per response; beyond it, samples are seldom what the preferences were about
 FALLEN = 10.0  # nats per chosen response
+RISEN = 1.01  # times the held-out loss of step 0, whatever its scale; less may be noise
 OF_ADAPTERS = 10  # their best rates over those of full training (Schulman et al. 2025, "LoRA Without Regret")
 FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 
@@ -19,7 +20,8 @@ FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 class Advice:
     """Looks at the logged values of a run as they come, and names only settings that the run's loss has.
 
-    tell: where a warning goes.
+    tell: where a warning goes. seen: lines of metrics.jsonl from before the run was resumed, which has been
+    told what there was to warn of.
     """
 
     def __init__(
@@ -29,8 +31,9 @@ class Advice:
         lr: float,
         adapters: bool = False,
         tell: Callable[[str], None] = print0,
+        seen: Iterable[dict[str, float]] = (),
     ) -> None:
-        self._tell = tell
+        self._tell: Callable[[str], object] = str  # tells nobody
         self._given: set[str] = set()
         self._first: dict[str, float] = {}  # values of the first evaluation
         self._overfitted_steps = 0
@@ -41,6 +44,9 @@ class Advice:
         self._smoothing = ["loss.label_smoothing"] * ("label_smoothing" in has)
         self._sft = ["loss.sft_weight above 0"] * (getattr(loss, "sft_weight", 1.0) == 0)
         self._by_length = ["loss.length_normalize", "SimPO"] * ("length_normalize" in has)
+        for line in seen:
+            self.on_line(line)
+        self._tell = tell
         low, high = (rate * (OF_ADAPTERS if adapters else 1) for rate in loss.usual_lr)
         kind = f"{loss.name} with adapters" if adapters else loss.name
         self._warn(
@@ -48,6 +54,11 @@ class Advice:
             f"optim.lr = {lr:g} is far from what is published for {kind}, {low:g} to {high:g}: expect"
             f" {'no change' if lr < low else 'a model that falls apart'}",
         )
+
+    def on_line(self, line: dict[str, float]) -> None:
+        """line: of metrics.jsonl, of a training step or of an evaluation."""
+        look_at = self.on_step if "loss" in line else self.on_evaluation
+        look_at({name.removeprefix("eval/"): value for name, value in line.items()})
 
     def on_step(self, values: dict[str, float]) -> None:
         """values: what is logged of a training step."""
@@ -69,6 +80,12 @@ class Advice:
     def on_evaluation(self, values: dict[str, float]) -> None:
         """values: what is logged of an evaluation, without "eval/"."""
         self._first = self._first or values
+        loss, at_first = values.get("loss", 0.0), self._first.get("loss", 0.0)
+        self._warn(
+            loss > RISEN * at_first,
+            f"held-out loss {loss:.4f}, above the {at_first:.4f} of step 0: the run has overfitted, or its steps"
+            " are too large; try fewer optim.epochs, a lower optim.lr or an earlier checkpoint",
+        )
         kl, worst = values.get("kl", 0.0), values.get("kl_of_worst", 0.0)
         self._warn(
             kl > MOST_KL,

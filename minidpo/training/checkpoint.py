@@ -16,17 +16,22 @@ from typing import Any
 import torch
 from torch.optim import AdamW
 
-from minidpo.config import DPOConfig, RewardConfig, to_dict
+from minidpo.config import DPOConfig, RewardConfig, settings_of_run, to_dict
 from minidpo.data import HELD_OUT_BY, PairTokens
 from minidpo.distributed import rank, require_same
 from minidpo.errors import UserError, one_line
 from minidpo.files import remove_directory, replacing_directory, writing
 from minidpo.log import print0
+from minidpo.losses import BradleyTerry
 from minidpo.model import RewardModel, Transformer, model_fingerprint, save_model
 from minidpo.model.adapter_files import STEM, adapter_tensors, save_adapter
 from minidpo.model.tensors import read_tensors, write_tensors
 from minidpo.training.optim import learning_rate, optimizer_tensors
 from minidpo.training.saved_tokenizer import edit_field, write_tokenizer
+
+OF_HELD_OUT = "held-out pairs chosen by"
+# What an identity means that has no such key: that of train_rm.py, and that of a run without adapters.
+ABSENT = {"loss.name": BradleyTerry.name, "lora.rank": 0}
 
 
 def run_identity(config: DPOConfig | RewardConfig, train: PairTokens) -> dict[str, Any]:
@@ -48,7 +53,7 @@ def run_identity(config: DPOConfig | RewardConfig, train: PairTokens) -> dict[st
     if train.date:
         identity["data.date"] = train.date
     if config.data.eval_pairs and not config.data.eval:
-        identity["held-out pairs chosen by"] = HELD_OUT_BY
+        identity[OF_HELD_OUT] = HELD_OUT_BY
     return identity
 
 
@@ -121,21 +126,31 @@ class Checkpoints:
             if checkpoints:
                 where = self._out / "checkpoints"
                 raise UserError(f"{where}: no checkpoint in it is whole; remove it to start anew")
+            if {path.name for path in self._out.iterdir()} - {".lock", "tokens"}:
+                print0(f"{self._out} has files but no checkpoint: the run starts anew in it")
         require_same(self.identity | {"the step of the last checkpoint": step})
         self._remove_oldest(step)  # A run that was killed after a save has left one too many.
         return step
 
     def _difference(self, was: dict[str, Any]) -> str:
         """In what a checkpoint with the identity `was` is another run's; empty if it is this one's."""
-        now = self.identity
+        was, now = ABSENT | was, ABSENT | self.identity
         # A setting that the version before did not have is off by default.
         names = [name for name in was | now if (was.get(name) or None) != (now.get(name) or None)]
         if not names:
             return ""
         # Another loss, or one with adapters, has other settings, too, so that is said first. The content of
         # the data comes last: other differences explain it.
-        name = min(names, key=lambda name: (name not in ("loss.name", "lora.rank"), name == "data", name))
-        return f"{name} = {was.get(name)!r}, now it is {now.get(name)!r}"
+        last = ("data", "data.date", OF_HELD_OUT)
+        name = min(names, key=lambda name: (name not in ABSENT, name in last, name))
+        if "." in name:
+            return f"{name} = {was.get(name)!r}, now it is {now.get(name)!r}"
+        # A fingerprint says nothing to a reader, but the settings that it follows from do.
+        section = "data" if name in last else name
+        before, after = settings_of_run(self._out).get(section, {}), to_dict(self.config)[section]
+        changed = [key for key in before.keys() & after if before[key] != after[key] and key != "cache"]
+        said = (f"{section}.{key} = {before[key]!r}, now it is {after[key]!r}" for key in sorted(changed))
+        return " and ".join(said) or f"other content of the files in [{section}]"
 
     def _load(self, path: Path, model: Transformer, optimizer: AdamW) -> None:
         # In place, because a second copy may not fit in memory. If the files turn out to be torn, the

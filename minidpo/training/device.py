@@ -145,6 +145,20 @@ def slowdown_of_threads() -> float:
     return alone / products_per_second()
 
 
+def tell_slow_cpu(dtype: str) -> None:
+    """Warn where this CPU computes more than twice as slowly as it could, and say what to set."""
+    if dtype == "bf16" and (slowdown := slowdown_of_bf16()) > 2:
+        print0(
+            f"warning: bf16 is {slowdown:.0f} times slower than float32 on this CPU: stop with Ctrl-C, and start"
+            ' another run with run.dtype = "fp32"'
+        )
+    if (slowdown := slowdown_of_threads()) > 2:
+        print0(
+            f"warning: {slowdown:.0f} times slower than on one thread, because other programs use the"
+            " processors: stop with Ctrl-C and go on with --run.threads=1"
+        )
+
+
 def describe(device: torch.device, run: RunSection) -> str:
     cuda = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if cuda else f"{torch.get_num_threads()} CPU threads"

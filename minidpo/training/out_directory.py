@@ -15,9 +15,9 @@ FLAGS = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NO
 
 
 def require_parts(out: Path) -> None:
-    """Raises UserError if what a run keeps in directories of `out` cannot be there, before it trains until
-    its first save."""
-    for name in ("checkpoints", "tokens"):
+    """Raises UserError if `out`, or what a run keeps in directories of it, cannot be there, before the run
+    trains until its first save."""
+    for name in ("", "checkpoints", "tokens"):
         if os.path.lexists(out / name) and not (out / name).is_dir():
             raise UserError(f"{out / name}: no directory; remove it, or mount the disk that it is a link to")
 

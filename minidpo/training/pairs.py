@@ -21,7 +21,7 @@ from minidpo.distributed import first_before_others
 from minidpo.errors import UserError
 from minidpo.log import print0
 from minidpo.losses import LOSSES, BradleyTerry, PreferenceLoss
-from minidpo.model import read_config, require_reward_model
+from minidpo.model import read_config, require_language_model, require_reward_model
 from minidpo.sections import naming_key
 from minidpo.settings import toml
 from minidpo.training.reference import require_reference
@@ -109,6 +109,8 @@ def require_responses(
 def _require_other_models(config: DPOConfig, tokenizer: Tokenizer) -> None:
     """Fail now rather than at the first evaluation, and name what is given and not read."""
     reward_model, reference, samples = config.eval.reward_model, config.reference.path, config.eval.samples
+    with naming_key(config, "model.path"):
+        require_language_model(Path(config.model.path))
     if samples and reward_model:
         with naming_key(config, "eval.reward_model"):
             require_reward_model(Path(reward_model))

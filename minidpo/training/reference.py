@@ -17,7 +17,7 @@ from minidpo.distributed import broadcast, rank, shard
 from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint, read_arrays, replacing_file, write_arrays, writing
 from minidpo.log import print0
-from minidpo.model import Transformer, load_model, read_config
+from minidpo.model import Transformer, load_model, read_config, require_language_model
 from minidpo.model.lora import adapters_off
 from minidpo.training.run import Run
 from minidpo.training.scoring import all_logps, require_finite
@@ -29,6 +29,7 @@ def require_reference(directory: Path, tokenizer: Tokenizer, max_length: int) ->
     """Raises UserError unless the reference takes texts of max_length and, if it has a tokenizer, has the ids
     of ours."""
     require_fit("reference", read_config(directory), tokenizer, max_length)
+    require_language_model(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
     if has_tokenizer and (conflict := tokenizer.conflict(Tokenizer.from_pretrained(directory))):
         what = f"{directory}: its tokenizer has other ids than the model's ({conflict})"

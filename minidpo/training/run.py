@@ -31,7 +31,7 @@ from minidpo.training.device import (
     compiles_layers,
     describe,
     peak_memory,
-    slowdown_of_threads,
+    tell_slow_cpu,
 )
 from minidpo.training.out_directory import lock_directory, require_parts
 from minidpo.training.saved_tokenizer import tokenizer_files
@@ -46,7 +46,8 @@ class Run:
         with naming_key(config, "model.path"):
             read_config(Path(config.model.path))  # Fail now if it is no model directory.
         self._tokenizer_files = tokenizer_files(Path(config.model.path))
-        require_parts(self.out)
+        with naming_key(config, "run.out"):
+            require_parts(self.out)
         self.device = choose_device(config.run.device, config.run.threads, self.dtype, config.run.attention)
         self._compile = compiles_layers(config.run.compile, self.device)
         settle_lora(config, self.device)
@@ -110,7 +111,8 @@ class Run:
         self._metrics = MetricsFile(self.out / "metrics.jsonl", step)
         self._some_pairs = held_out if len(held_out) else train
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        self._advice = Advice(config.loss, parameters, optim.lr, adapters=config.lora.rank > 0)
+        adapters, seen = config.lora.rank > 0, self._metrics.kept
+        self._advice = Advice(config.loss, parameters, optim.lr, adapters, seen=seen)
         if optim.warmup_steps > steps:
             what = f"warm-up takes {optim.warmup_steps} steps and the run {steps}"
             print0(f"warning: {what}: lr never reaches {optim.lr}")
@@ -122,11 +124,8 @@ class Run:
             f" {len(held_out)} held out, {steps} steps of {optim.batch_size} {records} on"
             f" {describe(self.device, self.settings)}"
         )
-        if self.device.type == "cpu" and (slowdown := slowdown_of_threads()) > 2:
-            print0(
-                f"warning: {slowdown:.0f} times slower than on one thread, because other programs use the"
-                " processors: stop with Ctrl-C and go on with --run.threads=1"
-            )
+        if self.device.type == "cpu":
+            tell_slow_cpu(self.dtype)
         return step
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:

@@ -76,7 +76,8 @@ def test_best(best_of_n, prompts, tmp_path):
         of_prompt = sorted(samples[5 * i : 5 * i + 5], key=lambda row: row["reward"])
         best = of_prompt[-1]
         assert [row["best"] for row in of_prompt] == [False, False, False, False, True]
-        assert f"--- prompt {i}, best of 5: reward {best['reward']:.4f}" in text and best["text"] in text
+        heading = f"--- prompt {i} ({PROMPTS[i]!r}), best of 5: reward {best['reward']:.4f}"
+        assert heading in text and best["text"] in text
         worst, *_, best_spoken = (row for row in of_prompt if row["text"].strip())
         assert (pair.prompt, pair.chosen, pair.rejected) == (PROMPTS[i], best_spoken["text"], worst["text"])
         assert pair.margin == pytest.approx(best_spoken["reward"] - worst["reward"])
@@ -109,7 +110,8 @@ def test_without_a_reward_model(sampled, best_of_n, prompts, tmp_path):
     assert read(out) == [{k: v for k, v in row.items() if k not in ("reward", "best")} for row in scored]
     assert any(row["text"] != row["text"].strip() for row in scored)
     for row in scored:
-        assert f"--- prompt {row['prompt_index']}, sample {row['sample']}\n{row['text']}\n" in text
+        named = f"--- prompt {row['prompt_index']} ({row['prompt']!r}), sample {row['sample']}"
+        assert f"{named}\n{row['text']}\n" in text
 
 
 def drawn(text: str, reward: float) -> Sample:
@@ -159,13 +161,21 @@ def chatty(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("own", "option", "asked"),
-    [(False, [], HH), (False, ["hh"], HH), (False, ["chatml"], CHATML), (True, [], OWN), (True, ["hh"], HH)],
+    [
+        (False, [], HH),
+        (False, ["--template", "hh"], HH),
+        (False, ["--template", "chatml"], CHATML),
+        (True, [], OWN),
+        (True, ["--template", "hh"], HH),
+        (True, ["--system", "Be brief."], f"<system> Be brief.{OWN}"),
+        (False, ["--system", "Be brief."], HH.replace("<s>", "<s>Be brief.")),
+    ],
 )
 def test_human(sampled, world, chatty, monkeypatch, own, option, asked):
     """A question is put by the model's own template, and as in HH if it has none; any EOS ends a response."""
     directory, calls = chatty if own else world / "model", []
     monkeypatch.setattr(command, "generate", lambda *arguments, **_: calls.append(arguments) or arguments[1])
-    sampled("--human", "a cat?", *(["--template", *option] if option else []), model=directory)
+    sampled("--human", "a cat?", *option, model=directory)
     ((_, (ids,), _, stops, _),) = calls
     assert Tokenizer.from_pretrained(directory).decode(ids, special_tokens=True) == asked
     assert stops == ({2, 5, 70} if own else {2})
@@ -237,6 +247,7 @@ def test_no_prompt(best_of_n, tmp_path, record, says):
         ("--prompt a --reward-model nowhere --n 2", "nowhere"),
         ("--prompt a --reward-model MODEL --n 2", "score.weight"),
         ("--prompt a --pairs-out TMP/p", "--pairs-out goes with --reward-model"),
+        ("--prompt a --system b", "--system goes with --human"),
         ("--prompt a --out TMP/no/s", "--out .*: a file in a directory that exists"),
         ("--prompt a --reward-model SCORER --n 2 --pairs-out TMP", "--pairs-out .*: a file in a directory"),
         ("--prompt a --reward-model SCORER --n 2 --out TMP/p --pairs-out TMP/p", "give two files"),

@@ -84,6 +84,13 @@ def test_every_loss(explained, pair):
     assert [loss.get("beta") for loss in losses[:2]] == [0.3, 0.1]
 
 
+def test_no_z(explained, text, pair):
+    """APO-zero and SFT are functions of no difference z, so none is shown."""
+    losses = {loss["name"]: loss for loss in explained(*pair)["losses"]}
+    assert {name for name in losses if "argument" not in losses[name]} == {"apo_zero", "sft"}
+    assert "z or h of" not in text(*pair, "--loss", "apo_zero")
+
+
 def test_settings_of_a_run(config, explained, text, pair, tmp_path):
     """The settings are those of the run that made the model, unless others are given."""
     run_dpo(config(optim__max_steps=1), "--loss.beta=0.37", "--loss.label_smoothing=0.2")
@@ -93,6 +100,10 @@ def test_settings_of_a_run(config, explained, text, pair, tmp_path):
         loss = explained(*of_run)["loss"]
         assert (loss["name"], loss["beta"], loss["label_smoothing"]) == ("dpo", 0.37, 0.2)
         assert f"as {out / 'config.toml'} says" in text(*of_run)
+        assert "training cuts" not in text(*of_run)
+    long = ["--prompt", " cat" * 41, "--chosen", " yes", "--rejected", " no"]
+    limits = "data.max_length = 64, data.max_prompt_length = 40"
+    assert f"(training cuts this pair: {limits})" in text("--model", str(out / "final"), *long)
     assert explained(*of_run, "--beta", "0.5")["loss"]["beta"] == 0.5
     assert explained(*of_run, "--loss", "ipo")["loss"]["beta"] == 0.1
     assert explained(*pair)["loss"]["beta"] == 0.1
@@ -127,7 +138,7 @@ def test_with_a_calculator(text, pair, e):
     for label, number in (
         ("log-ratio = log pi - log pi_ref", log_ratios[0] - log_ratios[1]),
         ("implicit reward r(x, y); their margin", z),
-        ("z or h, what the loss is a function of", z),
+        ("z or h of the equation", z),
         ("sigma(z)", sigmoid),
         ("loss  ", -(1 - e) * math.log(sigmoid) - e * math.log(1 - sigmoid)),
         ("gradient weight, -d loss", -0.3 * ((1 - e) * (1 - sigmoid) - e * sigmoid)),  # rejected's

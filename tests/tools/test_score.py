@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
 from minidpo.tools.explain import main as explain
+from minidpo.tools.reading import cut_in_training
 from minidpo.tools.sample import main as sample
 from minidpo.tools.score import main as score
 from padded import saved_weights
@@ -94,6 +95,13 @@ def test_not_finite(world, tmp_path, capsys, command, arguments, value):
     assert "nan" not in capsys.readouterr().out
 
 
+def test_without_out(world, capsys):
+    """Without --out the summary is printed all the same."""
+    score(["--model", str(world / "model"), "--data", str(world / "pairs.jsonl.gz"), "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert re.search(r"^  all +40 ", text, re.M) and "written" not in text
+
+
 def test_accuracy_and_margin(scored, world):
     """Accuracy and mean margin come with their standard errors."""
     reference = ("--reference", world / "other")
@@ -110,6 +118,24 @@ def test_accuracy_and_margin(scored, world):
     printed = re.search(r"^  all .* (-?\d+\.\d{4}) ± (\d+\.\d{4})$", text, re.M).groups()
     assert list(map(float, printed)) == pytest.approx([mean, error], abs=2e-4)
     assert "beta 0.7" in text and "beta 0.1" in scored(*reference)[1]
+
+
+def test_of_training(scored, world, tmp_path):
+    """Of a file that the run trained on, and of pairs that it cut, there is a line each."""
+    data = write(tmp_path / "pairs.jsonl", GOOD, {**GOOD, "prompt": "p" * 9})
+    model, config = tmp_path / "run" / "final", tmp_path / "run" / "config.toml"
+    shutil.copytree(world / "model", model)
+    settings = "eval_pairs = 1\nmax_length = 10\nmax_prompt_length = 6\n"
+    config.write_text(f'[data]\ntrain = ["gone.jsonl", "{data}"]\n{settings}')
+    text, copied = scored(model=model, data=data)[1], shutil.copy(data, tmp_path / "copied.jsonl")
+    known = f"warning: the model was trained on {data} (data.train in {config}), but for about 1 pairs that"
+    assert known in text and "trained on" not in scored(model=model, data=copied)[1]
+    limits = "data.max_length = 10, data.max_prompt_length = 6"
+    assert f"1 pairs are scored whole, but training cuts them ({limits})" in text
+    # 6 + 4 fit into 10. Cut are a prompt of 7, and a response of 5 after one of 6, be it chosen or rejected.
+    lengths = np.array([[6, 4, 4], [7, 1, 1], [6, 5, 1], [6, 1, 5]])
+    assert [cut_in_training(model, row[None])[0] for row in lengths] == [0, 1, 1, 1]
+    assert cut_in_training(world / "model", np.array([[9999, 1, 1]]))[0] == 0  # made by no run
 
 
 @pytest.mark.parametrize(

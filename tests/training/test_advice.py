@@ -33,6 +33,8 @@ def warnings(capsys):
 @pytest.mark.parametrize(
     ("steps", "evaluations", "says", "tries"),
     [
+        ([], [{"loss": x} for x in (0.6931, 0.7739, 0.8)], "0.7739, above the 0.6931 of step 0", "epochs"),
+        ([], [{"loss": x} for x in (25.0, 20.0, 25.3)], "25.3000, above the 25.0000", "epochs"),  # IPO
         ([], [{}, {"kl": 10.4}, {"kl": 12.0}], "KL 10.4 nats", "beta"),
         ([], [{}, {"kl": 3.0, "kl_of_worst": 31.0}], "a KL of 31 nats", "read OUT/samples"),
         ([], [{}, {"logps/chosen": -111, "rewards/margins": 0.4}], "11.0 nats less likely", "beta"),
@@ -52,6 +54,7 @@ def test_warning(steps, evaluations, says, tries, warnings):
     ("steps", "evaluations"),
     [
         ([{}] * 5, [{}, {"kl": 9.0, "rewards/margins": 0.5}]),
+        ([], [{"loss": x} for x in (25.0, 25.2, 20.0, 22.0)]),  # at most 1 % above the start
         ([PERFECT, {}] * 3, []),  # now and then is chance
         ([], [{}, {"logps/chosen": -120.0}]),  # fallen, but margins did not rise: another trouble
         ([], [{"sample_length": n} for n in (50, 70, 60, 65, 80)]),
@@ -61,6 +64,16 @@ def test_warning(steps, evaluations, says, tries, warnings):
 def test_no_warning(steps, evaluations, warnings):
     """A run that goes well is left alone."""
     assert warnings(steps, evaluations) == []
+
+
+def test_resumed(config, tmp_path, capsys):
+    """The start of a resumed run is still step 0, and what was told before is not told again."""
+    arguments, file = config(optim__schedule='"constant"'), tmp_path / "out" / "metrics.jsonl"
+    run_dpo(arguments, "--optim.max_steps=1")
+    file.write_text(re.sub('(?<="eval/loss": )[^,]*', "0.1", file.read_text()))
+    for steps, told in ((2, 1), (3, 0)):
+        run_dpo(arguments, f"--optim.max_steps={steps}")
+        assert capsys.readouterr().out.count("above the 0.1000 of step 0") == told
 
 
 @pytest.mark.parametrize("loss", [*(kind() for kind in LOSSES.values()), BradleyTerry()], ids=repr)

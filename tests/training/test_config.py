@@ -152,9 +152,14 @@ def test_loss(tmp_path, name):
 
 def test_another_loss(tmp_path, capsys):
     """If the command line changes the loss, the file's keys of its own loss are dropped, and one line says
-    so."""
+    so, and what the new loss has for them."""
     in_file = MINIMAL + 'loss.name = "dpo"\nloss.beta = 0.3\nloss.length_normalize = true\n'
     assert load(tmp_path, in_file, "--loss.name=simpo", "--loss.gamma=0.5").loss == SimPO(gamma=0.5)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("loss.name = simpo: beta, length_normalize in ") and "dpo" in line
+    assert line.endswith("; simpo takes beta = 2.0 by default")
+    load(tmp_path, in_file, "--loss.name=simpo", "--loss.beta=1")
+    assert capsys.readouterr().out.endswith("belong to dpo and are not read\n")
+    with pytest.raises(UserError, match='--loss.name = "ppo"'):
+        load(tmp_path, in_file, "--loss.name=ppo")
     assert load(tmp_path, in_file, "--loss.name=dpo").loss.beta == 0.3 and not capsys.readouterr().out

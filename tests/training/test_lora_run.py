@@ -110,10 +110,10 @@ def test_another_run(config, world, tmp_path):
     weights["model.norm.weight"][0] += 1
     save_file(weights, other / "model.safetensors")
     for override, says in (
-        (f"model.path={other}", "model = '"),
+        (f"model.path={other}", "model.path = '"),
         ("lora.rank=3", "lora.rank = 4, now it is 3"),
         ("lora.targets=q_proj", "lora.targets = "),
-        ("lora.rank=0", "lora.rank = 4, now it is None"),
+        ("lora.rank=0", "lora.rank = 4, now it is 0"),
     ):
         with pytest.raises(UserError, match=f"step-4 was made with {re.escape(says)}"):
             run_dpo(config(), *LORA, f"--{override}")
@@ -192,7 +192,7 @@ def test_refused(config, tmp_path):
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             run_dpo(config(), *LORA, *overrides)
-    assert not (tmp_path / "out" / "checkpoints").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_rounded_base(config, world, tmp_path, capsys):

@@ -33,9 +33,10 @@ def single(config, tmp_path):
     return config(data__train=f'["{write(tmp_path / "single.jsonl", *SINGLE)}"]', data__eval_pairs=4)
 
 
-def test_sft(single, tmp_path):
+def test_sft(single, tmp_path, capsys):
     """SFT trains on them to the same numbers as on pairs with these responses for chosen."""
     train_dpo.main([*single, "--loss.name=sft"])
+    assert "held out 4 responses by prompt" in capsys.readouterr().out
     pairs = write(tmp_path / "pairs.jsonl", *(record(r["prompt"], chosen=r["completion"]) for r in SINGLE))
     others = [f"--data.train={pairs}", f"--run.out={tmp_path / 'pairs'}"]
     train_dpo.main([*single, "--loss.name=sft", *others])

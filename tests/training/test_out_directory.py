@@ -71,19 +71,32 @@ def test_links(config, tmp_path, there):
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
-@pytest.mark.parametrize("name", ["checkpoints", "tokens"])
+@pytest.mark.parametrize("name", ["", "checkpoints", "tokens"])
 @pytest.mark.parametrize("kind", ["file", "link to a file", "link to nowhere"])
 def test_parts_in_the_way(config, tmp_path, name, kind):
     """What a run can neither use nor replace is told before it reads any data, and stays as it is."""
-    out, theirs = tmp_path / "out", tmp_path / "theirs"
-    out.mkdir()
+    out, theirs, arguments = tmp_path / "out", tmp_path / "theirs", [*config(), "--data.train=missing.jsonl"]
+    (out / name).parent.mkdir(exist_ok=True)
     if kind != "link to nowhere":
         theirs.write_text("theirs")
     theirs.rename(out / name) if kind == "file" else (out / name).symlink_to(theirs)
-    before = (out / name).lstat()
-    with pytest.raises(UserError, match=rf"^{out / name}: no directory; "):
-        train_dpo.main([*config(), "--data.train=missing.jsonl"])
-    assert [*out.iterdir()] == [out / name] and (out / name).lstat() == before
+    before = (out / name).lstat(), sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=rf"^{out / name}: no directory; .*; see run.out in .*config.toml$"):
+        train_dpo.main(arguments)
+    assert ((out / name).lstat(), sorted(tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("file", ["out/notes.txt", "notes.txt"])
+def test_starts_anew(config, tmp_path, capsys, file):
+    """A directory that has files, of others or of a killed run, but no checkpoint, is told."""
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("theirs")
+    told = []
+    for _ in range(2):
+        train_dpo.main(config(optim__max_steps=1))
+        shutil.rmtree(tmp_path / "out" / "checkpoints")
+        told.append("has files but no checkpoint: the run starts anew" in capsys.readouterr().out)
+    assert told == [file == "out/notes.txt", True]
 
 
 def test_another_disk(config, tmp_path):

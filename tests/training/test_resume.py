@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from minidpo.errors import STOPPED, UserError
 from minidpo.training import reference
 from minidpo.training.run import Run
+from padded import PAIRS, write_pairs
 from runs import final, run_dpo, run_rm
 
 
@@ -96,14 +97,24 @@ def test_another_run(config, world, tmp_path):
     for run, override, said in (
         (run_dpo, "loss.beta=0.2", "loss.beta = 0.1, now it is 0.2"),
         (run_dpo, "loss.name=sft", "loss.name = 'dpo', now it is 'sft'"),
-        (run_rm, "loss.margin=1", "loss.name = 'dpo', now it is None"),
+        (run_rm, "loss.margin=1", "loss.name = 'dpo', now it is 'reward model'"),
         (run_dpo, "optim.lr=2e-3", "optim.lr = 0.001, now it is 0.002"),
         (run_dpo, "run.seed=1", "run.seed = 0, now it is 1"),
         (run_dpo, "run.dtype=bf16", "run.dtype = 'fp32', now it is 'bf16'"),
-        (run_dpo, "data.max_length=48", "data = '"),
-        (run_dpo, f"reference.path={world / 'other'}", "reference = '"),
+        (run_dpo, "data.max_length=48", "data.max_length = 64, now it is 48"),
+        (run_dpo, "lora.rank=4", "lora.rank = 0, now it is 4"),
+        (run_dpo, f"reference.path={world / 'other'}", "reference.path = '', now it is '"),
     ):
         with pytest.raises(UserError) as error:
             run(config(), f"--{override}")
         where = f"{tmp_path / 'out'}/checkpoints/step-4 was made with "
         assert str(error.value).startswith(where + said) and str(error.value).endswith(f"; {hint}")
+
+
+def test_changed_file(config, tmp_path):
+    """If all settings of [data] are the same, the files have changed."""
+    arguments = config(data__train=write_pairs(tmp_path / "pairs.jsonl"), data__eval_pairs=0)
+    run_dpo(arguments)
+    write_pairs(tmp_path / "pairs.jsonl", PAIRS[1:])
+    with pytest.raises(UserError, match=r"was made with other content of the files in \[data\]; give"):
+        run_dpo(arguments)

@@ -13,8 +13,8 @@ import train_dpo
 from minidpo.config import DPOConfig, load_config
 from minidpo.errors import STOPPED, RunStopped, exit_on_user_error
 from minidpo.losses import DPO, BradleyTerry
+from minidpo.training import device, step
 from minidpo.training import run as run_module
-from minidpo.training import step
 from minidpo.training.device import slowdown_of_threads
 
 INF = float("inf")
@@ -77,11 +77,20 @@ def test_closed_pipe(config, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("slowdown", [1.0, 7.0])
-def test_threads_that_wait(config, monkeypatch, capsys, slowdown):
-    """Where one CPU thread is faster than all, the run says so once, and what to do."""
-    monkeypatch.setattr(run_module, "slowdown_of_threads", lambda: slowdown)
-    train_dpo.main(config(optim__max_steps=1))
-    assert capsys.readouterr().out.count("7 times slower than on one thread") == (slowdown > 2)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_slow_cpu(config, monkeypatch, capsys, dtype, slowdown):
+    """Where a CPU is slow in bf16, or with all its threads, a run says so once, and what to do.
+
+    In bf16 it makes 100 / slowdown products per second; a run in float32 does not ask how many.
+    """
+    products = {torch.float32: 100} | ({torch.bfloat16: 100 / slowdown} if dtype == "bf16" else {})
+    monkeypatch.setattr(device, "products_per_second", lambda dtype=torch.float32: products[dtype])
+    monkeypatch.setattr(device, "slowdown_of_threads", lambda: slowdown)
+    train_dpo.main(config(optim__max_steps=1, run__dtype=f'"{dtype}"'))
+    said = capsys.readouterr().out
+    assert said.count("7 times slower than on one thread") == (slowdown > 2)
+    assert said.count("bf16 is 7 times slower than float32") == (slowdown > 2 and dtype == "bf16")
+    assert said.count('run.dtype = "fp32"') == said.count("bf16 is")
 
 
 @pytest.mark.parametrize("threads", [1, 2])

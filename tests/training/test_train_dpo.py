@@ -6,9 +6,11 @@ import shutil
 import pytest
 import torch
 
-from minidpo.model import load_model
+from minidpo.errors import UserError
+from minidpo.model import load_model, save_reward_model
 from padded import saved_weights
 from runs import final, run_dpo, steps
+from tiny import tiny_reward_model
 
 
 @pytest.mark.parametrize(
@@ -60,9 +62,19 @@ def test_same_gradients(config, tmp_path, setting):
     ],
 )
 def test_told(config, capsys, keys, says):
-    """What is given and not read, or not as it stands, is told."""
+    """The run says which settings it does not read, and how it reads pairs for a loss of single responses."""
     run_dpo(config(optim__max_steps=1), *keys.split())
     assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["model.path", "reference.path"])
+def test_reward_model(config, world, tmp_path, key):
+    """One in the place of a language model is told before any data is read."""
+    model = shutil.copytree(world / "model", tmp_path / "rm")
+    save_reward_model(tiny_reward_model(vocab_size=300), model)
+    with pytest.raises(UserError, match=rf"^{model}: a reward model \(score.weight\).*; see --{key}"):
+        run_dpo(config(), f"--{key}={model}", "--data.train=missing.jsonl")
+    assert not (tmp_path / "out").exists()
 
 
 def test_stored_reference(config, capsys, tmp_path):
