@@ -1,4 +1,4 @@
-"""Train a language model on preference pairs: DPO, IPO, SimPO or ORPO; on labelled responses: KTO; or on the
+"""Train a language model on preference pairs: DPO and its relatives; on labelled responses: KTO; or on the
 chosen responses alone: SFT.
 
     python train_dpo.py configs/demo_dpo.toml --loss.beta=0.05
@@ -94,8 +94,8 @@ def main(arguments: list[str]) -> None:
             z0 = reference_point.of_step(policy, step) if reference_point else None
 
             # Forward and backward pass, one micro-batch after the other. backward() adds to the gradients,
-            # and each micro-batch divides by the size of the whole batch. So the result is the gradient of
-            # the batch's mean loss, however the batch is cut, and spread over processes, which add up theirs.
+            # and each micro-batch divides by the size of the whole batch. So the sum is the gradient of the
+            # batch's mean loss, however the batch is cut. Several processes add up their gradients.
             batch, totals = order[step], Means()  # batch: the numbers of the pairs that this step draws
             for indices in run.micro_batches(train_token_counts, batch):
                 logps = pair_logps(policy, train, indices, loss, run.device, run.dtype, z0)
@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
 
             # Clip, check, update. The norm that is logged is the one before clipping. A NaN must not reach
             # the weights, where no later step could remove it.
-            norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)
+            norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)  # 0: no clipping
             grad_norm = full_tensor(norm).item()  # With one process, full_tensor changes nothing.
             run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))
             optimizer.step()

@@ -104,8 +104,12 @@ def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def require_place(option: str, path: str | Path) -> None:
-    """Raises UserError unless a file can be made at `path`; called before the work."""
+def require_place(option: str, path: str | Path, *inputs: str | Path | None) -> None:
+    """Raises UserError unless a file can be made at `path` that is none of `inputs`, nor in one that is a
+    directory; called before the work."""
+    taken, out = [Path(each).resolve() for each in inputs if each], Path(path).resolve()
+    if out in taken or any(each.is_dir() and out.is_relative_to(each) for each in taken):
+        raise UserError(f"{option} {path}: is read here, or in a directory that is; name a new one elsewhere")
     if not Path(path).parent.is_dir() or Path(path).is_dir():
         raise UserError(f"{option} {path}: a file in a directory that exists is needed")
     require_regular(Path(path), f"{option} ")

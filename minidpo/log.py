@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,27 +26,34 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, Any] = {}  # tensors once they are summed over processes
+        self._counts: dict[str, Any] = {}  # ints, or tensors if they were counted on the device
 
-    def add(self, values: dict[str, Tensor]) -> None:
-        """values: quantity -> one number per pair, (B,), or for those pairs alone that have one."""
+    def add(self, values: Mapping[str, Tensor | tuple[Tensor, Tensor]]) -> None:
+        """values: quantity -> one number per pair, (B,), or (numbers, mask): those where the mask is true."""
         for name, value in values.items():
-            total = value.detach().to(widest_float(value.device)).sum()
+            numbers, mask = value if isinstance(value, tuple) else (value, None)
+            numbers = numbers.detach().to(widest_float(numbers.device))
+            # numbers[mask] would wait for the GPU, which has to say how many there are.
+            total = (numbers if mask is None else torch.where(mask, numbers, 0)).sum()
             self._sums[name] = self._sums[name] + total if name in self._sums else total
-            self._counts[name] = self._counts.get(name, 0) + len(value)
+            self._counts[name] = self._counts.get(name, 0) + (len(numbers) if mask is None else mask.sum())
 
     def all_reduce(self) -> "Means":
         """These sums and counts, added up over the processes of the run."""
-        device = next(iter(self._sums.values())).device
-        counts = torch.tensor([*self._counts.values()], dtype=widest_float(device), device=device)
-        sums, counts = all_reduce_sum(torch.stack([torch.stack([*self._sums.values()]), counts]))
+        sums, counts = all_reduce_sum(self._table())
         self._sums, self._counts = (dict(zip(self._sums, both, strict=True)) for both in (sums, counts))
         return self
 
     def means(self) -> dict[str, float]:
         """A quantity that no pair has is left out."""
-        sums, counts = torch.stack([*self._sums.values()]).tolist(), map(float, self._counts.values())
-        return {name: sum_ / n for name, sum_, n in zip(self._sums, sums, counts, strict=True) if n}
+        return {
+            name: sum_ / n for name, sum_, n in zip(self._sums, *self._table().tolist(), strict=True) if n
+        }
+
+    def _table(self) -> Tensor:
+        """Sums and counts, (2, quantities), on the device."""
+        counts = [torch.zeros_like(sum_) + self._counts[name] for name, sum_ in self._sums.items()]
+        return torch.stack([*self._sums.values(), *counts]).view(2, -1)
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:

@@ -189,7 +189,6 @@ def _few_rows(logits: Tensor) -> list[slice]:
     most = FLOAT32_LOGITS.get(logits.device.type, FLOAT32_LOGITS["cpu"])
     step = max(1, most // logits.shape[1])
     if logits.is_cuda:
-        step = (
-            -(-step // 8) * 8
-        )  # Compiled code copies a slice that does not begin at a multiple of 16 bytes.
+        # Rounded up: compiled code copies a slice that does not begin at a multiple of 16 bytes.
+        step = -(-step // 8) * 8
     return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minidpo.losses.inputs import PairLogps, given
-from minidpo.losses.preference import PreferenceLoss
+from minidpo.losses.preference import Metric, PreferenceLoss
 from minidpo.settings import positive, setting
 
 
@@ -18,10 +18,10 @@ class KTO(PreferenceLoss):
         z = beta (g - z0), lambda = lambda_d    of a desirable response
         z = beta (z0 - g), lambda = lambda_u    of an undesirable one
 
-    z0, the reference point, estimates KL(pi || pi_ref): the mean log-ratio of *mismatched* responses, each an
-    answer to another prompt of the batch, and 0 if that is negative. It is a number that the loss is given
+    z0, the reference point, estimates KL(pi || pi_ref): the mean log-ratio of *mismatched* responses, each
+    that of the record before in the batch, and 0 if that is negative. It is a number that the loss is given
     (logps.z0): training/reference_point.py computes it, over the whole batch and without gradient. A loss of
-    lambda / 2 means that the policy has learnt nothing about a response. A pair is read as two records.
+    lambda / 2 means that a response's log-ratio equals z0, as at the start. A pair is read as two records.
 
     `chosen` is here the one response of a record, whatever its label.
     """
@@ -46,13 +46,13 @@ class KTO(PreferenceLoss):
         losses = torch.sigmoid(-self.z(logps))  # 1 - sigma(z), without the rounding of a difference
         return torch.where(given("label", logps.label), self.lambda_d * losses, self.lambda_u * losses)
 
-    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Metric]:
         """rewards/chosen is the mean over desirable responses alone, rewards/rejected over the others."""
         label, reward = given("label", logps.label), self.reward(logps)
         return {
             "loss": losses,
-            "rewards/chosen": reward[label],
-            "rewards/rejected": reward[~label],
+            "rewards/chosen": (reward, label),
+            "rewards/rejected": (reward, ~label),
             # On the side of z0 on which its label wants it. Strictly: at the start none is.
             "accuracy": self.z(logps) > 0,
             "z0": given("z0", logps.z0),

@@ -50,10 +50,6 @@ class DPO(LogRatioLoss):
         z = super().z(logps)
         return z - given("margin", logps.margin) if self.margin_from_data else z
 
-    @property
-    def margin_is_logit(self) -> bool:
-        return not self.margin_from_data  # Else the probabilities of both orders do not add up to 1.
-
     def preference(self, logps: PairLogps) -> Tensor:
         return logistic(self.z(logps), self.label_smoothing)
 
@@ -91,9 +87,9 @@ class RobustDPO(LogRatioLoss):
 
         loss = ( -(1-e) log sigma(z) + e log sigma(-z) ) / (1 - 2e),    z as in DPO
 
-    A pair and its swapped twin, in the shares 1-e and e, have together DPO's loss: so it ends where DPO would
-    end on the labels before they were swapped. Conservative DPO, DPO's label_smoothing, ends at smaller
-    margins.
+    Averaged over a pair (share 1-e) and the same pair with its label swapped (share e), the loss is DPO's: so
+    it ends where DPO would end on the labels before some were swapped. Conservative DPO, DPO's
+    label_smoothing, ends at smaller margins.
     """
 
     name, trl, z_is_logit = "robust", "robust", True

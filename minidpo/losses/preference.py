@@ -29,9 +29,13 @@ from minidpo.settings import check_fields, not_negative, setting
 SATURATED = 5e-4
 
 
+# One number per pair, (B,), or (numbers, mask): the mean is then over the pairs where the mask is true.
+Metric = Tensor | tuple[Tensor, Tensor]
+
+
 def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """-(1-e) log sigma(z) - e log sigma(-z): Bradley-Terry with a share e of labels assumed to be swapped."""
-    # logsigmoid, because log(sigmoid(z)) is -inf for z below -100, and its gradient NaN.
+    # logsigmoid, because log(sigmoid(z)) is -inf for z below about -88, and its gradient NaN.
     if label_smoothing == 0:
         return -F.logsigmoid(z)
     return -(1 - label_smoothing) * F.logsigmoid(z) - label_smoothing * F.logsigmoid(-z)
@@ -52,7 +56,7 @@ class PreferenceLoss:
     responses = 2  # 1: only the chosen response
     margin_from_data = False  # whether it reads the record's margin; a setting where a loss can do either
     unpaired = False  # whether it reads labelled responses one by one; a pair is then two of them
-    needs_z0 = False  # whether it reads z0, for which training makes a pass over mismatched responses
+    needs_z0 = False  # whether it reads z0, a mean over mismatched responses (see kto.py)
     # What its values mean.
     unit = "nats"
     z_is_logit = False  # whether sigma(z) is the modelled probability that y_w is preferred (Bradley & Terry)
@@ -69,25 +73,18 @@ class PreferenceLoss:
         raise NotImplementedError
 
     def z(self, logps: PairLogps) -> Tensor:
-        """The one number per pair that the loss depends on; by default the margin r(x, y_w) - r(x, y_l)."""
+        """The equation's z (of IPO, h), (B,): by default the margin r(x, y_w) - r(x, y_l)."""
         chosen, rejected = self.rewards(logps)
         return chosen - rejected
-
-    @property
-    def margin_is_logit(self) -> bool:
-        """Whether sigma(r(x, y) - r(x, y')) is the modelled probability that y is preferred to y'. `score`
-        compares it with how often y is preferred."""
-        # SimPO overrides this: with gamma > 0, z is not the margin.
-        return self.z_is_logit
 
     def __call__(self, logps: PairLogps) -> Tensor:
         """B losses, differentiable in every log-prob of `logps`, and finite for log-probs from 0 to -1e5."""
         raise NotImplementedError
 
-    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Tensor]:
-        """What is logged about each pair, (B,) each; rewards/* and logps/* are named as in TRL."""
+    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Metric]:
+        """What is logged about each pair; rewards/* and logps/* are named as in TRL."""
         chosen, rejected = self.rewards(logps)
-        values = {
+        values: dict[str, Metric] = {
             "loss": losses,
             "rewards/chosen": chosen,
             "rewards/rejected": rejected,
@@ -143,7 +140,7 @@ class PairLoss(PreferenceLoss):
         # A weight of 0 leaves the term out, so that the lengths need not be known.
         return losses + self.sft_weight * self.sft(logps) if self.sft_weight else losses
 
-    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Metric]:
         values = super().metrics(logps, losses)
         if self.sft_weight:  # each term by itself
             values |= {"preference_loss": self.preference(logps), "sft_loss": self.sft(logps)}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from minidpo.losses.inputs import PairLogps, given
-from minidpo.losses.preference import PairLoss, PreferenceLoss, logistic
+from minidpo.losses.preference import Metric, PairLoss, PreferenceLoss, logistic
 from minidpo.settings import not_negative, positive, setting, smoothing
 
 # The probability of one token is never closer to 1 than this: at 1 the odds would be infinite. It is the
@@ -34,17 +34,13 @@ class SimPO(PairLoss):
     label_smoothing: float = setting(0.0, "assumed share of swapped labels", smoothing)
 
     def rewards(self, logps: PairLogps) -> tuple[Tensor, Tensor]:
-        # A mean and not a sum, so that a response gains nothing by being short.
+        # A mean, because a sum favours short responses: each token adds a negative log-prob.
         chosen, rejected = logps.mean_logps()
         return self.beta * chosen, self.beta * rejected
 
     def z(self, logps: PairLogps) -> Tensor:
         # By how much the margin of the rewards exceeds the target margin.
         return super().z(logps) - self.gamma
-
-    @property
-    def margin_is_logit(self) -> bool:
-        return self.gamma == 0  # Else the probabilities of y over y' and of y' over y do not add up to 1.
 
     def preference(self, logps: PairLogps) -> Tensor:
         return logistic(self.z(logps), self.label_smoothing)
@@ -103,7 +99,7 @@ class SFT(PreferenceLoss):
     def __call__(self, logps: PairLogps) -> Tensor:
         return -self.z(logps)
 
-    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Tensor]:
+    def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Metric]:
         # No rewards and no accuracy, because the rejected response is not computed.
         length = given("chosen_length", logps.chosen_length)
         return {"loss": losses, "logps/chosen": logps.chosen, "response_length/chosen": length}

@@ -85,7 +85,7 @@ class Transformer(nn.Module):
         return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
     def compile_layers(self) -> None:
-        """torch.compile each layer except for its attention, which is compiled on CUDA in any case."""
+        """torch.compile each layer except for its attention, which packed_attention chooses."""
         for layer in self.model.layers:
             for part in ("before_attention", "after_attention"):
                 setattr(layer, part, _compiled_for_packed_rows(getattr(layer, part)))
@@ -159,6 +159,7 @@ class Attention(nn.Module):
         q_width, k_width = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
         self.head_dim, self.qk_norm_whole = head_dim, config.qk_norm_whole
         self.widths = [q_width, k_width, k_width]
+        # Hugging Face's name misleads: 1 means that the layer is rotated, 0 that it is not.
         self.rotated = config.no_rope_layers is None or bool(config.no_rope_layers[index])
         # All forms of attention divide q k^T by sqrt(E); where it is to be another scale, q makes up for it.
         scale = config.attention_multiplier

@@ -50,7 +50,7 @@ def main(arguments: list[str]) -> None:
     files = [*config.data.train, *config.data.eval]
     for option, path in (("--out", options.out), ("--held-out", options.held_out)):
         if path is not None:
-            _require_new(option, path, files)
+            require_place(option, path, *files, *data_files(files))
     tokenizer = Tokenizer.from_pretrained(config.model.path, isinstance(config, RewardConfig))
     if of_run:
         require_fit("model", read_config(Path(config.model.path)), tokenizer, config.data.max_length)
@@ -87,7 +87,7 @@ def _of_files(arguments: list[str]) -> tuple[DPOConfig, argparse.Namespace]:
     add("--model", metavar="DIR", required=True, help="whose tokenizer and chat template to use")
     add("--out", metavar="FILE", help="write the pairs there, uncut, one JSON line each")
     add_reading_options(add)
-    add_settings(add, {name: keys[name] for name in OPTIONS}, "default: that of data.NAME")
+    add_settings(add, {name: keys[name] for name in OPTIONS}, "as the key of [data]")
     options = parser.parse_args(arguments, argparse.Namespace(held_out=None))
     given: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     data = reading_section(options, options.model, train=options.files, eval_pairs=0, **given)
@@ -98,16 +98,6 @@ def _of_files(arguments: list[str]) -> tuple[DPOConfig, argparse.Namespace]:
     except ValueError as error:
         raise UserError(str(error)) from None
     return DPOConfig(model=ModelSection(options.model), data=data), options
-
-
-def _require_new(option: str, path: str, files: list[str]) -> None:
-    """Raises `UserError` unless a file can be written at `path` that is none of the data."""
-    require_place(option, path)
-    taken = [Path(name).resolve() for name in (*files, *data_files(files))]
-    out = Path(path).resolve()
-    if out in taken or any(each.is_dir() and out.is_relative_to(each) for each in taken):
-        what = "is a file of the data, or in a directory of the data"
-        raise UserError(f"{option} {path}: {what}; name a new one elsewhere")
 
 
 def show_first(pairs: PairTokens, tokenizer: Tokenizer) -> None:

@@ -1,6 +1,4 @@
-"""`python -m minidpo exact`: train in a world where the answer is known, and compare.
-
-Trained is with every preference loss that has an optimum to be reached (KTO, APO-zero and hinge have none).
+"""`python -m minidpo exact`: train each loss that has an optimum in a world where it is known, and compare.
 
 What is trained is the project itself: its transformer, packed rows, log-probs and losses, in float64.
 verify/exact_world.py lists the world, claims/ derives what must come out, exact_train.py trains.
@@ -80,8 +78,8 @@ def table(world: World, strength: float = 1.0) -> list[Row]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m minidpo exact",
-        description="Train with every preference loss that has an optimum to be reached, in a world small enough"
-        " to list, and compare with the derivation.",
+        description="Train with each loss that has an optimum to be reached (not KTO, APO-zero and hinge), in"
+        " a world small enough to list; compare with the derivation.",
     )
     draws = "draws the reference, the rewards and the sampler"
     parser.add_argument("--seed", type=int, default=0, help=draws)

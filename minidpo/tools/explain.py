@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
     instead("--html", metavar="FILE", help="a page for a browser, with every token shaded by its log-ratio")
     options = parser.parse_args(arguments)
     if options.html:
-        require_place("--html", options.html)
+        require_place("--html", options.html, options.data)
 
     given = {name: value for name in _settings() if (value := getattr(options, name)) is not None}
     if options.loss and LOSSES[options.loss].needs_z0:

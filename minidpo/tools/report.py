@@ -45,7 +45,8 @@ def main(arguments: list[str]) -> None:
     add("--out", metavar="FILE", default="report.html", help="the page (default: report.html)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     options = parser.parse_args(arguments)
-    require_place("--out", options.out)
+    read = [run / name for run in options.runs for name in ("metrics.jsonl", "config.toml")]
+    require_place("--out", options.out, *read)
     device, runs = choose_device(options.device), read_runs(options.runs)
     configs = [load_either_config([f"{run.path}/config.toml"]) for run in runs]
     parts = [tag("p", *in_words(*each)) for each in zip(runs, configs, strict=True)]

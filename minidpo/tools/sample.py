@@ -98,7 +98,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         raise UserError("--pairs-out goes with --reward-model")
     for option, path in (("--out", options.out), ("--pairs-out", options.pairs_out)):
         if path:
-            require_place(option, path)
+            require_place(option, path, options.data, options.prompts_file)
     if options.template and options.human is None and not options.data:
         raise UserError("--template is for messages and --human; a prompt in text is taken as it is")
     if options.system is not None and options.human is None:

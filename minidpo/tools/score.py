@@ -107,7 +107,8 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m minidpo score", description=__doc__)
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m minidpo score", None, __doc__, formatter_class=as_it_stands)
     which, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     which.add_argument("--model", metavar="DIR", help="a language model: log-probs of both responses")
     which.add_argument("--reward-model", metavar="DIR", help="a reward model: rewards of both responses")
@@ -128,7 +129,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         if getattr(options, option) is not None and options.reward_model:
             raise UserError(f"--{option} goes with --model; a reward model needs none")
     if options.out:
-        require_place("--out", options.out)
+        require_place("--out", options.out, options.data)
     return options
 
 

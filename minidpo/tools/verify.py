@@ -1,8 +1,8 @@
 """`python -m minidpo verify`: put losses to the proof, ours or another program's.
 
-Without arguments all of ours. A function of your own is MODULE:NAME, and `--like dpo beta=0.2` holds it to
-what is claimed of that loss; `minidpo.verify.verify` can be told more. The exit status is 1 if a claim is
-refuted.
+Without arguments all of ours. A function or class of your own is MODULE:NAME, and `--like dpo beta=0.2` holds
+it to what is claimed of that loss, `--claims MODULE:NAME` to claims of your own; `minidpo.verify.verify` can
+be told more. The exit status is 1 if a claim is refuted.
 """
 
 import argparse
@@ -12,25 +12,30 @@ from typing import Any
 
 from minidpo.errors import UserError, one_line
 from minidpo.settings import keys_of
-from minidpo.verify import BY_NAME, every_loss, verify
+from minidpo.verify import BY_NAME, Claims, every_loss, verify
 
 
 def main(arguments: list[str]) -> None:
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m minidpo verify", description=about)
-    which = f"{', '.join(every_loss())}, or a function as MODULE:NAME (all of ours)"
+    which = f"{', '.join(every_loss())}, or a function or class as MODULE:NAME (all of ours)"
     parser.add_argument("losses", metavar="LOSS", nargs="*", help=which)
     like = "the loss that a function claims to be, and its settings: --like dpo beta=0.2"
     parser.add_argument("--like", metavar=("LOSS", "KEY=VALUE"), nargs="+", help=like)
+    claims = "what is claimed of it otherwise, an object of minidpo.verify.Claims"
+    parser.add_argument("--claims", metavar="MODULE:NAME", help=claims)
     checks = f"make only these: {', '.join(BY_NAME)}"
     parser.add_argument("--checks", metavar="CHECK", nargs="+", help=checks)
     options = parser.parse_args(arguments)
 
     model = _ours(*options.like) if options.like else None
+    own = _imported(options.claims) if options.claims else None
+    if own is not None and not isinstance(own, Claims):
+        raise UserError(f"--claims {options.claims} is {type(own).__name__}; minidpo.verify.Claims is needed")
     losses = [_loss(name, model) for name in options.losses or every_loss()]
     refuted = []
     for loss, like in losses:
-        report = verify(loss, like, checks=options.checks)
+        report = verify(loss, like, own, checks=options.checks)
         print(report, flush=True)
         refuted += [report.name] * bool(report.refuted)
     print(f"refuted: {', '.join(refuted)}" if refuted else "nothing is refuted")
@@ -40,18 +45,22 @@ def main(arguments: list[str]) -> None:
 
 def _loss(name: str, model: Any) -> tuple[Any, Any]:
     """What is to be verified, and the loss that it claims to be."""
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         if model is not None:
             raise UserError(f"--like is for a function, MODULE:NAME; {name} has claims of its own")
         return _ours(name), None
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:
-        raise UserError(f"{name} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
+    found = _imported(name)
     if not callable(found):
         raise UserError(f"{name} is {type(found).__name__}; a function of tensors is needed")
     return found, model
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except Exception as error:
+        raise UserError(f"{name} cannot be imported ({type(error).__name__}: {one_line(error)})") from None
 
 
 def _ours(name: str, *assignments: str) -> Any:

@@ -83,8 +83,8 @@ class Advice:
         loss, at_first = values.get("loss", 0.0), self._first.get("loss", 0.0)
         self._warn(
             loss > RISEN * at_first,
-            f"held-out loss {loss:.4f}, above the {at_first:.4f} of step 0: the run has overfitted, or its steps"
-            " are too large; try fewer optim.epochs, a lower optim.lr or an earlier checkpoint",
+            f"held-out loss {loss:.4f}, above the {at_first:.4f} of step 0: the run has overfitted, or its"
+            " steps are too large; try fewer optim.epochs, a lower optim.lr or an earlier checkpoint",
         )
         kl, worst = values.get("kl", 0.0), values.get("kl_of_worst", 0.0)
         self._warn(

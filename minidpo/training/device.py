@@ -149,8 +149,8 @@ def tell_slow_cpu(dtype: str) -> None:
     """Warn where this CPU computes more than twice as slowly as it could, and say what to set."""
     if dtype == "bf16" and (slowdown := slowdown_of_bf16()) > 2:
         print0(
-            f"warning: bf16 is {slowdown:.0f} times slower than float32 on this CPU: stop with Ctrl-C, and start"
-            ' another run with run.dtype = "fp32"'
+            f"warning: bf16 is {slowdown:.0f} times slower than float32 on this CPU: stop with Ctrl-C, and"
+            ' start another run with run.dtype = "fp32"'
         )
     if (slowdown := slowdown_of_threads()) > 2:
         print0(

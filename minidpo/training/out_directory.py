@@ -19,7 +19,8 @@ def require_parts(out: Path) -> None:
     trains until its first save."""
     for name in ("", "checkpoints", "tokens"):
         if os.path.lexists(out / name) and not (out / name).is_dir():
-            raise UserError(f"{out / name}: no directory; remove it, or mount the disk that it is a link to")
+            what = "a link; is its disk mounted" if (out / name).is_symlink() else "a file"
+            raise UserError(f"{out / name}: no directory, but {what}; give another run.out")
 
 
 def lock_directory(out: Path) -> None:

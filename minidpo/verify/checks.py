@@ -22,6 +22,7 @@ from minidpo.verify.draws import (
     require_finite,
     swapped,
     tensors,
+    tied,
     with_settings,
 )
 from minidpo.verify.exact_train import train_to_convergence
@@ -39,7 +40,9 @@ def check_points(loss: Any, claims: Any) -> Figure:
     errors = []
     for settings, pair, value in claims.points:
         configured = with_settings(loss, settings)
-        if configured is not None:
+        # A function may read what not every point has, as DPO's margin.
+        read = set(loss.arguments.values()) if isinstance(loss, Stranger) else set()
+        if configured is not None and not read & set(claims.fields._fields) - set(pair):
             p = Pairs(**{n: np.array([x], bool if isinstance(x, bool) else float) for n, x in pair.items()})
             losses, _ = evaluate(configured, tensors(claims, p))
             errors.append(compare(configured, "the loss", losses, [value], p, 0, 1e-9))
@@ -77,23 +80,63 @@ def check_gradcheck(loss: Any, claims: Any) -> Figure:
     checks: tuple[Callable[..., bool], ...] = (gradcheck, gradgradcheck)
     for order, check in enumerate(checks, start=1):
         if not check(of_inputs, inputs, raise_exception=False):
+            if order == 1 and claims.gradient:
+                check_gradient(loss, claims)
+                raise NotAsked("the gradient is as claimed: that of a loss with a constant (stop-gradient)")
             raise Refuted(loss, f"derivatives of order {order} differ from finite differences")
     return f"{len(inputs)} inputs", 0.0
 
 
+def check_tie(loss: Any, claims: Any) -> Figure:
+    """equal responses, or a policy that is its reference: the gradient is that of pairs nearby"""
+    p = tied(draw(claims, 64, seed=6), slice(0, 32), slice(32, 64))
+    rng, nearby = np.random.default_rng(6), []
+    for _ in range(16):
+        moved = {n: x + rng.uniform(-1e-6, 1e-6, 64) for n, x in vars(p).items() if x.dtype == float}
+        nearby.append(evaluate(loss, tensors(claims, Pairs(**vars(p) | moved)))[1])
+    errors = []
+    for name, gradient in of_trained(loss, evaluate(loss, tensors(claims, p))[1]).items():
+        around = torch.stack([gradients[name] for gradients in nearby])
+        # A loss with a kink there may take the slope of either side, or one between.
+        expected = gradient.clamp(around.amin(0), around.amax(0))
+        errors.append(compare(loss, f"d loss / d {name}", gradient, expected, p, 1e-4, 1e-4))
+    return "64 pairs", max(errors)
+
+
 def check_alone(loss: Any, claims: Any) -> Figure:
-    """the loss of a pair is the same alone and in a batch"""
+    """loss and gradient of a pair are the same alone and in a batch"""
     p = draw(claims, 5, seed=3)
-    losses, _ = evaluate(loss, pairs := tensors(claims, p))
+    losses, gradients = evaluate(loss, pairs := tensors(claims, p))
     if isinstance(loss, Stranger) and (returned := loss.returned(pairs)).ndim == 0:
         what = "of 5 pairs it returns one number, which should be their mean. It"
         compare(loss, what, returned[None], losses.mean()[None], p, 1e-14, 0)
+        inputs = [getattr(pairs, name) for name in gradients]
+        of_mean = torch.autograd.grad(returned, inputs, materialize_grads=True)
+        gradients = {n: 5 * gradient for n, gradient in zip(gradients, of_mean, strict=True)}
     errors = []
     for i in range(5):
         one = Pairs(**{name: values[[i]] for name, values in vars(p).items()})
-        alone = evaluate(loss, tensors(claims, one))[0]
+        alone, of_alone = evaluate(loss, tensors(claims, one))
         errors.append(compare(loss, "in a batch of 5 the loss", losses[[i]], alone, one, 1e-14, 0))
+        for n, gradient in of_trained(loss, gradients).items():
+            compare(loss, f"in a batch of 5 d loss / d {n}", gradient[[i]], of_alone[n], one)
     return "5 pairs", max(errors)
+
+
+def check_reads(loss: Any, claims: Any) -> Figure:
+    """it reads no more than its flags say; training gives it nothing else"""
+    if not hasattr(loss, "needs_reference"):
+        raise NotAsked
+    flags = dict(ref_=loss.needs_reference, rejected=loss.responses == 2, margin=loss.margin_from_data)
+    flags |= dict(label=loss.unpaired, z0=loss.needs_z0)
+    pairs = tensors(claims, p := draw(claims, 5, seed=8))
+    unread = [n for n in pairs._fields if any(word in n and not flag for word, flag in flags.items())]
+    without = f"without {', '.join(unread)}"
+    try:
+        losses = loss(pairs._replace(**dict.fromkeys(unread)))
+    except Exception as error:
+        raise Refuted(loss, f"{without} it raises {type(error).__name__}: {error}") from None
+    return f"{len(unread)} left out", compare(loss, f"{without} the loss", losses, loss(pairs), p)
 
 
 def check_mirror(loss: Any, claims: Any) -> Figure:
@@ -118,13 +161,26 @@ def check_unmoved(loss: Any, claims: Any) -> Figure:
 
 
 def check_far(loss: Any, claims: Any) -> Figure:
-    """float32 log-probs from 0, where p = 1, to -100,000: finite, and the twin's"""
+    """float32 log-probs from 0, where p = 1, to -100,000, rewards to +-12,500, long texts: finite, right"""
     p = draw(claims, 1024, scale=1e5)
-    p = Pairs(**{name: np.round(x, -4) if x.dtype == float else x for name, x in vars(p).items()})
+    for i, (name, x) in enumerate(vars(p).items()):
+        if name.endswith("_length"):
+            x[::2] *= 333  # every second response has up to 99,900 tokens
+        elif x.dtype == float:
+            # Sums of such numbers are exact in float32, and none are equal: a loss may have a kink there.
+            x[:] = np.round(x, -4) - 10 * (i + 1) ** 2
+            x[i::16] = 0.0
     losses, gradients = evaluate(loss, tensors(claims, p, torch.float32))
     require_finite(loss, "the loss", losses, p)
     for name, gradient in gradients.items():
         require_finite(loss, f"d loss / d {name}", gradient, p)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        slopes = claims.gradient(p, loss) if claims.gradient else {}
+    for name, gradient in of_trained(loss, gradients).items():
+        slope = slopes.get(name, gradient.numpy())
+        # A closed form may have no value where p = 1.
+        slope = np.where(np.isfinite(slope), slope, gradient.numpy())
+        compare(loss, f"d loss / d {name}", gradient, slope, p, 1e-5, 1e-4)
     expected = claims.twin(p, loss) if claims.twin else losses
     return "1024 pairs", compare(loss, "the loss", losses, expected, p, 1e-5, 1e-4)
 
@@ -167,7 +223,9 @@ CHECKS: dict[Check, str] = {
     check_twin: "twin",
     check_gradient: "gradient",
     check_gradcheck: "",
+    check_tie: "",
     check_alone: "independent",
+    check_reads: "",
     check_mirror: "mirror",
     check_unmoved: "unmoved",
     check_far: "",

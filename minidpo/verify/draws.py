@@ -58,6 +58,17 @@ def tensors(claims: Claims, p: Pairs, dtype: torch.dtype = torch.float64) -> Any
     return claims.fields(**{name: x.requires_grad_() for name, x in inputs.items()}, **whole)
 
 
+def tied(p: Pairs, equal: Any, start: Any) -> Pairs:
+    """The pairs; at `equal` both responses are the same, at `start` the policy is the reference."""
+    values = {name: x.copy() for name, x in vars(p).items()}
+    for name, x in values.items():
+        if "rejected" in name:
+            x[equal] = values[name.replace("rejected", "chosen")][equal]
+        if name.startswith("ref_"):
+            x[start] = values[name.removeprefix("ref_")][start]
+    return Pairs(**values)
+
+
 def swapped(p: Pairs) -> Pairs:
     """The pairs with their two responses exchanged."""
     names = [(name, name.replace("chosen", "rejected")) for name in vars(p) if "chosen" in name]
@@ -67,7 +78,10 @@ def swapped(p: Pairs) -> Pairs:
 
 def evaluate(loss: Any, pairs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses, and d loss / d input by the input's name."""
+    given = {name: x.detach().clone() for name, x in pairs._asdict().items() if x is not None}
     losses = loss(pairs)
+    if changed := [name for name, x in given.items() if not torch.equal(x, getattr(pairs, name))]:
+        raise Refuted(loss, f"it changes its input {changed[0]}")
     if losses.shape != pairs.chosen.shape or losses.dtype != pairs.chosen.dtype:
         found, needed = (f"{x.dtype} {tuple(x.shape)}" for x in (losses, pairs.chosen))
         says = f"it returns {found}, not one loss per pair in the dtype of the log-probs, {needed}"
@@ -104,6 +118,8 @@ def require_finite(loss: Any, what: str, values: Tensor, p: Pairs) -> None:
 
 def with_settings(loss: Any, settings: dict) -> Any:
     """The loss with these settings and defaults else; None where it cannot be so set."""
+    if settings.keys() - {key.name for key in fields(loss)}:
+        return None
     try:
         return type(loss)(**settings)
     except NotAsked:

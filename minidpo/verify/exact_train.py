@@ -164,7 +164,7 @@ def gauss_newton(
             damping *= 3
             if damping > 1e12:
                 stuck = f"step {taken}: no step lowers the objective from {loss.item()}"
-                raise RuntimeError(f"{stuck}; has the loss a kink? It needs second derivatives")
+                raise RuntimeError(f"{stuck}: a kink, or a gradient that is not the loss's")
         weights, damping = parameters_to_vector(parameters).detach(), max(damping / 10, 1e-12)
         if promised < 1e-16:
             return Trained(values, objective(values).item(), taken)

@@ -1,13 +1,13 @@
 """`verify(loss)`: every check that the claims allow, as a table of verdicts."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
-from minidpo.errors import UserError
+from minidpo.errors import UserError, one_line
 from minidpo.verify.checks import CHECKS, OF_THEIR_OWN_SETTINGS, Check
-from minidpo.verify.claims import Claims, claims_of
+from minidpo.verify.claims import Claims, claims_of, with_sft
 from minidpo.verify.draws import NotAsked, Refuted, one_thread, shown, with_settings
 from minidpo.verify.stranger import Argument, Stranger, adapt
 
@@ -31,6 +31,7 @@ class Report:
     name: str
     title: str  # the loss with its settings, and how a function is read
     verdicts: list[Verdict]
+    equation: bool = True  # whether anything is claimed of the equation itself
 
     @property
     def refuted(self) -> list[str]:
@@ -38,11 +39,17 @@ class Report:
         return [verdict.check for verdict in self.verdicts if verdict.verdict == REFUTED]
 
     def __str__(self) -> str:
-        lines, said = [self.title], {""}
+        lines, said = [self.title], set()
         for v in self.verdicts:
             lines.append(f"  {v.check:<10} {v.verdict:<10} {v.figure:<18} {v.claim}")
-            lines += [f"  {'':<10} {v.counterexample}"] * (v.counterexample not in said)
+            if v.counterexample:
+                lines.append(f"  {'':<10} {'(as above)' if v.counterexample in said else v.counterexample}")
             said.add(v.counterexample)
+        if not self.equation:
+            asked = sum(v.verdict != NOT_ASKED for v in self.verdicts)
+            lines.append(
+                f"  {asked} of {len(BY_NAME)} checks asked; without claims the equation is not tested"
+            )
         return "\n".join(lines)
 
 
@@ -57,24 +64,78 @@ def verify(
 ) -> Report:
     """Put a loss to every check that its claims allow.
 
-    loss: an object of minidpo.losses, a dataclass like them, or any function over tensors, see stranger.py.
+    loss: an object of minidpo.losses, a dataclass like them, a class of such, or any function over tensors,
+        see stranger.py.
     like: the loss of ours that it claims to be, whose claims it is held to, such as DPO(beta=0.1).
     claims: what is claimed of it otherwise; with neither, only what holds for every loss is asked.
     arguments, settings: what the parameters of a function are, where their names do not tell (`adapt`).
     checks: the names of those to make; by default all. `exact` takes seconds, the others less.
-    Raises UserError for a function whose signature says too little, and for a check that there is not.
+    Raises UserError for a function whose signature says too little, for a check that there is not, and for
+    claims that raise an exception or name what the loss has not.
     """
-    loss = loss() if isinstance(loss, type) else loss
+    given = claims is not None
+    if isinstance(loss, type):
+        keys = {key.name for key in fields(loss)} if is_dataclass(loss) else set()
+        loss = loss(**{name: x for name, x in vars(like).items() if name in keys} if like else {})
     if unknown := set(checks or ()) - set(BY_NAME):
         raise UserError(f"no check {', '.join(sorted(unknown))}; there are {', '.join(BY_NAME)}")
     if not is_dataclass(loss):
         loss, claims = adapt(loss, like, claims, arguments or {}, settings or {})
     elif arguments or settings:
         raise UserError(f"{shown(loss)} is a loss object; arguments and settings are for a function's")
-    claims = claims or claims_of(like or loss)
+    else:
+        loss = with_missing(loss, like) if like else loss
+        claims = with_sft(claims, loss) if claims else claims_of(like or loss)
+    if given:
+        require_known(loss, claims)
+    claims = answering(claims)
     title = loss.about if isinstance(loss, Stranger) else shown(loss)
     verdicts = [judge(name, loss, claims) for name in BY_NAME if not checks or name in checks]
-    return Report(type(loss).__name__, title, verdicts)
+    equation = bool(claims.points or claims.twin or claims.gradient)
+    return Report(type(loss).__name__, title, verdicts, equation)
+
+
+class ClaimsRaise(UserError):
+    """What is wrong is the claims, and nothing is said of the loss."""
+
+
+def answering(claims: Claims) -> Claims:
+    """The claims; an exception of theirs is a `ClaimsRaise`, which refutes no loss."""
+
+    def guarded(what: str, equation: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*given: Any) -> Any:
+            try:
+                return equation(*given)
+            except Exception as error:
+                says = f"the claims raise {type(error).__name__}: {one_line(error)} (in {what})"
+                raise ClaimsRaise(says) from error
+
+        return asked
+
+    equations = {name: getattr(claims, name) for name in ("twin", "gradient", "mirror", "optimum")}
+    named: dict[str, Any] = {
+        name: guarded(name, equation) for name, equation in equations.items() if callable(equation)
+    }
+    unmoved = {says: guarded(f"unmoved, {says}", change) for says, change in claims.unmoved.items()}
+    return replace(claims, unmoved=unmoved, **named)
+
+
+def require_known(loss: Any, claims: Claims) -> None:
+    """UserError for a point with a setting that the loss lacks, or a number that no pair has."""
+    settings, numbers = [key.name for key in fields(loss)], claims.fields._fields
+    for i, (of_point, pair, _) in enumerate(claims.points, start=1):
+        for what, used, there in (("setting", of_point, settings), ("number of a pair", pair, numbers)):
+            if unknown := [name for name in used if name not in there]:
+                known = f"there are {', '.join(there)}" if there else "there are none"
+                raise UserError(
+                    f"point {i} of the claims: {shown(loss)} has no {what} {unknown[0]!r}; {known}"
+                )
+
+
+def with_missing(loss: Any, like: Any) -> Any:
+    """The loss object, and as fixed values those settings of `like`, which the claims read, that it lacks."""
+    missing = {name: value for name, value in vars(like).items() if not hasattr(loss, name)}
+    return type(type(loss).__name__, (type(loss),), missing)(**vars(loss))
 
 
 def judge(name: str, loss: Any, claims: Claims) -> Verdict:
@@ -90,6 +151,8 @@ def judge(name: str, loss: Any, claims: Claims) -> Verdict:
         return verdict(NOT_ASKED, counterexample=str(reason))
     except Refuted as counterexample:
         return verdict(REFUTED, counterexample=str(counterexample))
+    except ClaimsRaise:
+        raise
     except Exception as error:  # A loss that fails on good input is no loss.
         return verdict(REFUTED, counterexample=f"it raises {type(error).__name__}: {error}")
 

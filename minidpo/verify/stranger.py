@@ -3,9 +3,9 @@
 `adapt` reads the signature. Parameters without a default are tensors, one value per pair, and their names say
 which: those of TRL, the original DPO code, torchtune and OpenRLHF are known (KNOWN). Parameters called like a
 setting of the loss that it claims to be (beta, label_smoothing, ...) are settings, and called with the values
-that this loss has; others keep their defaults. What the names do not tell is told in `arguments` (parameter
--> a field of the pairs, or a function of them) and `settings` (parameter -> a setting's name). It may return
-B losses, a tuple that begins with them, or their mean.
+that this loss has; others keep their defaults, and the report names them. What the names do not tell is told
+in `arguments` (parameter -> a field of the pairs, or a function of them) and `settings` (parameter -> a
+setting's name). It may return B losses, a tuple that begins with them, or their mean.
 """
 
 from collections.abc import Callable, Mapping
@@ -53,8 +53,10 @@ class Stranger:
 
     def returned(self, pairs: Any) -> Tensor:
         """What it returns of these pairs, or the first of what it returns."""
+        given = {n: getattr(pairs, x) if isinstance(x, str) else x(pairs) for n, x in self.arguments.items()}
+        dtype = pairs.chosen.dtype  # In bf16 all floats are, those made of integer lengths too.
         values = type(self).function(
-            **{n: getattr(pairs, x) if isinstance(x, str) else x(pairs) for n, x in self.arguments.items()},
+            **{n: x.to(dtype) if x.is_floating_point() else x for n, x in given.items()},
             **{parameter: getattr(self, name) for name, parameter in self.parameters.items()},
         )
         if isinstance(values, tuple | list):
@@ -83,6 +85,7 @@ def adapt(
     """The function as a loss object, and what is claimed of it. Raises UserError where its signature says too
     little."""
     name = getattr(function, "__name__", type(function).__name__)
+    claim = ", of which nothing is claimed" if claims is None else ", held to the claims given"
     claims = claims or (claims_of(like) if like else Claims())
     claims = replace(claims, fields=type("Raw", (claims.fields,), {"__new__": _raw}))
     parameters = signature(function.forward if isinstance(function, nn.Module) else function).parameters
@@ -100,7 +103,7 @@ def adapt(
             tensors[parameter] = arguments[parameter]
         elif setting in own and about.default is not None:
             settable[setting] = parameter
-        elif not like and isinstance(about.default, float):
+        elif not like and type(about.default) in (int, float, bool):
             settable[parameter], own[parameter] = parameter, about.default
         elif about.default is about.empty:
             tensors[parameter] = _known(name, parameter, claims)
@@ -114,11 +117,14 @@ def adapt(
     read = [
         f"{parameter} = {what if isinstance(what, str) else '...'}" for parameter, what in tensors.items()
     ]
-    claim = ", of which nothing is claimed"
     if like:
         used = [f"{key.name}={own[key.name]}" for key in fields(like) if own[key.name]]
         claim = f" claims to be {type(like).__name__}({', '.join(used)})"
     about_it = f"{name}{claim}\n  arguments: {', '.join(read)}"
+    varied = {settable.get(key) for settings, _, _ in claims.points for key in settings}
+    left = [n for n, x in parameters.items() if x.default is not x.empty and n not in {*tensors, *varied}]
+    if left:
+        about_it += f"\n  left at the default, not tested: {', '.join(left)}"
     # The defaults are those of our loss, to which its points refer.
     keys = [(key, Any, field(default=x)) for key, x in (vars(type(like)()) if like else own).items()]
     namespace = dict(arguments=tensors, parameters=settable, own=own, about=about_it)
@@ -138,7 +144,8 @@ def _known(function: str, parameter: str, claims: Claims) -> str:
     for what, names in KNOWN.items():
         if parameter in names.split():
             return what
+    there = ", ".join(claims.fields._fields)
     raise UserError(
-        f"{function}: what is its argument {parameter!r}? Say it with arguments={{{parameter!r}: NAME}}, NAME"
-        f" being one of {', '.join(claims.fields._fields)}, or bind it with functools.partial"
+        f"{function}: what is its argument {parameter!r}? Say it with minidpo.verify.verify(..., arguments="
+        f"{{{parameter!r}: NAME}}), NAME being one of {there}, or bind it with functools.partial"
     )

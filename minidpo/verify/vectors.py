@@ -15,7 +15,7 @@ from torch import Tensor
 
 from minidpo.logprobs import sequence_logps
 from minidpo.verify.claims import Claims, claims_of, every_loss
-from minidpo.verify.draws import draw, evaluate, one_thread, tensors
+from minidpo.verify.draws import draw, evaluate, one_thread, tensors, tied
 
 
 @one_thread()
@@ -61,15 +61,10 @@ def _drawn(claims: Claims) -> dict[str, Pairs]:
 
     far, tie, short = drawn(5, 11, 1e5, -4), drawn(3, 12, 40.0, 3), drawn(2, 13, 40.0, 3)
     far.chosen[0] = far.rejected[1] = 0.0  # a certain response
-    for name, values in vars(tie).items():
-        if "rejected" in name:  # the responses of pair 0 are alike
-            values[0] = getattr(tie, name.replace("rejected", "chosen"))[0]
-        if name.startswith("ref_"):  # the policy of pair 1 is the reference
-            values[1] = getattr(tie, name.removeprefix("ref_"))[1]
     for name, values in vars(short).items():
         if name.endswith("_length"):
             values[:] = 1
-    return {"draw": drawn(5, 10, 40.0, 3), "extreme": far, "tie": tie, "length 1": short}
+    return {"draw": drawn(5, 10, 40.0, 3), "extreme": far, "tie": tied(tie, 0, 1), "length 1": short}
 
 
 def _outputs(loss: Any, claims: Claims, p: Pairs) -> dict[str, Any]:

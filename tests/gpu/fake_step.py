@@ -73,7 +73,7 @@ def step(loss, dtype: str, lora: bool = False, checkpointing: bool = False, atte
     pairs = replace(PAIRS, ref_logps=np.zeros((12, 2), np.float32), margin=np.ones(12))
     if getattr(loss, "unpaired", False):
         pairs = replace(pairs.unpaired(), ref_logps=np.zeros((24, 1), np.float32))
-    rewards, loss_waits = isinstance(loss, BradleyTerry), getattr(loss, "unpaired", False)
+    rewards = isinstance(loss, BradleyTerry)
     model = on_meta(RewardModel if rewards else Transformer, lora)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = on_gpu(model)
@@ -90,8 +90,7 @@ def step(loss, dtype: str, lora: bool = False, checkpointing: bool = False, atte
                         values = pair_logps(model, pairs, indices, loss, CUDA, dtype, of_batch)
                     losses = loss(values)
                     (losses.sum() / 12).backward()
-                    # KTO's metrics are means over the desirable responses: how many, the CPU waits for.
-                    totals.add({"loss": losses} if loss_waits else loss.metrics(values, losses))
+                    totals.add(loss.metrics(values, losses))
             totals.all_reduce()
             norm = clip_grad_norm_(model.parameters(), 1.0)
             assert norm.is_cuda and losses.dtype == torch.float32

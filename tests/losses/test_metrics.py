@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from minidpo.log import Means
 from minidpo.losses import (
     DPO,
     IPO,
@@ -102,4 +103,15 @@ def test_metrics(loss, given, expected):
     found = loss.metrics(given, losses)
     assert found.keys() == expected.keys() | {"loss"} and found["loss"] is losses
     for name, values in expected.items():
-        torch.testing.assert_close(found[name].double(), column(*values), rtol=1e-6, atol=1e-6, msg=name)
+        numbers, mask = found[name] if isinstance(found[name], tuple) else (found[name], ...)
+        torch.testing.assert_close(numbers[mask].double(), column(*values), rtol=1e-6, atol=1e-6, msg=name)
+
+
+def test_means():
+    """The means are over all pairs or those of the mask, however cut; what no pair has is left out."""
+    totals = Means()
+    for part in (slice(0, 1), slice(1, 4)):  # the first part has no undesirable response
+        values, label = column(1, 2, 3, 6)[part], RECORDS.label[part]
+        none = torch.zeros_like(label)
+        totals.add(dict(all=values, liked=(values, label), disliked=(values, ~label), none=(values, none)))
+    assert totals.all_reduce().means() == totals.means() == dict(all=3.0, liked=1.5, disliked=4.5)

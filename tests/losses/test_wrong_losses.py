@@ -53,6 +53,17 @@ def n(s, p):
     return p.margin if s.margin_from_data else 0
 
 
+def overwritten(s, p):
+    z = DPO.z(s, p)
+    p.rejected.data.zero_()
+    return z
+
+
+def within_70(z):
+    """z, as a constant beyond +-70."""
+    return torch.where(z.abs() < 70, z, z.detach())
+
+
 def odds(form):
     """The odds ratio's part of ORPO, made of each response's mean log-prob."""
     return lambda s, p: s.lambda_or * logistic(form(p.mean_logps()[0]) - form(p.mean_logps()[1]))
@@ -92,6 +103,7 @@ WRONG = {
         "everything detached": ("gradcheck", detached(DPO.z, *LOGPS)),
         "margin of the data ignored": ("points", lambda s, p: s.beta * (w(p) - v(p))),
         "margin of the data added": ("points", lambda s, p: s.beta * (w(p) - v(p)) + n(s, p)),
+        "log-prob overwritten": ("points", overwritten),
         "margin of the data inside beta": ("points", lambda s, p: s.beta * (w(p) - v(p) - n(s, p))),
     },
     (DPO, "preference"): {
@@ -104,6 +116,8 @@ WRONG = {
         "divided by the batch size": ("alone", of_z(lambda z, e: logistic(z, e) / len(z))),
         "log of sigmoid": ("far", of_z(lambda z, e: -torch.sigmoid(z).log())),
         "log of 1 + exp": ("far", of_z(lambda z, e: (1 + torch.exp(-z)).log())),
+        "no gradient at a tie": ("tie", of_z(lambda z, e: logistic(torch.where(z == 0, z.detach(), z), e))),
+        "no gradient beyond 70": ("far", of_z(lambda z, e: logistic(within_70(z), e))),
         "float32 called float64": ("twin", of_z(lambda z, e: logistic(z.float(), e).double())),
     },
     (DPO, "__init__"): {
@@ -129,7 +143,10 @@ WRONG = {
     },
     (DPO, "__call__"): {
         "SFT term ignored": ("points", lambda s, p: s.preference(p)),
+        "long responses left out": ("far", lambda s, p: DPO.__call__(s, p) * (p.chosen_length <= 512)),
     },
+    (DPO, "needs_reference"): {"reference needed, but not said to be": ("reads", False)},
+    (KTO, "needs_z0"): {"z0 needed, but not said to be": ("reads", False)},
     (ORPO, "preference"): {
         "odds of sums": (
             "points",

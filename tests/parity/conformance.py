@@ -113,4 +113,8 @@ def _verdict(found: list[float], expected: list[float]) -> tuple[float, str]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("\n\n".join(table(import_module(f"conform_{name}").program()) for name in sys.argv[1:]))
+    try:
+        programs = [import_module(f"conform_{name}").program() for name in sys.argv[1:]]
+    except ModuleNotFoundError as error:
+        sys.exit(f"no module {error.name}: pip install -e '.[conformance]', and for trl '.[peers]'")
+    print("\n\n".join(map(table, programs)))

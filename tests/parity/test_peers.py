@@ -1,7 +1,7 @@
 """minidpo beside TRL: one model directory, one tokenizer, one set of pairs, and both must say the same.
 
 Pair by pair: log-probs, loss, logged rewards, gradient norm. Then 20 steps of training, loss by loss.
-Where TRL means something else by a name, the test says what, and holds the conversion.
+Where TRL means something else by a name, the test says what, and does the conversion.
 """
 
 from dataclasses import replace
@@ -13,6 +13,7 @@ import torch
 from peers import assert_logged, gradient_norm, make_world, our_pair, our_rewards, trainer, trl_logs
 
 from minidpo.data import PairTokens
+from minidpo.log import Means
 from minidpo.losses import DPO, KTO, ORPO, BradleyTerry, PairLogps, Rewards, SimPO
 from minidpo.model import load_model, load_reward_model, response_logps
 from minidpo.packing import pack
@@ -120,7 +121,9 @@ def test_kto(peers, tmp_path):
             z0=z0.expand(3),
         )
         losses = loss(pairs)
-        expected = {n: x.mean() for n, x in loss.metrics(pairs, losses).items() if "rewards" in n}
+        means = Means()
+        means.add(loss.metrics(pairs, losses))
+        expected = {n: torch.tensor(x) for n, x in means.means().items() if "rewards" in n}
         norm = gradient_norm(peers.policy, losses.mean())
         assert_logged(record, expected | dict(loss=losses.mean(), kl=z0, grad_norm=norm))
 

@@ -106,7 +106,7 @@ def test_out_refused(world, tmp_path):
     """--out is no file of the data; a column, a limit and a text are checked."""
     file = str(write(tmp_path / "a.jsonl", record("cat")))
     for options, says in (
-        (["--out", file], "--out .*a.jsonl: is a file of the data, or in a directory"),
+        (["--out", file], "--out .*a.jsonl: is read here, or in a directory"),
         (["--column", "question"], "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
         (["--column", "question=q"], "--column question=q: give NAME=KEY"),
         (["--limit", "-1"], "data: limit is -1; it must be >= 0"),
@@ -137,7 +137,7 @@ def test_held_out_of_parquet(config, tmp_path):
     (tmp_path / "data").mkdir()
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "a.parquet")
     arguments = config(data__train=f'["{tmp_path}/data"]', data__eval_pairs=2)
-    with pytest.raises(UserError, match="--held-out .*: is a file of the data, or in a directory"):
+    with pytest.raises(UserError, match="--held-out .*: is read here, or in a directory"):
         data_command([*arguments, "--held-out", f"{tmp_path}/data/held_out.jsonl"])
     data_command([*arguments, "--held-out", f"{tmp_path}/held_out.jsonl"])
     expected = [record(f"a dog {i}", time="2026-11-26T00:00:00", votes=[1, None]) for i in range(9)]
@@ -149,7 +149,7 @@ def test_held_out_of_parquet(config, tmp_path):
     ("option", "says"),
     [
         ("--held-out={tmp}/nowhere/a.jsonl", "--held-out .*: a file in a directory that exists is needed"),
-        ("--held-out={tmp}/./texts.jsonl", "--held-out .*texts.jsonl: is a file of the data"),
+        ("--held-out={tmp}/./texts.jsonl", "--held-out .*texts.jsonl: is read here"),
         ("--held-out={tmp}/a.jsonl", "records of HH dialogues .* and prompt, chosen, rejected; a file keeps"),
         ("--loss.margn=1", r"no key loss.margn; \[loss\] .*has lm_weight"),  # a reward model's configuration
         ("--data.max_length=4000", "texts of up to 4000 tokens .*, but the model takes"),

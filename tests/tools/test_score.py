@@ -12,6 +12,7 @@ from minidpo.data import read_preferences
 from minidpo.errors import UserError
 from minidpo.tools.explain import main as explain
 from minidpo.tools.reading import cut_in_training
+from minidpo.tools.report import main as report
 from minidpo.tools.sample import main as sample
 from minidpo.tools.score import main as score
 from padded import saved_weights
@@ -67,6 +68,26 @@ def test_refused(scored, world, tmp_path, arguments, says):
     with pytest.raises(UserError, match=says):
         scored(*arguments.format(world=world, tmp=tmp_path).split())
     assert {path.name for path in tmp_path.iterdir()} == {"one.jsonl", "bad.jsonl", "many.jsonl"}
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [
+        (score, "--model {model} --data {data} --out {data}"),
+        (sample, "--model {model} --data {data} --out {data}"),
+        (sample, "--model {model} --prompts-file {data} --out {data}"),
+        (explain, "--model {model} --data {data} --index 0 --html {data}"),
+        (report, "{run} --out {run}/metrics.jsonl"),
+    ],
+)
+def test_own_input(world, tmp_path, command, arguments):
+    """No command writes over what it reads."""
+    (tmp_path / "run").mkdir()
+    files = write(tmp_path / "data.jsonl", GOOD), write(tmp_path / "run" / "metrics.jsonl", GOOD)
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(UserError, match="is read here"):
+        command(arguments.format(model=world / "model", data=files[0], run=tmp_path / "run").split())
+    assert [file.read_bytes() for file in files] == before
 
 
 @pytest.mark.parametrize(

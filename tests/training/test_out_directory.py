@@ -81,7 +81,7 @@ def test_parts_in_the_way(config, tmp_path, name, kind):
         theirs.write_text("theirs")
     theirs.rename(out / name) if kind == "file" else (out / name).symlink_to(theirs)
     before = (out / name).lstat(), sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match=rf"^{out / name}: no directory; .*; see run.out in .*config.toml$"):
+    with pytest.raises(UserError, match=rf"^{out / name}: no directory, .*; see run.out in .*config.toml$"):
         train_dpo.main(arguments)
     assert ((out / name).lstat(), sorted(tmp_path.rglob("*"))) == before
 

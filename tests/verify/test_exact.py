@@ -1,4 +1,4 @@
-"""In a world small enough to list, every loss leads where it was derived to lead."""
+"""In a world small enough to list, each loss that has an optimum to be reached leads to it."""
 
 import math
 from dataclasses import replace
@@ -105,7 +105,8 @@ def learned(loss) -> float:
 def test_two_responses():
     """DPO with smoothing e goes to logit(q) / beta, IPO to (2p - 1) / (2 beta), whatever the sampler.
 
-    p is how often the first wins and q = (1-e) p + e (1-p). IPO: p*(y beats mu) = mu(y)/2 + mu(y') p.
+    p is how often y wins over y', and q = (1-e) p + e (1-p). Against a response drawn from mu, y wins
+    mu(y)/2 + mu(y') p of the time, which is the score that IPO learns.
     """
     p = SMALL.preferences[0, 0, 1].item()
     q = 0.8 * p + 0.2 * (1 - p)
