@@ -1,5 +1,3 @@
 """`python -m minidpo demo`: see command.py."""
 
 from minidpo.tools.demo.command import main
-
-__all__ = ["main"]
