@@ -24,13 +24,13 @@ def pad(pairs: list[tuple[list[int], list[int], list[int]]]) -> tuple[Tensor, Te
     for i, (prompt, response) in enumerate(texts):
         end = len(prompt) + len(response)
         tokens[i, :end] = torch.tensor(prompt + response)
-        # Mark positions, not ids: the padding id may also be a real token, such as EOS.
+        # The mask is set by position: the padding id may also be that of a real token, such as EOS.
         mask[i, len(prompt) : end] = True
     return tokens, mask
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
-    """log pi(y|x) of each row (R,): the log-probs of its response tokens, summed."""
+    """log pi(y|x) of response y to prompt x, (R,): the log-probs of a row's response tokens, summed."""
     # The logits at position t-1 predict token t, so logits lose their last position and tokens their first.
     vocabulary_logps = logits[:, :-1].log_softmax(-1)  # (R, T-1, V)
     logps = vocabulary_logps.gather(-1, tokens[:, 1:, None]).squeeze(-1)  # (R, T-1)
@@ -56,7 +56,7 @@ def dpo_step(
     # Forward pass: a model turns tokens (2B, T) into logits (2B, T, V). Attention is causal and padding is on
     # the right, so no real token attends to padding and no attention mask is needed.
     pi = sequence_logps(policy(tokens), tokens, mask)
-    # The reference is a constant of the loss, so nothing of it is kept for the backward pass.
+    # The reference is a constant of the loss, so no activations are kept for a backward pass.
     with torch.no_grad():
         ref = sequence_logps(reference(tokens), tokens, mask)
 
