@@ -17,7 +17,9 @@ class _PairFields(NamedTuple):
     chosen_length: Tensor | None = None
     rejected_length: Tensor | None = None
     # What single losses read besides.
-    margin: Tensor | None = None  # by how much the chosen response is better, according to the record
+    # By how much the chosen response is better, according to the record. The margin of a loss is another one,
+    # r(x, y_w) - r(x, y_l), and so is a target margin, a setting by which that one must be larger (gamma).
+    margin: Tensor | None = None
     label: Tensor | None = None  # bool: whether a single response is desirable (KTO)
     z0: Tensor | None = None  # the reference point, nats: one number, given for every pair (KTO)
 
@@ -57,7 +59,7 @@ class _RewardFields(NamedTuple):
     # r(x, y), one number per response.
     chosen: Tensor
     rejected: Tensor
-    margin: Tensor | None = None  # how much better the chosen response is, according to the record
+    margin: Tensor | None = None  # the record's margin, as in `PairLogps`
     # log pi(y_w|x) and |y_w|, for the language-modelling loss; None without one.
     chosen_logps: Tensor | None = None
     chosen_length: Tensor | None = None

@@ -49,7 +49,8 @@ class PreferenceLoss:
     """
 
     # How it is called in a configuration, and its equation and gradient weight in short. The gradient weight
-    # is -d loss / d log pi(y_w|x) at the default settings; for y_l its sign changes and |y| is |y_l|.
+    # is minus the derivative, -d loss / d log pi(y_w|x), at the default settings: how hard y_w is pushed up.
+    # For y_l its sign changes and |y| is |y_l|.
     name = equation = gradient = ""
     # What it reads of a pair.
     needs_reference = False

@@ -48,7 +48,7 @@ def png_and_svg(typed: str | Path) -> list[Path]:
 def drawing(files: list[Path], width: float, height: float) -> Iterator[Any]:
     """Yield an empty figure, width x height in inches; when the block ends well, write it to each of `files`.
 
-    The format of a file is its suffix: .png, .svg or .pdf.
+    The format of a file is its suffix: .png or .svg.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -60,7 +60,7 @@ def drawing(files: list[Path], width: float, height: float) -> Iterator[Any]:
         for file in files:
             kind = file.suffix[1:]
             # The date would make the bytes of equal figures differ.
-            undated = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(kind)
+            undated = {"Date": None} if kind == "svg" else None
             with writing(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with replacing_file(file) as temporary:

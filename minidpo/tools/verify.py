@@ -12,7 +12,7 @@ from typing import Any
 
 from minidpo.errors import UserError, one_line
 from minidpo.settings import keys_of
-from minidpo.verify import BY_NAME, Claims, every_loss, verify
+from minidpo.verify import CHECKS, Claims, every_loss, verify
 
 
 def main(arguments: list[str]) -> None:
@@ -24,35 +24,25 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--like", metavar=("LOSS", "KEY=VALUE"), nargs="+", help=like)
     claims = "what is claimed of it otherwise, an object of minidpo.verify.Claims"
     parser.add_argument("--claims", metavar="MODULE:NAME", help=claims)
-    checks = f"make only these: {', '.join(BY_NAME)}"
+    checks = f"make only these: {', '.join(CHECKS)}"
     parser.add_argument("--checks", metavar="CHECK", nargs="+", help=checks)
     options = parser.parse_args(arguments)
 
+    names = options.losses or every_loss()
     model = _ours(*options.like) if options.like else None
+    if model and (ours := [name for name in names if ":" not in name]):
+        raise UserError(f"--like is for a function, MODULE:NAME; {ours[0]} has claims of its own")
     own = _imported(options.claims) if options.claims else None
     if own is not None and not isinstance(own, Claims):
         raise UserError(f"--claims {options.claims} is {type(own).__name__}; minidpo.verify.Claims is needed")
-    losses = [_loss(name, model) for name in options.losses or every_loss()]
     refuted = []
-    for loss, like in losses:
-        report = verify(loss, like, own, checks=options.checks)
+    for loss in [_imported(name) if ":" in name else _ours(name) for name in names]:
+        report = verify(loss, model, own, checks=options.checks)
         print(report, flush=True)
         refuted += [report.name] * bool(report.refuted)
     print(f"refuted: {', '.join(refuted)}" if refuted else "nothing is refuted")
     if refuted:
         raise SystemExit(1)
-
-
-def _loss(name: str, model: Any) -> tuple[Any, Any]:
-    """What is to be verified, and the loss that it claims to be."""
-    if ":" not in name:
-        if model is not None:
-            raise UserError(f"--like is for a function, MODULE:NAME; {name} has claims of its own")
-        return _ours(name), None
-    found = _imported(name)
-    if not callable(found):
-        raise UserError(f"{name} is {type(found).__name__}; a function of tensors is needed")
-    return found, model
 
 
 def _imported(name: str) -> Any:

@@ -5,9 +5,9 @@
     print(verify(my_loss, like=DPO(beta=0.1)))      # held to what is claimed of DPO
 
 claims/ says what is claimed of each of ours, checks.py how it is asked, with random pairs of draws.py,
-stranger.py how another program's function is read. Where training ends: exact_world.py, optima.py,
-exact_train.py.
+stranger.py how another program's function is read. Where training ends: exact_world.py, exact_train.py.
 """
 
+from minidpo.verify.checks import CHECKS
 from minidpo.verify.claims import Claims, claims_of, every_loss
-from minidpo.verify.report import BY_NAME, Report, Verdict, verify
+from minidpo.verify.report import Report, Verdict, verify

@@ -4,7 +4,7 @@ A check returns what it looked at and the greatest error, raises `Refuted` with 
 `NotAsked` where the loss cannot be set to what is claimed. Its docstring is the claim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import SimpleNamespace as Pairs
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch.autograd import gradcheck, gradgradcheck
 from minidpo.verify.draws import (
     NotAsked,
     Refuted,
+    ask,
     compare,
     draw,
     evaluate,
-    require_finite,
     swapped,
     tensors,
     tied,
@@ -28,8 +28,6 @@ from minidpo.verify.draws import (
 from minidpo.verify.exact_train import train_to_convergence
 from minidpo.verify.exact_world import make_world, total_variation
 from minidpo.verify.stranger import Stranger
-
-BF16_ROUNDING = 2.0**-8
 
 Figure = tuple[str, float]  # what was looked at, and the greatest error
 Check = Callable[[Any, Any], Figure]
@@ -55,23 +53,21 @@ def check_twin(loss: Any, claims: Any) -> Figure:
     """the same equation in NumPy"""
     p = draw(claims, 256, scale=300.0)
     losses, _ = evaluate(loss, tensors(claims, p))
-    return "256 pairs", compare(loss, "the loss", losses, claims.twin(p, loss), p, atol=1e-11)
+    return "256 pairs", compare(loss, "the loss", losses, ask("twin", claims.twin, p, loss), p, atol=1e-11)
 
 
 def check_gradient(loss: Any, claims: Any) -> Figure:
     """d loss / d input in closed form, 0 where that names no such input"""
     p = draw(claims, 64, seed=1)
     _, gradients = evaluate(loss, tensors(claims, p))
-    expected = dict.fromkeys(gradients, np.zeros(64)) | claims.gradient(p, loss)
-    trained = of_trained(loss, gradients)
-    errors = [compare(loss, f"d loss / d {n}", gradient, expected[n], p) for n, gradient in trained.items()]
-    return "64 pairs", max(errors)
+    expected = dict.fromkeys(gradients, np.zeros(64)) | ask("gradient", claims.gradient, p, loss)
+    return "64 pairs", compare_gradients(loss, gradients, expected, p)
 
 
 def check_gradcheck(loss: Any, claims: Any) -> Figure:
     """first and second derivatives are those of finite differences"""
     pairs = tensors(claims, draw(claims, 6, seed=2))
-    names = of_trained(loss, evaluate(loss, pairs)[1])
+    names = trained(loss, evaluate(loss, pairs)[1])
 
     def of_inputs(*inputs: Tensor) -> Tensor:
         return loss(pairs._replace(**dict(zip(names, inputs, strict=True))))
@@ -94,17 +90,18 @@ def check_tie(loss: Any, claims: Any) -> Figure:
     for _ in range(16):
         moved = {n: x + rng.uniform(-1e-6, 1e-6, 64) for n, x in vars(p).items() if x.dtype == float}
         nearby.append(evaluate(loss, tensors(claims, Pairs(**vars(p) | moved)))[1])
-    errors = []
-    for name, gradient in of_trained(loss, evaluate(loss, tensors(claims, p))[1]).items():
-        around = torch.stack([gradients[name] for gradients in nearby])
+    gradients, expected = evaluate(loss, tensors(claims, p))[1], {}
+    for name, gradient in gradients.items():
+        around = torch.stack([near[name] for near in nearby])
         # A loss with a kink there may take the slope of either side, or one between.
-        expected = gradient.clamp(around.amin(0), around.amax(0))
-        errors.append(compare(loss, f"d loss / d {name}", gradient, expected, p, 1e-4, 1e-4))
-    return "64 pairs", max(errors)
+        expected[name] = gradient.clamp(around.amin(0), around.amax(0))
+    return "64 pairs", compare_gradients(loss, gradients, expected, p, 1e-4, 1e-4)
 
 
 def check_alone(loss: Any, claims: Any) -> Figure:
     """loss and gradient of a pair are the same alone and in a batch"""
+    if not claims.independent:
+        raise NotAsked
     p = draw(claims, 5, seed=3)
     losses, gradients = evaluate(loss, pairs := tensors(claims, p))
     if isinstance(loss, Stranger) and (returned := loss.returned(pairs)).ndim == 0:
@@ -118,8 +115,8 @@ def check_alone(loss: Any, claims: Any) -> Figure:
         one = Pairs(**{name: values[[i]] for name, values in vars(p).items()})
         alone, of_alone = evaluate(loss, tensors(claims, one))
         errors.append(compare(loss, "in a batch of 5 the loss", losses[[i]], alone, one, 1e-14, 0))
-        for n, gradient in of_trained(loss, gradients).items():
-            compare(loss, f"in a batch of 5 d loss / d {n}", gradient[[i]], of_alone[n], one)
+        of_batch = {name: gradient[[i]] for name, gradient in gradients.items()}
+        compare_gradients(loss, of_batch, of_alone, one, what="in a batch of 5 d loss / d")
     return "5 pairs", max(errors)
 
 
@@ -143,8 +140,8 @@ def check_mirror(loss: Any, claims: Any) -> Figure:
     """what swapping the two responses adds to the loss"""
     p = draw(claims, 64, seed=7)
     change = evaluate(loss, tensors(claims, swapped(p)))[0] - evaluate(loss, tensors(claims, p))[0]
-    what = "the loss of the swapped pair minus its loss"
-    return "64 pairs", compare(loss, what, change, claims.mirror(p, loss), p, 1e-10, 1e-10)
+    what, expected = "the loss of the swapped pair minus its loss", ask("mirror", claims.mirror, p, loss)
+    return "64 pairs", compare(loss, what, change, expected, p, 1e-10, 1e-10)
 
 
 def check_unmoved(loss: Any, claims: Any) -> Figure:
@@ -155,7 +152,8 @@ def check_unmoved(loss: Any, claims: Any) -> Figure:
     p, errors = draw(claims, 64, seed=4), []
     losses, _ = evaluate(s, tensors(claims, p))
     for says, change in claims.unmoved.items():
-        moved, _ = evaluate(s, tensors(claims, Pairs(**vars(p) | change(p))))
+        changed = ask(f"unmoved, {says}", change, p)
+        moved, _ = evaluate(s, tensors(claims, Pairs(**vars(p) | changed)))
         errors.append(compare(s, f"with {says}, the loss", moved, losses, p, 1e-10, 1e-10))
     return f"{len(errors)} changes", max(errors)
 
@@ -171,18 +169,19 @@ def check_far(loss: Any, claims: Any) -> Figure:
             x[:] = np.round(x, -4) - 10 * (i + 1) ** 2
             x[i::16] = 0.0
     losses, gradients = evaluate(loss, tensors(claims, p, torch.float32))
-    require_finite(loss, "the loss", losses, p)
-    for name, gradient in gradients.items():
-        require_finite(loss, f"d loss / d {name}", gradient, p)
+    for what, values in {"the loss": losses, **{f"d loss / d {n}": g for n, g in gradients.items()}}.items():
+        if len(places := (~values.isfinite()).nonzero()):
+            raise Refuted(loss, f"{what} is {values[i := int(places[0])].item()}", p, i)
     with np.errstate(divide="ignore", invalid="ignore"):
-        slopes = claims.gradient(p, loss) if claims.gradient else {}
-    for name, gradient in of_trained(loss, gradients).items():
-        slope = slopes.get(name, gradient.numpy())
+        slopes = ask("gradient", claims.gradient, p, loss) if claims.gradient else {}
+    expected: dict[str, Any] = dict(gradients)
+    for name in gradients.keys() & slopes.keys():
         # A closed form may have no value where p = 1.
-        slope = np.where(np.isfinite(slope), slope, gradient.numpy())
-        compare(loss, f"d loss / d {name}", gradient, slope, p, 1e-5, 1e-4)
-    expected = claims.twin(p, loss) if claims.twin else losses
-    return "1024 pairs", compare(loss, "the loss", losses, expected, p, 1e-5, 1e-4)
+        finite = np.isfinite(slopes[name])
+        expected[name] = np.where(finite, slopes[name], gradients[name].numpy())
+    compare_gradients(loss, gradients, expected, p, 1e-5, 1e-4)
+    twin = ask("twin", claims.twin, p, loss) if claims.twin else losses
+    return "1024 pairs", compare(loss, "the loss", losses, twin, p, 1e-5, 1e-4)
 
 
 def check_bf16(loss: Any, claims: Any) -> Figure:
@@ -191,53 +190,64 @@ def check_bf16(loss: Any, claims: Any) -> Figure:
     rounded = {n: torch.tensor(x).bfloat16() for n, x in vars(p).items() if x.dtype == float}
     p = Pairs(**vars(p) | {name: x.double().numpy() for name, x in rounded.items()})
     losses, gradients = evaluate(loss, tensors(claims, p))
-    found, _ = evaluate(loss, tensors(claims, p, torch.bfloat16))
-    # One rounding of every input and of the loss, and as much again for each of three intermediate results.
-    # By the closed form, because what a loss takes as a constant is rounded too.
-    slopes = claims.gradient(p, loss) if claims.gradient else {n: g.numpy() for n, g in gradients.items()}
+    pairs = tensors(claims, p, torch.bfloat16)
+    # PairLogps and Rewards raise them to float32; another program's loss is given bf16.
+    found, _ = evaluate(loss, pairs if isinstance(loss, Stranger) else claims.fields(*pairs))
+    # One rounding, 2^-8, of every input and of the loss, and as much again for each of three intermediate
+    # results. By the closed form, because what a loss takes as a constant is rounded too.
+    slopes = {n: g.numpy() for n, g in gradients.items()}
+    if claims.gradient:
+        slopes = ask("gradient", claims.gradient, p, loss)
     terms = sum(abs(slope * getattr(p, name)) for name, slope in slopes.items())
-    allowed = 4 * BF16_ROUNDING * (terms + losses.detach().abs().numpy()) + 1e-6
+    allowed = 4 * 2.0**-8 * (terms + losses.detach().abs().numpy()) + 1e-6
     return "256 pairs", compare(loss, "the loss of bf16 inputs", found, losses, p, 0, allowed)
 
 
 def check_exact(loss: Any, claims: Any) -> Figure:
     """training in the exact world ends at the policy derived on paper"""
-    if isinstance(claims.optimum, str):
-        raise NotAsked(claims.optimum)
+    if not callable(claims.optimum):
+        raise NotAsked(claims.optimum or "no optimum is claimed")
     world = make_world(seed=0, prompts=2, words=2, max_tokens=2, hidden_size=16)
     distances = []
     for s in filter(None, (with_settings(loss, settings) for settings in claims.optima.values())):
-        distances.append(total_variation(train_to_convergence(world, s).values, claims.optimum(world, s)))
+        trained = train_to_convergence(world, s).values
+        distances.append(total_variation(trained, ask("optimum", claims.optimum, world, s)))
         if not distances[-1] < 1e-5:
             away = f"{distances[-1]:.3f} of total variation away from the derived optimum"
             raise Refuted(s, f"it ends {away}")
     if not distances:
-        titles = ", ".join(claims.optima)
+        titles = ", ".join(claims.optima) or "no settings (the claims' optima)"
         raise NotAsked(f"the optima are those of {titles}, and this loss cannot be set to one of them")
     return f"{len(distances)} optim{'um' if len(distances) == 1 else 'a'}", max(distances)
 
 
-# Each check, and the field of the claims without which it is not asked.
-CHECKS: dict[Check, str] = {
-    check_points: "points",
-    check_twin: "twin",
-    check_gradient: "gradient",
-    check_gradcheck: "",
-    check_tie: "",
-    check_alone: "independent",
-    check_reads: "",
-    check_mirror: "mirror",
-    check_unmoved: "unmoved",
-    check_far: "",
-    check_bf16: "",
-    check_exact: "optimum",
-}
+# By name. One whose name is a field of the claims is asked where that is given.
+CHECKS: dict[str, Check] = dict(
+    points=check_points,
+    twin=check_twin,
+    gradient=check_gradient,
+    gradcheck=check_gradcheck,
+    tie=check_tie,
+    alone=check_alone,
+    reads=check_reads,
+    mirror=check_mirror,
+    unmoved=check_unmoved,
+    far=check_far,
+    bf16=check_bf16,
+    exact=check_exact,
+)
 # These choose their settings; the others are asked of the loss at hand and at the settings of every point.
-OF_THEIR_OWN_SETTINGS = {check_points, check_unmoved, check_exact}
+OF_THEIR_OWN_SETTINGS = ("points", "unmoved", "exact")
 
 
-def of_trained(loss: Any, gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The gradients that are asked: all of a loss of ours, but another program's may take its reference and
-    its reference point as constants."""
-    trained = ("chosen", "rejected", "chosen_logps")
-    return {n: g for n, g in gradients.items() if n in trained or not isinstance(loss, Stranger)}
+def trained(loss: Any, names: Iterable[str]) -> list[str]:
+    """The inputs whose gradients are asked: all of a loss of ours, but another program's may take its
+    reference and its reference point as constants."""
+    return [n for n in names if n in ("chosen", "rejected", "chosen_logps") or not isinstance(loss, Stranger)]
+
+
+def compare_gradients(
+    loss: Any, found: dict, expected: dict, p: Pairs, *tolerances: float, what: str = "d loss / d"
+) -> float:
+    names = trained(loss, found)
+    return max(compare(loss, f"{what} {n}", found[n], expected[n], p, *tolerances) for n in names)

@@ -1,6 +1,6 @@
 """What the checks are made of: random pairs, their losses and gradients, and the comparison of numbers."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from types import SimpleNamespace as Pairs
@@ -10,8 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minidpo.errors import UserError, one_line
 from minidpo.losses import Rewards
 from minidpo.verify.claims import LOGPS, Claims
+
+# F.softplus(z) is z from 20 on, where ln(1 + exp(z)) is 2e-9 more.
+CLOSE = "less than 1e-8 apart: by float32, or by F.softplus, which is linear beyond its threshold of 20?"
 
 
 class Refuted(AssertionError):
@@ -26,6 +30,14 @@ class Refuted(AssertionError):
 
 class NotAsked(Exception):
     """Nothing of this kind is claimed of the loss."""
+
+
+def ask(what: str, equation: Callable, *given: Any) -> Any:
+    """What an equation of the claims says. If it raises, the claims are wrong, and no loss is refuted."""
+    try:
+        return equation(*given)
+    except Exception as error:
+        raise UserError(f"the claims raise {type(error).__name__}: {one_line(error)} (in {what})") from error
 
 
 @contextmanager
@@ -55,7 +67,8 @@ def tensors(claims: Claims, p: Pairs, dtype: torch.dtype = torch.float64) -> Any
     """The pairs as PairLogps or Rewards; all but lengths and labels have `dtype` and require gradients."""
     whole = {name: torch.tensor(x) for name, x in vars(p).items() if x.dtype != float}
     inputs = {name: torch.tensor(x, dtype=dtype) for name, x in vars(p).items() if name not in whole}
-    return claims.fields(**{name: x.requires_grad_() for name, x in inputs.items()}, **whole)
+    values = {name: x.requires_grad_() for name, x in inputs.items()} | whole
+    return claims.fields._make(map(values.get, claims.fields._fields))
 
 
 def tied(p: Pairs, equal: Any, start: Any) -> Pairs:
@@ -105,25 +118,20 @@ def compare(
     difference = np.abs(found - expected)
     wrong = ~(difference <= atol + rtol * np.abs(expected))  # NaN is wrong too
     if wrong.any():
-        i = int(wrong.argmax())
-        raise Refuted(loss, f"{what} is {found[i]:.10g} and not {expected[i]:.10g}", p, i)
+        i, why = int(wrong.argmax()), f" ({CLOSE})" if difference.max() < 1e-8 else ""
+        raise Refuted(loss, f"{what} is {found[i]:.10g} and not {expected[i]:.10g}{why}", p, i)
     return float((difference / np.maximum(1, np.abs(expected))).max())
-
-
-def require_finite(loss: Any, what: str, values: Tensor, p: Pairs) -> None:
-    if len(places := (~values.isfinite()).nonzero()):
-        i = int(places[0])
-        raise Refuted(loss, f"{what} is {values[i].item()}", p, i)
 
 
 def with_settings(loss: Any, settings: dict) -> Any:
     """The loss with these settings and defaults else; None where it cannot be so set."""
-    if settings.keys() - {key.name for key in fields(loss)}:
+    keys = {key.name for key in fields(loss)}
+    # What the loss lacks of the one that it claims to be is fixed: it can be asked at this value alone.
+    like = getattr(loss, "like", None)
+    asked = (vars(type(like)()) if like else {}) | settings
+    if any(name not in keys and getattr(loss, name, None) != value for name, value in asked.items()):
         return None
-    try:
-        return type(loss)(**settings)
-    except NotAsked:
-        return None
+    return type(loss)(**{name: value for name, value in settings.items() if name in keys})
 
 
 def shown(loss: Any) -> str:

@@ -1,7 +1,7 @@
 """Train the project's own transformer to convergence on a population loss, in the world of exact_world.py.
 
-Nothing is sampled: the loss sums over *all* pairs of responses, weighted by how often they are drawn and so
-labelled. `train_to_convergence` takes an object of minidpo/losses/ or any function like one.
+No pair is drawn: the loss sums over *all* pairs of responses, weighted by how often they would be drawn and
+so labelled. `train_to_convergence` takes an object of minidpo/losses/ or any function like one.
 
 Dimensions: X prompts, Y responses per prompt; a table is (X, Y). W weights of the model.
 """
@@ -25,7 +25,7 @@ MOST_STEPS = 300
 
 Loss = Callable[[PairLogps], Tensor]  # B pairs to B losses, like the objects in minidpo/losses/
 Objective = Callable[[Tensor], Tensor]  # a table of log-probs or rewards to the number that is minimised
-Curvature = Callable[[Tensor], Tensor]  # the same table to a matrix (X Y, X Y) without negative eigenvalues
+Curvature = Callable[[Tensor], Tensor]  # the same table to H, (X Y, X Y), without negative eigenvalues
 
 
 class Trained(NamedTuple):
@@ -47,10 +47,7 @@ def train_rlhf(world: World, beta: float) -> Trained:
     table without weights in between would be at pi* after one step. The Hessian itself has negative
     eigenvalues far from pi*.
     """
-
-    def fisher(logps: Tensor) -> Tensor:
-        return torch.diag(beta * logps.exp().flatten() / len(logps))
-
+    fisher = lambda logps: torch.diag(beta * logps.exp().flatten() / len(logps))  # noqa: E731
     model = copy.deepcopy(world.reference)
     objective = partial(rlhf_loss, world, beta)
     return gauss_newton(world, model, partial(response_logps, model), objective, fisher)
@@ -59,11 +56,9 @@ def train_rlhf(world: World, beta: float) -> Trained:
 def train_reward_model(world: World) -> Trained:
     """Minimise `reward_loss`. `values` are rewards, those of each prompt up to a constant."""
     model = RewardModel.from_language_model(copy.deepcopy(world.reference))
-
-    def read(batch: PackedBatch) -> Tensor:
-        return model.forward_packed(batch)[0]
-
-    return gauss_newton(world, model, read, partial(reward_loss, world))
+    return gauss_newton(
+        world, model, lambda batch: model.forward_packed(batch)[0], partial(reward_loss, world)
+    )
 
 
 # --- what is minimised --------------------------------------------------------------------------------------
@@ -78,12 +73,12 @@ def population_loss(world: World, loss: Loss, logps: Tensor) -> Tensor:
     """
     tables = (logps.log_softmax(-1), world.reference_logps, world.lengths)
     pairs = PairLogps(*(column for table in tables for column in winners_and_losers(table)))
-    return (label_weights(world, getattr(loss, "flip_rate", 0.0)) * loss(pairs)).sum()
+    return (world.wins(getattr(loss, "flip_rate", 0.0)).flatten() * loss(pairs)).sum()
 
 
 def reward_loss(world: World, rewards: Tensor) -> Tensor:
     """The same of the Bradley-Terry loss."""
-    return (label_weights(world) * bradley_terry(*winners_and_losers(rewards))).sum()
+    return (world.wins().flatten() * bradley_terry(*winners_and_losers(rewards))).sum()
 
 
 def rlhf_loss(world: World, beta: float, logps: Tensor) -> Tensor:
@@ -91,7 +86,7 @@ def rlhf_loss(world: World, beta: float, logps: Tensor) -> Tensor:
 
     Its gradient is the exact policy gradient, -E_pi [ (A(y) - E_pi A) grad log pi(y|x) ] with the advantage
     A(y) = r*(x, y) - beta log( pi(y|x) / pi_ref(y|x) ): REINFORCE with the mean for a baseline, which
-    log_softmax brings in. The expectation is summed and not sampled.
+    log_softmax brings in. The expectation is a sum over all responses.
     """
     logps = logps.log_softmax(-1)
     advantages = world.rewards - beta * (logps - world.reference_logps)
@@ -102,13 +97,6 @@ def winners_and_losers(table: Tensor) -> tuple[Tensor, Tensor]:
     """(X, Y) -> two of (X * Y * Y,): all ordered pairs of responses to the same prompt."""
     shape = (*table.shape, table.shape[-1])
     return table[:, :, None].expand(shape).flatten(), table[:, None, :].expand(shape).flatten()
-
-
-def label_weights(world: World, flip_rate: float = 0.0) -> Tensor:
-    """2 mu(y) mu(y') q(y beats y') / X: how often y wins over y', drawn first or second. They sum to one. q
-    is p*, of which a share is swapped."""
-    q = (1 - flip_rate) * world.preferences + flip_rate * world.preferences.mT
-    return (2 * world.meetings * q).flatten()
 
 
 # --- how ----------------------------------------------------------------------------------------------------
@@ -139,6 +127,7 @@ def gauss_newton(
     with torch.no_grad():
         values = read(together)
     identity, damping = torch.eye(values.numel(), dtype=values.dtype), 1e-2
+    curvature = curvature or partial(torch.autograd.functional.hessian, objective, vectorize=True)
 
     for taken in range(1, MOST_STEPS + 1):
         values.requires_grad_()
@@ -148,7 +137,7 @@ def gauss_newton(
         rows = (torch.autograd.grad(read(b).sum(), parameters, materialize_grads=True) for b in alone)
         jacobian = torch.stack([parameters_to_vector(row) for row in rows])
         k = jacobian @ jacobian.T
-        hk = (curvature or partial(hessian, objective))(values.detach()) @ k
+        hk = curvature(values.detach()).reshape(k.shape) @ k
         scale = (hk.trace() + 1e-9 * k.trace()) / len(g)  # not 0 for a loss made of straight lines
 
         while True:
@@ -169,8 +158,3 @@ def gauss_newton(
         if promised < 1e-16:
             return Trained(values, objective(values).item(), taken)
     raise RuntimeError(f"not converged in {MOST_STEPS} steps: the last promised to gain {promised / 2:.1e}")
-
-
-def hessian(objective: Objective, values: Tensor) -> Tensor:
-    second = torch.autograd.functional.hessian(objective, values, vectorize=True)
-    return second.reshape(values.numel(), values.numel())

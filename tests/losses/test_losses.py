@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from minidpo.losses import LOSSES
+from minidpo.verify.checks import CHECKS
 from minidpo.verify.claims import claims_of, every_loss
 from minidpo.verify.draws import draw, evaluate, tensors
 from minidpo.verify.exact_world import make_world, total_variation
-from minidpo.verify.report import BY_NAME, HOLDS, NOT_ASKED, verify
+from minidpo.verify.report import HOLDS, NOT_ASKED, verify
 
 EVERY = every_loss()
 each_loss = pytest.mark.parametrize("loss", EVERY.values(), ids=EVERY)
 NEVER = {"beta": [0.0, -0.1], "label_smoothing": [-0.1, 0.5, 1.0], "flip_rate": [0.5]}
 
 
-@pytest.mark.parametrize("check", BY_NAME)
+@pytest.mark.parametrize("check", CHECKS)
 @each_loss
 def test_claims(loss, check):
     """What minidpo/verify/claims/NAME.py claims of the loss holds, at all settings of its points."""

@@ -6,20 +6,7 @@ import pytest
 import torch
 
 from minidpo.log import Means
-from minidpo.losses import (
-    DPO,
-    IPO,
-    KTO,
-    ORPO,
-    SFT,
-    APOZero,
-    BradleyTerry,
-    Hinge,
-    PairLogps,
-    Rewards,
-    RobustDPO,
-    SimPO,
-)
+from minidpo.losses import DPO, IPO, KTO, ORPO, SFT, BradleyTerry, Hinge, PairLogps, Rewards, SimPO
 
 
 def column(*values):
@@ -56,20 +43,15 @@ def of_pairs(chosen, rejected, tie=0, **more):
 
 CASES = [
     (DPO(), PAIRS, of_pairs(0.3, -0.1, saturated=(0, 0))),  # 0.1 * 3, 0.1 * -1
-    (
-        DPO(length_normalize=True),
-        PAIRS,
-        of_pairs(0.075, -0.02, saturated=(0, 0)),
-    ),  # 0.1 * 3 / 4, 0.1 * -1 / 5
+    # 0.1 * 3 / 4, 0.1 * -1 / 5
+    (DPO(length_normalize=True), PAIRS, of_pairs(0.075, -0.02, saturated=(0, 0))),
     (DPO(5.0), PAIRS, of_pairs(15, -5, saturated=(1, 0))),  # ln(1 + exp(-20)) is next to nothing
     (IPO(0.2), PAIRS, of_pairs(0.6, -0.2)),
     (IPO(0.2, sft_weight=1.0), PAIRS, of_pairs(0.6, -0.2, preference_loss=(2.25, 6.25), sft_loss=(2.5, LN2))),
     (SimPO(gamma=9.0), PAIRS, of_pairs(-5, -8, -2 * LN2, saturated=(0, 0))),  # 2 * -2.5, 2 * -4
     # log odds: -2.5 - ln(1 - exp(-2.5)), -4 - ln(1 - exp(-4)), ln 1
     (ORPO(sft_weight=0.0), PAIRS, of_pairs(-2.414349, -3.981515)),
-    (RobustDPO(), PAIRS, of_pairs(0.3, -0.1)),
     (Hinge(0.5), PAIRS, of_pairs(1.5, -0.5, saturated=(1, 0))),
-    (APOZero(), PAIRS, of_pairs(0.3, -0.1)),
     (SFT(), PAIRS, {"logps/chosen": (-10, TIE), "response_length/chosen": (4, 4)}),
     (
         KTO(),  # the second response is where z0 is: nothing is won

@@ -13,7 +13,7 @@ from minidpo.losses import PairLogps
 from minidpo.losses.log_ratios import LogRatioLoss
 from minidpo.verify import verify
 from minidpo.verify.claims import PAIR, START, Claims
-from minidpo.verify.optima import optimal_policy
+from minidpo.verify.exact_world import optimal_policy
 
 
 # 1. The class. Its fields are its settings, here beta alone, which every loss of log-ratios has.

@@ -20,7 +20,7 @@ from minidpo.files import (
 )
 from minidpo.log import MetricsFile, Progress, duration
 from minidpo.model import save_model
-from minidpo.tools import exact
+from minidpo.tools import vectors
 from tiny import tiny_model
 
 REPLACING = pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_special_files(tmp_path, link):
         path.symlink_to(pipe)
     for write in (
         lambda: require_place("--out", path),
-        lambda: exact.main(["--plot", str(path)]),
+        lambda: vectors.main(["--out", str(path)]),
         lambda: write_file(path, ""),
     ):
         with pytest.raises(UserError, match=rf"{path}: a device or a pipe, where a regular file"):

@@ -4,7 +4,7 @@ A claims file is paper and pencil: losses computed by hand, and the same loss, i
 written once more in NumPy, sharing nothing with minidpo/losses/. Start with dpo.py. In its equations `p`
 holds the numbers of B pairs, NumPy arrays (B,) by the names of PairLogps or Rewards, and `s` is the loss,
 read for its settings. checks.py puts every claim to the test. The SFT term, which every loss of pairs can
-have, is left out of its file: `with_sft` adds it.
+have, is left out of its file: `verify` adds it (`with_sft`).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,19 +43,17 @@ class Claims:
     optimum: Callable[[Any, Any], Any] | str = ""
     optima: Mapping[str, dict] = field(default_factory=dict)  # the rows of `exact`: title -> settings
     independent: bool = True  # whether the loss of a pair is the same in every batch
-    with_sft: bool = False  # whether the SFT term is part of them already
     fields: Any = PairLogps  # or Rewards
 
 
 def claims_of(loss: Any) -> Claims:
     """The claims of one of our losses, an object or a class: those in claims/NAME.py, or UserError."""
-    name = getattr(loss, "name", type(loss).__name__).replace(" ", "_")
+    name = (getattr(loss, "name", "") or type(loss).__name__).replace(" ", "_")
     try:
-        claims = import_module(f"{__name__}.{name}").CLAIMS
+        return import_module(f"{__name__}.{name}").CLAIMS
     except ModuleNotFoundError:
         needed = f"write minidpo/verify/claims/{name}.py, or give some (claims=, --claims MODULE:NAME)"
         raise UserError(f"no claims for the loss {name!r}: {needed}, or a loss that it is like") from None
-    return with_sft(claims, loss)
 
 
 def every_loss() -> dict[str, Any]:
@@ -63,31 +61,25 @@ def every_loss() -> dict[str, Any]:
     return LOSSES | {BradleyTerry.name.replace(" ", "_"): BradleyTerry}
 
 
-def with_sft(claims: Claims, loss: Any) -> Claims:
-    """The claims; with sft_weight times -log pi(y_w|x) / |y_w| added, where the loss has such an SFT term."""
-    if claims.with_sft or not hasattr(loss, "sft_weight"):
-        return claims
-    twin: Any = claims.twin
-    gradient: Any = claims.gradient
-    mirror: Any = claims.mirror
+def with_sft(claims: Any) -> Claims:
+    """The claims, with sft_weight times -log pi(y_w|x) / |y_w| added."""
 
-    def per_token(p: Pairs, response: str) -> np.ndarray:
+    def nll(p: Pairs, response: str = "chosen") -> np.ndarray:
         return -getattr(p, response) / getattr(p, f"{response}_length")
 
-    def with_term(p: Pairs, s: Any) -> dict[str, np.ndarray]:
-        of_preference = gradient(p, s)
+    def gradient(p: Pairs, s: Any) -> dict[str, np.ndarray]:
+        of_preference = claims.gradient(p, s)
         return of_preference | {"chosen": of_preference.get("chosen", 0) - s.sft_weight / p.chosen_length}
 
-    def total(p: Pairs, s: Any) -> np.ndarray:
-        return twin(p, s) + s.sft_weight * per_token(p, "chosen")
+    def mirror(p: Pairs, s: Any) -> np.ndarray:
+        return claims.mirror(p, s) + s.sft_weight * (nll(p, "rejected") - nll(p))
 
-    def mirrored(p: Pairs, s: Any) -> np.ndarray:
-        return mirror(p, s) + s.sft_weight * (per_token(p, "rejected") - per_token(p, "chosen"))
-
-    added: dict[str, Any] = dict(
-        twin=twin and total, gradient=gradient and with_term, mirror=mirror and mirrored
+    return replace(
+        claims,
+        twin=claims.twin and (lambda p, s: claims.twin(p, s) + s.sft_weight * nll(p)),
+        gradient=claims.gradient and gradient,
+        mirror=claims.mirror and mirror,
     )
-    return replace(claims, **added, with_sft=True)
 
 
 # --- what the claims are made of ----------------------------------------------------------------------------

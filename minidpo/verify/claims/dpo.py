@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 
 from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR, START, Claims, logistic, margin, of_margin, sigma
-from minidpo.verify.optima import best_policy, optimal_policy
+from minidpo.verify.exact_world import best_policy, optimal_policy
 
 
 def z(p, s):

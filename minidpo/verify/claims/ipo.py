@@ -1,7 +1,7 @@
 """IPO, Azar et al. 2023, Eq. 17: summed log-ratios, and log-ratios per token."""
 
 from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR, START, Claims, margin, of_margin
-from minidpo.verify.optima import beats_sampler, optimal_policy
+from minidpo.verify.exact_world import beats_sampler, optimal_policy
 
 
 def distance(p, s):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minidpo.verify.claims import Claims, logistic, repeated, sigma
-from minidpo.verify.optima import best_policy
+from minidpo.verify.exact_world import best_policy
 
 # Geometric means of the tokens' probabilities: 1/2, whose odds are 1, and 1/4, whose odds are 1/3.
 PAIR = dict(chosen=4 * math.log(1 / 2), rejected=5 * math.log(1 / 4), chosen_length=4, rejected_length=5)

@@ -1,7 +1,7 @@
 """Robust DPO, Chowdhury et al. 2024: DPO's loss of clean labels, from labels with a share e swapped."""
 
 from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR, START, Claims, logistic, margin, of_margin, sigma
-from minidpo.verify.optima import optimal_policy
+from minidpo.verify.exact_world import optimal_policy
 
 
 def twin(p, s):

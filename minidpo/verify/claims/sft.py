@@ -1,7 +1,7 @@
 """SFT: the mean log-prob of the chosen response's tokens."""
 
 from minidpo.verify.claims import Claims
-from minidpo.verify.optima import beats_sampler
+from minidpo.verify.exact_world import beats_sampler
 
 
 def optimum(world, s):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from minidpo.verify.claims import Claims, logistic, repeated, sigma
-from minidpo.verify.optima import best_policy, optimal_policy
+from minidpo.verify.exact_world import best_policy, optimal_policy
 
 PAIR = dict(chosen=-10, rejected=-20, chosen_length=4, rejected_length=5)  # averages -2.5 and -4
 
