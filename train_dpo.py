@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
         for indices in run.micro_batches(held_out_token_counts, label="evaluating"):
             logps = pair_logps(policy, held_out, indices, loss, run.device, run.dtype, z0)
             totals.add(loss.metrics(logps, loss(logps)))
-        metrics = totals.all_reduce().means()
+        metrics = totals.means()
         run.log_evaluation(step, metrics | (sampled(policy, step) if sampled else {}))
 
     # --------------------------------------------------------------------------------------------------------
@@ -102,7 +102,8 @@ def main(arguments: list[str]) -> None:
                 losses = loss(logps)  # (B,)
                 (losses.sum() / len(batch)).backward()
                 totals.add(loss.metrics(logps, losses))
-            metrics = totals.all_reduce().means()
+            # Every process has seen its share of the pairs; an all-reduce in here adds up what all have seen.
+            metrics = totals.means()
 
             # Clip, check, update. The norm that is logged is the one before clipping. A NaN must not reach
             # the weights, where no later step could remove it.

@@ -58,7 +58,7 @@ def main(arguments: list[str]) -> None:
         for indices in run.micro_batches(held_out_token_counts, label="evaluating"):
             rewards = pair_rewards(model, held_out, indices, loss, run.device, run.dtype)
             totals.add(loss.metrics(rewards, loss(rewards)))
-        run.log_evaluation(step, totals.all_reduce().means())
+        run.log_evaluation(step, totals.means())
 
     # --------------------------------------------------------------------------------------------------------
     # Training loop
@@ -78,7 +78,7 @@ def main(arguments: list[str]) -> None:
                 losses = loss(rewards)  # (B,)
                 (losses.sum() / len(batch)).backward()
                 totals.add(loss.metrics(rewards, losses))
-            metrics = totals.all_reduce().means()
+            metrics = totals.means()
 
             # Clip, check, update: a NaN must not reach the weights.
             norm = clip_grad_norm_(model.parameters(), optim.grad_clip or torch.inf)

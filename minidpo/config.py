@@ -10,7 +10,6 @@ from typing import Any, TypeVar, get_origin, get_type_hints
 from minidpo.arguments import Values, file_of, read_toml, read_value, typed
 from minidpo.distributed import rank
 from minidpo.errors import UserError
-from minidpo.files import write_file, writing
 from minidpo.losses import DPO, LOSSES, BradleyTerry, PreferenceLoss
 from minidpo.sections import COMMAND_LINE, DataSection, DPOConfig, RewardConfig, named_key
 from minidpo.settings import fault, help_lines, keys_of, one_of, setting, toml
@@ -88,17 +87,12 @@ def loss_of_run(model: Path) -> PreferenceLoss | None:
     return cls(**{name: _value("loss", keys[name], value, str(file)) for name, value in given.items()})
 
 
-def settings_of_run(out: Path) -> Values:
-    """What the run in the directory `out` has written down of its configuration."""
+def settings_of_run(out: Path, section: str) -> dict[str, Any]:
+    """A section of the configuration that the run in the directory `out` has written down."""
     try:
-        return read_toml(out / "config.toml")
+        return read_toml(out / "config.toml").get(section, {})
     except UserError:  # There is no such file, or a spoilt one that is about to be written again.
         return {}
-
-
-def data_of_run(out: Path, key: str) -> str:
-    """A text in [data] of the run in the directory `out`; empty if there is none."""
-    return str(settings_of_run(out).get("data", {}).get(key, ""))
 
 
 def data_of_model(model: Path) -> DataSection:
@@ -125,13 +119,6 @@ def to_toml(config: DPOConfig | RewardConfig) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def write_config(config: DPOConfig | RewardConfig, out: Path) -> None:
-    """OUT/config.toml: the resolved configuration."""
-    if rank() == 0:
-        with writing(out / "config.toml"):
-            write_file(out / "config.toml", to_toml(config))
-
-
 def describe(kind: type[DPOConfig] | type[RewardConfig]) -> str:
     """Every key with its default and a line about it."""
     lines = ["usage: python SCRIPT CONFIG.toml [--section.key=value ...]", ""]
@@ -152,18 +139,17 @@ def _section_types(kind: type, file: str, of_file: Values, typed: Values) -> dic
     if kind is RewardConfig:
         return types
 
-    def name(given: Values, where: str, default: str) -> str:
-        loss = given.get("loss", {})
-        return _value("loss", NAME, loss.pop("name"), where) if "name" in loss else default
-
-    former = name(of_file, file, DPO.name)
-    chosen = name(typed, COMMAND_LINE, former)
+    names = [DPO.name]
+    for given, where in ((of_file, file), (typed, COMMAND_LINE)):
+        name = given.get("loss", {}).pop("name", None)
+        names.append(names[-1] if name is None else _value("loss", NAME, name, where))
+    _, former, chosen = names
     # Where the command line chooses another loss, the keys in the file's [loss] belong to the former one.
     if chosen != former and (dropped := of_file.pop("loss", {})) and rank() == 0:
         same = (dropped.keys() & keys_of(LOSSES[chosen])) - typed.get("loss", {}).keys()
         own = ", ".join(f"{name} = {toml(getattr(LOSSES[chosen], name))}" for name in sorted(same))
-        names, default = ", ".join(dropped), f"; {chosen} takes {own} by default" if own else ""
-        print(f"loss.name = {chosen}: {names} in {file} belong to {former} and are not read{default}")
+        what, default = ", ".join(dropped), f"; {chosen} takes {own} by default" if own else ""
+        print(f"loss.name = {chosen}: {what} in {file} belong to {former} and are not read{default}")
     return types | {"loss": LOSSES[chosen]}
 
 

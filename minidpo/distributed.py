@@ -42,11 +42,8 @@ def rank() -> int:
 
 
 def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
-    """`main` as one process of the group that torchrun started.
-
-    An error is told once, by the process that meets it first; the others end silently. If a process was
-    killed, one of the others raises RunStopped.
-    """
+    """`main` as one process of the group that torchrun started. An error is told once, by the process that
+    meets it first; the others end silently. If a process was killed, one of the others raises RunStopped."""
 
     def run(arguments: list[str]) -> None:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
@@ -60,17 +57,17 @@ def launch(main: Callable[[list[str]], None]) -> Callable[[list[str]], None]:
             if ranks() > 1:
                 leave(0)
         except Exception as error:
-            known = isinstance(error, UserError | RunStopped) or remedy(error)
-            told = error if known else _peers(error, size)
-            if told is None:
+            if (told := _in_one_line(error, size)) is None:
                 raise
             raise (SystemExit(1) if store.add("errors told", 1) > 1 else told) from None
 
     return run
 
 
-def _peers(error: Exception, size: int) -> RunStopped | None:
-    """An error of the connection to the other processes, in one line; None if it is another one."""
+def _in_one_line(error: Exception, size: int) -> Exception | None:
+    """What to say of an error, or of one of the connection to the other processes; None if it is a bug."""
+    if isinstance(error, UserError | RunStopped) or remedy(error):
+        return error
     hint = "the same command goes on from the last checkpoint, with any number of processes"
     if isinstance(error, RuntimeError) and any(text in str(error) for text in _PEER_LOST):
         return RunStopped(f"another of the {size} processes ended; {hint}")
@@ -105,11 +102,6 @@ def first_before_others() -> Iterator[None]:
     yield
     if rank() == 0:
         all_gather(None)
-
-
-def broadcast(value: Value) -> Value:
-    """Rank 0's value, on every rank."""
-    return all_gather(value)[0]
 
 
 def require_same(values: dict[str, object]) -> None:

@@ -96,6 +96,6 @@ def _exit_status(main: Callable[[list[str]], None]) -> str | int | None:
             raise
         print(f"error: {(str(error) or type(error).__name__).splitlines()[0]} ({hint})", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as stop:
+        print(": ".join(["interrupted", *stop.args]), file=sys.stderr)
         return STOPPED

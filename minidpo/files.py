@@ -39,7 +39,7 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 def write_file(path: Path, text: str) -> None:
-    with replacing_file(path) as temporary:
+    with writing(path), replacing_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

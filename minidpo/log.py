@@ -38,29 +38,20 @@ class Means:
             self._sums[name] = self._sums[name] + total if name in self._sums else total
             self._counts[name] = self._counts.get(name, 0) + (len(numbers) if mask is None else mask.sum())
 
-    def all_reduce(self) -> "Means":
-        """These sums and counts, added up over the processes of the run."""
-        sums, counts = all_reduce_sum(self._table())
-        self._sums, self._counts = (dict(zip(self._sums, both, strict=True)) for both in (sums, counts))
-        return self
-
     def means(self) -> dict[str, float]:
-        """A quantity that no pair has is left out."""
-        return {
-            name: sum_ / n for name, sum_, n in zip(self._sums, *self._table().tolist(), strict=True) if n
-        }
+        """The means over the pairs of all processes. A quantity that no pair has is left out."""
+        table = zip(self._sums, *self.all_reduce().tolist(), strict=True)
+        return {name: sum_ / n for name, sum_, n in table if n}
 
-    def _table(self) -> Tensor:
-        """Sums and counts, (2, quantities), on the device."""
+    def all_reduce(self) -> Tensor:
+        """Sums and counts over all processes, (2, quantities), on the device."""
         counts = [torch.zeros_like(sum_) + self._counts[name] for name, sum_ in self._sums.items()]
-        return torch.stack([*self._sums.values(), *counts]).view(2, -1)
+        return all_reduce_sum(torch.stack([*self._sums.values(), *counts]).view(2, -1))
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """The lines of a metrics.jsonl. A torn last line is passed over: the run was killed, or is writing it.
-
-    Raises UserError that names the file and the line for any other line that is no JSON object with a step.
-    """
+    Any other line that is no JSON object with a step is a UserError."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     values = []
     for number, line in enumerate(lines, start=1):
@@ -135,8 +126,9 @@ def duration(seconds: float) -> str:
     return f"{minutes}m {rest:02d}s" if minutes < 60 else f"{minutes // 60}h {minutes % 60:02d}m"
 
 
-def console_line(values: dict[str, float], total_steps: int, seconds_left: float, prefix: str = "") -> str:
-    """One aligned line of a training step or, with prefix "eval/", of an evaluation."""
+def console_line(values: dict[str, float], total_steps: int, seconds_left: float) -> str:
+    """One aligned line of what metrics.jsonl has of a training step or, under "eval/", of an evaluation."""
+    prefix = "" if "loss" in values else "eval/"
     columns = [f"{'eval' if prefix else 'step'} {values['step']:>{len(str(total_steps))}}/{total_steps}"]
     for name, label, form in COLUMNS:
         if prefix + name in values:
@@ -164,5 +156,6 @@ COLUMNS = (
     ("win_rate", "wins", "5.3f"),
     ("tie_rate", "ties", "5.3f"),
     ("grad_norm", "grad", "8.3g"),
+    ("peak_memory_gb", "GB", "5.1f"),
     ("lr", "lr", "8.2e"),
 )

@@ -1,10 +1,10 @@
 """The sections and keys of a configuration: type, default, a line for --help, and the values allowed."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from minidpo.errors import UserError
 from minidpo.losses import DPO, BradleyTerry, PreferenceLoss
@@ -110,7 +110,7 @@ class RunSection:
     keep_checkpoints: int = setting(1, "newest checkpoints kept", positive)
     compile: bool | str = setting("auto", "torch.compile the layers; auto: on cuda only", _true_false_or_auto)
     attention: str = setting(
-        "auto", "on cuda; auto: FlashAttention in bf16, flex in fp32", one_of("auto", "flex", "sdpa")
+        "auto", "on cuda; auto: flash in bf16, else flex", one_of("auto", "flex", "sdpa")
     )
     activation_checkpointing: bool = setting(False, "less memory, a third more time per step")
 
@@ -124,6 +124,13 @@ class Sources:
     def named(self, key: str) -> str:
         """A key as its user knows it: "data.eval in configs/hh_dpo.toml", or "--data.eval"."""
         return named_key(key, self.sources.get(key, ""))
+
+    def naming(self, key: str, check: Callable[..., object], *arguments: Any) -> None:
+        """check(*arguments), of the path that is the value of `key`; a UserError says where that was set."""
+        try:
+            check(*arguments)
+        except UserError as error:
+            raise UserError(f"{error}; see {self.named(key)}") from None
 
     def as_set(self, section: str, name: str) -> str:
         """Such as "optim.lr in configs/hh_dpo.toml = 1e-06"."""
@@ -170,12 +177,3 @@ class RewardConfig(Sources):
     lora: LoRASection = field(default_factory=LoRASection)
     optim: OptimSection = field(default_factory=OptimSection)
     run: RunSection = field(default_factory=RunSection)
-
-
-@contextmanager
-def naming_key(config: DPOConfig | RewardConfig, key: str) -> Iterator[None]:
-    """Adds to a UserError about the path that is the value of `key` where that was set."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{error}; see {config.named(key)}") from None

@@ -1,8 +1,5 @@
-"""A setting: a dataclass field with a default, a line of help, and a check of its value.
-
-Losses and the sections of a configuration declare their keys with `setting`; all else about a key is read
-from its field.
-"""
+"""A setting: a dataclass field with a default, a line of help, and a check of its value. Losses and the
+sections of a configuration declare their keys with `setting`; all else about a key is read from its field."""
 
 import json
 from collections.abc import Callable

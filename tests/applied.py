@@ -43,8 +43,3 @@ def applied_gradients(
         patch.setattr(Tensor, "backward", counted_backward)
         main(argv)
     return steps
-
-
-def norm(gradients: dict[str, Tensor]) -> float:
-    """The length of all gradients together, as one vector."""
-    return sum(float(gradient.square().sum()) for gradient in gradients.values()) ** 0.5

@@ -57,7 +57,7 @@ def tokenize_pairs(
     if not report.kept:
         reasons = ", ".join(dropped_lines(report.dropped, "record"))
         what = f"no pair is left to use with max_length = {max_length} ({reasons})"
-        raise UserError(f"{what}; raise it or change the data")
+        raise UserError(f"{what}; raise it, up to what the model takes, or change the data")
 
 
 def describe_pair(pair: TokenPair, tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:

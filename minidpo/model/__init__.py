@@ -15,7 +15,6 @@ from minidpo.model.pretrained import (
     new_reward_model,
     require_language_model,
     require_reward_model,
-    reward_read_at,
     save_model,
     save_reward_model,
 )

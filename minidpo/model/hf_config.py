@@ -26,8 +26,6 @@ from minidpo.model.model_config import ModelConfig
 from minidpo.model.rotary import ROPE_SCALINGS, LongRope, RopeScaling
 from minidpo.settings import Check, one_of
 
-REWARD_LABEL = {"0": "reward"}  # by which a reward model of `format_config` is known
-
 
 def read_config(directory: Path) -> ModelConfig:
     """The ModelConfig of a model directory. Raises UserError, naming the field, for what is not supported."""
@@ -93,7 +91,7 @@ def format_config(
     fields["rope_scaling"] = scaling or None
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     if sequence_classification:
-        fields |= {"num_labels": 1, "id2label": REWARD_LABEL, "label2id": {"reward": 0}}
+        fields |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
         fields["reward_read_at"] = "end of text"  # as transformers reads it; without this field, at EOS
         # transformers reads the score at the last token that is not the pad token. Many models pad with EOS:
         # the score would be read one token early, before the EOS that minidpo scores.

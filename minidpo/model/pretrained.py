@@ -12,10 +12,10 @@ from torch import Tensor
 
 from minidpo.distributed import rank, reshard, shard_like
 from minidpo.errors import UserError
-from minidpo.files import fingerprint, read_object, write_file
+from minidpo.files import fingerprint, write_file
 from minidpo.log import print0
 from minidpo.model.adapter_files import SCORE, STEM, adapter_settings, load_adapter
-from minidpo.model.hf_config import REWARD_LABEL, format_config, read_config
+from minidpo.model.hf_config import format_config, read_config
 from minidpo.model.lora import adapted_layers, add_adapters, fresh_adapter, is_adapter
 from minidpo.model.reward_model import RewardModel, fresh_score
 from minidpo.model.tensors import read_tensors, tensor_files, write_tensors
@@ -65,13 +65,6 @@ def require_language_model(directory: Path) -> None:
     """Raises UserError if the directory holds a reward model, judging by the names of its weights."""
     if "score.weight" in tensor_files(directory):
         raise UserError(f"{directory}: a reward model (score.weight), where a language model is needed")
-
-
-def reward_read_at(directory: Path) -> str:
-    """Where in a text a reward model was trained: at its "end of text" in general, at "EOS of text" without
-    messages, or at "EOS", whatever followed, by an older version. Empty if no run of this package did."""
-    fields = read_object(directory / "config.json")
-    return fields.get("reward_read_at") or ("EOS" if fields.get("id2label") == REWARD_LABEL else "")
 
 
 def new_reward_model(

@@ -15,24 +15,16 @@ from minidpo.files import read_object
 from minidpo.log import print0
 from minidpo.model import RewardModel, Transformer, read_config
 from minidpo.model.lora import adapted_layers, adapters_off, add_adapters
-from minidpo.sections import LoRASection
-from minidpo.settings import keys_of
 from minidpo.training.scoring import all_logps, all_rewards
 
 FEW = 16  # pairs on which the cost of rounding is measured
 
 
 def settle_lora(config: DPOConfig | RewardConfig, device: torch.device) -> None:
-    """Decide what lora.base_dtype = "auto" means on `device`, and say what is not read or is rounded.
-
-    Raises UserError for frozen weights in bf16 where products are in float32: each product would make a
-    float32 copy of its weights and keep it for the backward pass.
-    """
+    """Decide what lora.base_dtype = "auto" means on `device`, and say what is rounded. Frozen weights in bf16
+    are a UserError where products are in float32: each would keep a float32 copy for the backward pass."""
     lora, dtype = config.lora, config.run.dtype
     if not lora.rank:
-        given = [name for name in keys_of(lora) if getattr(lora, name) != getattr(LoRASection(), name)]
-        if given:
-            print0(f"lora.rank is 0, so all weights are trained: {', '.join(given)} of [lora] is not read")
         return
     with torch.device("meta"):  # Fail now, on a model without weights, if a target is no layer.
         add_adapters(Transformer(read_config(Path(config.model.path))), lora)
@@ -52,10 +44,8 @@ def settle_lora(config: DPOConfig | RewardConfig, device: torch.device) -> None:
 def tell_rounding(
     config: DPOConfig | RewardConfig, model: Transformer, pairs: PairTokens, device: torch.device
 ) -> None:
-    """If final/ was merged in bf16, say how far it is from the adapters, on the first few `pairs`.
-
-    `model` is merged and rounded in place, because two models may not fit in memory.
-    """
+    """If final/ was merged in bf16, say how far it is from the adapters, on the first few `pairs`. `model` is
+    merged and rounded in place, because two models may not fit in memory."""
     if not config.lora.rank or config.lora.final_dtype != "bf16":
         return
     few = pairs.select(np.arange(min(FEW, len(pairs))))

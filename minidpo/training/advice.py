@@ -19,10 +19,7 @@ FEW_PARAMETERS = 50_000_000  # published learning rates are for larger models
 
 class Advice:
     """Looks at the logged values of a run as they come, and names only settings that the run's loss has.
-
-    tell: where a warning goes. seen: lines of metrics.jsonl from before the run was resumed, which has been
-    told what there was to warn of.
-    """
+    tell: where a warning goes. seen: metrics.jsonl from before a resume; what it had to tell was told."""
 
     def __init__(
         self,
@@ -57,18 +54,17 @@ class Advice:
 
     def on_line(self, line: dict[str, float]) -> None:
         """line: of metrics.jsonl, of a training step or of an evaluation."""
-        look_at = self.on_step if "loss" in line else self.on_evaluation
+        look_at = self._on_step if "loss" in line else self._on_evaluation
         look_at({name.removeprefix("eval/"): value for name, value in line.items()})
 
-    def on_step(self, values: dict[str, float]) -> None:
-        """values: what is logged of a training step."""
+    def _on_step(self, values: dict[str, float]) -> None:
         accuracy = values.get("rewards/accuracies", values.get("accuracy"))
         learnt = accuracy == 1.0 and values.get("preference_loss", values["loss"]) < 0.01
         self._overfitted_steps = self._overfitted_steps + 1 if learnt else 0
         self._warn(
             self._overfitted_steps >= 3,
             "accuracy 1.0 and a loss near 0 in three logged steps: the pairs are learnt by heart;"
-            f" {_any_of('fewer optim.epochs', *self._beta, *self._smoothing)} would keep more of the model",
+            f" try {' or '.join(['fewer optim.epochs', *self._beta, *self._smoothing])}",
         )
         saturated = values.get("saturated", 0.0)
         self._warn(
@@ -77,8 +73,7 @@ class Advice:
             " the rest of the run learns from few of them; stop here, or add harder pairs",
         )
 
-    def on_evaluation(self, values: dict[str, float]) -> None:
-        """values: what is logged of an evaluation, without "eval/"."""
+    def _on_evaluation(self, values: dict[str, float]) -> None:
         self._first = self._first or values
         loss, at_first = values.get("loss", 0.0), self._first.get("loss", 0.0)
         self._warn(
@@ -90,7 +85,7 @@ class Advice:
         self._warn(
             kl > MOST_KL,
             f"KL {kl:.1f} nats from the reference, more than {MOST_KL:g}: read OUT/samples;"
-            f" {_any_of(*self._beta, 'a lower optim.lr', 'an earlier checkpoint')} would stay closer",
+            f" {' or '.join([*self._beta, 'a lower optim.lr', 'an earlier checkpoint'])} would stay closer",
         )
         self._warn(
             worst > APART and kl <= MOST_KL,
@@ -104,7 +99,7 @@ class Advice:
             fallen > FALLEN and risen > 0,
             f"chosen responses are {fallen:.1f} nats less likely than at the start while margins rise: both"
             " responses fall, the rejected one faster;"
-            f" try {_any_of(*self._sft, *self._beta, 'a lower optim.lr')}",
+            f" try {' or '.join([*self._sft, *self._beta, 'a lower optim.lr'])}",
         )
         self._warn(
             values.get("ended") == 0.0,
@@ -117,7 +112,7 @@ class Advice:
             self._warn(
                 len(last) == 4 and last == sorted(set(last)) and last[-1] > 1.25 * first,
                 f"responses get longer at every evaluation, {first:.0f} to {last[-1]:.0f} tokens: length is"
-                f" what is learnt; try {_any_of(*self._by_length, 'fewer optim.epochs')}",
+                f" what is learnt; try {' or '.join([*self._by_length, 'fewer optim.epochs'])}",
             )
 
     def _warn(self, condition: bool, text: str) -> None:
@@ -125,9 +120,3 @@ class Advice:
         if condition and kind not in self._given:
             self._given.add(kind)
             self._tell(f"warning: {text}")
-
-
-def _any_of(*remedies: str) -> str:
-    """ "a, b or c"."""
-    *others, last = remedies
-    return f"{', '.join(others)} or {last}" if others else last

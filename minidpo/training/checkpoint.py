@@ -35,8 +35,7 @@ ABSENT = {"loss.name": BradleyTerry.name, "lora.rank": 0}
 
 
 def run_identity(config: DPOConfig | RewardConfig, train: PairTokens) -> dict[str, Any]:
-    """What makes a run this run: settings of the loss, the optimizer and the precision, and fingerprints of
-    the data and of the models.
+    """What makes a run this run: settings of loss, optimizer and precision, fingerprints of data and models.
 
     Its length, its directory, what is logged and how batches are cut are left out: they may change.
     """
@@ -85,8 +84,7 @@ class Checkpoints:
         return path
 
     def save_final(self, model: Transformer) -> Path:
-        """Write OUT/final, which transformers or the next script opens; adapters are merged, and stay apart
-        in adapter/."""
+        """Write OUT/final, a model like any other; adapters are merged, and stay apart in adapter/."""
         lora, path = self.config.lora, self._out / "final"
         dtype = torch.bfloat16 if lora.rank and lora.final_dtype == "bf16" else None
         save = partial(save_model, lm_head=not isinstance(model, RewardModel), dtype=dtype)
@@ -98,11 +96,8 @@ class Checkpoints:
         return path
 
     def resume(self, model: Transformer, optimizer: AdamW) -> int:
-        """Load the newest complete checkpoint into model and optimizer; returns its step, 0 without one.
-
-        Raises UserError if the checkpoint is another run's, if none is complete, and if the processes found
-        different ones.
-        """
+        """Load the newest complete checkpoint into model and optimizer; returns its step, 0 without one. A
+        checkpoint of another run, none that is complete and different ones per process are UserErrors."""
         checkpoints, step = self._saved(), 0
         for path in reversed(checkpoints):
             try:
@@ -147,7 +142,7 @@ class Checkpoints:
             return f"{name} = {was.get(name)!r}, now it is {now.get(name)!r}"
         # A fingerprint says nothing to a reader, but the settings that it follows from do.
         section = "data" if name in last else name
-        before, after = settings_of_run(self._out).get(section, {}), to_dict(self.config)[section]
+        before, after = settings_of_run(self._out, section), to_dict(self.config)[section]
         changed = [key for key in before.keys() & after if before[key] != after[key] and key != "cache"]
         said = (f"{section}.{key} = {before[key]!r}, now it is {after[key]!r}" for key in sorted(changed))
         return " and ".join(said) or f"other content of the files in [{section}]"

@@ -16,15 +16,10 @@ from minidpo.log import print0
 from minidpo.model.attention import KINDS
 from minidpo.sections import RunSection
 
-GB = 1e9
-
 
 def choose_device(name: str, threads: int = 0, dtype: str = "fp32", attention: str = "auto") -> torch.device:
-    """The device that `name` (auto, cpu, cuda, mps) means, and how attention is computed on it: auto, flex or
-    sdpa, as run.attention.
-
-    Raises UserError if the device is absent, or cannot do what is asked for.
-    """
+    """The device that `name` (auto, cpu, cuda, mps) means; attention is computed on it as run.attention says.
+    Raises UserError if the device is absent, or cannot do what is asked for."""
     if threads:
         torch.set_num_threads(threads)
     device = _device(name)
@@ -41,14 +36,12 @@ def choose_device(name: str, threads: int = 0, dtype: str = "fp32", attention: s
 
 
 def _device(name: str) -> torch.device:
-    if name == "mps":
-        if not torch.backends.mps.is_available():
-            raise UserError("device 'mps' is asked for, but PyTorch sees no Apple GPU; use 'cpu' or 'auto'")
-        return torch.device("mps")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("device 'cuda' is asked for, but PyTorch sees no CUDA device; use 'cpu' or 'auto'")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        sees = "CUDA device" if name == "cuda" else "Apple GPU"
+        raise UserError(f"device {name!r} is asked for, but PyTorch sees no {sees}; use 'cpu' or 'auto'")
+    if name in ("cpu", "mps") or not cuda:
+        return torch.device("mps" if name == "mps" else "cpu")
     if ranks() == 1:
         return torch.device("cuda")
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -99,17 +92,6 @@ def compiles_layers(setting: bool | str, device: torch.device) -> bool:
     return device.type == "cuda" and not obstacle if setting == "auto" else bool(setting)
 
 
-def peak_memory(device: torch.device) -> str:
-    """The most memory that was in use so far, of all the GPU has; empty on other devices."""
-    if device.type != "cuda":
-        return ""
-    used, there = (
-        torch.cuda.max_memory_allocated(device),
-        torch.cuda.get_device_properties(device).total_memory,
-    )
-    return f"peak memory: {used / GB:.1f} of the GPU's {there / GB:.0f} GB"
-
-
 def autocast(device: torch.device, dtype: str) -> AbstractContextManager:
     """bf16 matrix products over float32 weights for "bf16"; no change of precision for "fp32"."""
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == "bf16")
@@ -126,37 +108,23 @@ def products_per_second(dtype: torch.dtype = torch.float32) -> float:
     return done / seconds
 
 
-def slowdown_of_bf16() -> float:
-    """How many times slower bf16 is than float32 on this CPU. Some have no instructions for it."""
-    return products_per_second() / products_per_second(torch.bfloat16)
-
-
-def slowdown_of_threads() -> float:
-    """How many times faster one CPU thread is than all of this process.
-
-    Threads wait for each other after every product. Where other programs use the processors, the wait is for
-    a thread that has none. It is measured, because nothing else tells it beforehand.
-    """
-    if (threads := torch.get_num_threads()) == 1:
-        return 1.0
-    torch.set_num_threads(1)
-    alone = products_per_second()
-    torch.set_num_threads(threads)
-    return alone / products_per_second()
-
-
 def tell_slow_cpu(dtype: str) -> None:
     """Warn where this CPU computes more than twice as slowly as it could, and say what to set."""
-    if dtype == "bf16" and (slowdown := slowdown_of_bf16()) > 2:
-        print0(
-            f"warning: bf16 is {slowdown:.0f} times slower than float32 on this CPU: stop with Ctrl-C, and"
-            ' start another run with run.dtype = "fp32"'
-        )
-    if (slowdown := slowdown_of_threads()) > 2:
-        print0(
-            f"warning: {slowdown:.0f} times slower than on one thread, because other programs use the"
-            " processors: stop with Ctrl-C and go on with --run.threads=1"
-        )
+    # Some CPUs have no instructions for bf16.
+    if dtype == "bf16" and (slowdown := products_per_second() / products_per_second(torch.bfloat16)) > 2:
+        what = f"bf16 is {slowdown:.0f} times slower than float32 on this CPU: stop with Ctrl-C, and"
+        print0(f'warning: {what} start another run with run.dtype = "fp32"')
+    # Threads wait for each other after every product. Where other programs use the processors, the wait is
+    # for a thread that has none. It is measured, because nothing else tells it beforehand.
+    if (threads := torch.get_num_threads()) == 1:
+        return
+    together = products_per_second()
+    torch.set_num_threads(1)
+    slowdown = products_per_second() / together
+    torch.set_num_threads(threads)
+    if slowdown > 2:
+        what = f"{slowdown:.0f} times slower than on one thread, because other programs use the processors"
+        print0(f"warning: {what}: stop with Ctrl-C and go on with --run.threads=1")
 
 
 def describe(device: torch.device, run: RunSection) -> str:

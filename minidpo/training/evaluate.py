@@ -72,9 +72,8 @@ class SampledEvaluation:
         first = dict(zip(reversed(held_out.token_keys()), reversed(range(len(held_out))), strict=True))
         rows = sorted(first.values())[: config.eval.samples]
         self._prompts = [held_out.ids[start:end].tolist() for start, end in held_out.bounds[rows, :2]]
-        tails = [template.tail if written else None for written in templated[rows]]
-        as_text = map(tokenizer.prompt, self._prompts)
-        self._as_text = [text._replace(tail=tail) for text, tail in zip(as_text, tails, strict=True)]
+        both = zip(map(tokenizer.prompt, self._prompts), templated[rows], strict=True)
+        self._as_text = [text._replace(tail=template.tail if written else None) for text, written in both]
         self._require_room(policy.config.max_length)
         self._of_reference: Samples | None = None
 
@@ -154,8 +153,7 @@ class SampledEvaluation:
 
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams of all responses over their tokens, as in Li et al. 2016: low if a policy repeats
-    itself."""
+    """Distinct n-grams of all responses over their tokens (Li et al. 2016): low where texts repeat."""
     grams = {tuple(ids[i : i + n]) for ids in responses for i in range(len(ids) - n + 1)}
     return len(grams) / max(1, sum(map(len, responses)))
 

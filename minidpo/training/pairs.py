@@ -4,7 +4,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from minidpo.config import DPOConfig, RewardConfig, data_of_run
+from minidpo.config import DPOConfig, RewardConfig, settings_of_run
 from minidpo.data import (
     PairTokens,
     Tokenizer,
@@ -22,26 +22,19 @@ from minidpo.errors import UserError
 from minidpo.log import print0
 from minidpo.losses import LOSSES, BradleyTerry, PreferenceLoss
 from minidpo.model import read_config, require_language_model, require_reward_model
-from minidpo.sections import naming_key
-from minidpo.settings import toml
+from minidpo.settings import keys_of, toml
 from minidpo.training.reference import require_reference
 
 
 def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tuple[PairTokens, PairTokens]:
-    """The pairs to train on and those held out, tokenized once and kept in OUT/tokens.
-
-    Raises UserError if it does not fit the models or the settings. Then nothing is left behind on disk.
-    """
+    """The pairs to train on and those held out, tokenized once and kept in OUT/tokens. Raises UserError if
+    they do not fit the models or the settings; then nothing is left behind on disk."""
     model = Path(config.model.path)
     require_fit("model", read_config(model), tokenizer, config.data.max_length)
     if (theirs := prefix_space(model)) not in (None, tokenizer.prepends):
         what = "which transformers follows, contradicts tokenizer.json, which is followed here"
         print0(f"warning: {model / CONFIG}: add_prefix_space = {toml(theirs)}, {what}")
-    if isinstance(config, DPOConfig):
-        _require_other_models(config, tokenizer)
-    for key, files in (("data.eval", config.data.eval), ("data.train", config.data.train)):
-        with naming_key(config, key):
-            data_files(files)
+    _require_others(config, tokenizer)
 
     def check_first(file: str, pair: TokenPair) -> None:
         require_responses(config.loss, file, len(pair.responses), pair.label is not None)
@@ -49,10 +42,12 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
         out = Path(config.run.out)
         # A run that is resumed on a later day goes on with the date of its first one.
-        data = replace(config.data, date=config.data.date or data_of_run(out, "date"))
+        data = replace(config.data, date=config.data.date or settings_of_run(out, "data").get("date", ""))
         check = partial(require_usable, config, tokenizer)
         train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check, check_first)
         config.data.date = train.date or held_out.date or config.data.date
+    if not len(held_out) and isinstance(config, DPOConfig) and config.eval.samples:
+        print0("warning: no pair is held out, so eval.samples is not read")
     if config.loss.unpaired and train.label is None:  # Labelled responses stay as they are.
         n = len(train)
         print0(
@@ -62,6 +57,9 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         train = train.unpaired()
     if config.loss.unpaired and held_out.label is None and len(held_out):
         held_out = held_out.unpaired()
+    if config.loss.unpaired and train.label is not None and len(kinds := set(train.label)) == 1:
+        only = "desirable" if kinds.pop() else "undesirable"
+        print0(f"warning: all responses to train on are {only}: {config.loss.name} is made for both kinds")
     return train, held_out
 
 
@@ -89,8 +87,7 @@ def require_usable(
 def require_responses(
     loss: PreferenceLoss | BradleyTerry, files: str, responses: int, labelled: bool
 ) -> None:
-    """Raises UserError unless the records have the responses that the loss reads: two, or one, or one with a
-    label."""
+    """Raises UserError unless records have what the loss reads: two responses, one, or one with a label."""
     if responses == 2 or (loss.responses == 1 and labelled == loss.unpaired):
         return
     has = f"{files}: one response per record" + (" and a label" if labelled else "")
@@ -106,18 +103,27 @@ def require_responses(
     raise UserError(f"{has}, but the loss {loss.name} reads {reads}; {right}")
 
 
-def _require_other_models(config: DPOConfig, tokenizer: Tokenizer) -> None:
+def _require_others(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> None:
     """Fail now rather than at the first evaluation, and name what is given and not read."""
-    reward_model, reference, samples = config.eval.reward_model, config.reference.path, config.eval.samples
-    with naming_key(config, "model.path"):
-        require_language_model(Path(config.model.path))
-    if samples and reward_model:
-        with naming_key(config, "eval.reward_model"):
-            require_reward_model(Path(reward_model))
-    elif reward_model:
-        print0("eval.reward_model is not read: eval.samples is 0")
-    if reference and (config.loss.needs_reference or samples):
-        with naming_key(config, "reference.path"):
-            require_reference(Path(reference), tokenizer, config.data.max_length)
-    elif reference:
-        print0(f"{config.loss.name} has no reference: {reference} is not read")
+    _tell_unread(config, "lora", "rank")
+    if isinstance(config, DPOConfig):
+        _tell_unread(config, "eval", "samples")
+        samples, reference = config.eval.samples, config.reference.path
+        config.naming("model.path", require_language_model, Path(config.model.path))
+        if samples and config.eval.reward_model:
+            config.naming("eval.reward_model", require_reward_model, Path(config.eval.reward_model))
+        if reference and (config.loss.needs_reference or samples):
+            limit = config.data.max_length
+            config.naming("reference.path", require_reference, Path(reference), tokenizer, limit)
+        elif reference:
+            print0(f"warning: {config.loss.name} has no reference: {reference} is not read")
+    config.naming("data.eval", data_files, config.data.eval)
+    config.naming("data.train", data_files, config.data.train)
+
+
+def _tell_unread(config: DPOConfig | RewardConfig, section: str, switch: str) -> None:
+    """Name the keys of a section that are given and not read, because its key `switch` is 0."""
+    values = getattr(config, section)
+    given = [name for name in keys_of(values) if getattr(values, name) != getattr(type(values)(), name)]
+    if given and not getattr(values, switch):
+        print0(f"warning: {section}.{switch} is 0: {', '.join(given)} of [{section}] is not read")

@@ -13,7 +13,7 @@ import torch
 
 from minidpo.config import DPOConfig
 from minidpo.data import PairTokens, Tokenizer, require_fit
-from minidpo.distributed import broadcast, rank, shard
+from minidpo.distributed import all_gather, rank, shard
 from minidpo.errors import UserError, one_line
 from minidpo.files import fingerprint, read_arrays, replacing_file, write_arrays, writing
 from minidpo.log import print0
@@ -26,8 +26,7 @@ Sets = dict[str, tuple[PairTokens, np.ndarray]]  # name -> pairs, and the rows o
 
 
 def require_reference(directory: Path, tokenizer: Tokenizer, max_length: int) -> None:
-    """Raises UserError unless the reference takes texts of max_length and, if it has a tokenizer, has the ids
-    of ours."""
+    """Raises UserError unless the reference takes such texts and its tokenizer, if any, has our ids."""
     require_fit("reference", read_config(directory), tokenizer, max_length)
     require_language_model(directory)
     has_tokenizer = (directory / "tokenizer.json").is_file()
@@ -53,10 +52,8 @@ def with_reference_logps(
     held_out: PairTokens,
     policy: Transformer,
 ) -> tuple[PairTokens, PairTokens]:
-    """Both sets with the reference's log-probs as their column `ref_logps` (n, K).
-
-    drawn: the rows of `train` that the run draws; the others, which no step reads, are NaN.
-    """
+    """Both sets with the reference's log-probs as their column `ref_logps` (n, K). In that of `train`, rows
+    that are not `drawn`, which no step reads, are NaN."""
     sets: Sets = {"train": (train, drawn), "held_out": (held_out, np.arange(len(held_out)))}
     logps = reference_logps(config, run, sets, run.out / "reference.safetensors", policy)
     return replace(train, ref_logps=logps["train"]), replace(held_out, ref_logps=logps["held_out"])
@@ -70,7 +67,7 @@ def reference_logps(
     over = config.lora.base_dtype if config.base_is_reference else ""
     data = (pairs.fingerprint() for pairs, _ in sets.values())
     about = {"made of": fingerprint(run.identity["reference"], run.dtype, over, *data)}
-    logps = broadcast(_read(file, about, sets) if rank() == 0 else {})
+    logps, *_ = all_gather(_read(file, about, sets) if rank() == 0 else {})  # those of rank 0
     if logps:
         return logps
     reference = load_reference(config, policy, run.device, run.dtype)

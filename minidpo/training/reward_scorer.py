@@ -9,8 +9,9 @@ import torch
 
 from minidpo.data import ChatTemplate, PairTokens, Prompt, Tokenizer, require_fit
 from minidpo.errors import UserError
+from minidpo.files import read_object
 from minidpo.log import print0
-from minidpo.model import load_reward_model, reward_read_at
+from minidpo.model import load_reward_model
 from minidpo.training.scoring import MICRO_TOKENS, all_rewards, require_finite
 
 
@@ -62,18 +63,13 @@ class RewardScorer:
 
 def compare_template(directory: Path, tokenizer: Tokenizer, template: ChatTemplate) -> None:
     """Warn where messages are written by `template` and the reward model was trained otherwise."""
-    own, read_at = tokenizer.chat_template().form, reward_read_at(directory)
-    what = "has another chat template than the messages are written by"
-    if own and read_at == "EOS of text":
+    own, what = tokenizer.chat_template().form, "has another chat template than the messages are written by"
+    if own and read_object(directory / "config.json").get("reward_read_at") == "EOS of text":
         own, what = None, "was trained on text, not on messages written by its chat template"
     # Without a template it was trained on text, and only hh is written like a kind of text.
     if own != template.form and not (own is None and template.kind == "hh"):
         unless = "unless it was trained on text like this, its rewards mean little"
         print0(f"warning: the reward model {what}; {unless}")
-    after = (template.tail or "").rpartition(tokenizer.piece(tokenizer.eos_id))[2]
-    if after and read_at == "EOS":
-        what = f"its rewards at EOS, and is read at the end of the template's text, {after!r}"
-        print0(f"warning: {directory} was saved by an older version that trained {what}; train it again")
 
 
 def text_after(

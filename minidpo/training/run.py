@@ -15,24 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minidpo.config import DPOConfig, RewardConfig, write_config
+from minidpo.config import DPOConfig, RewardConfig, to_toml
 from minidpo.data import PairTokens, Tokenizer, micro_batches
 from minidpo.distributed import any_rank, leave, rank, ranks, shard
 from minidpo.errors import STOPPED, RunStopped, silence_closed_pipes
+from minidpo.files import write_file
 from minidpo.log import MetricsFile, Progress, console_line, print0
 from minidpo.model import Transformer, read_config
 from minidpo.model.lora import add_adapters, trained_parameters
-from minidpo.sections import naming_key
 from minidpo.training.adapters import settle_lora, tell_rounding
 from minidpo.training.advice import Advice
 from minidpo.training.checkpoint import Checkpoints, run_identity
-from minidpo.training.device import (
-    choose_device,
-    compiles_layers,
-    describe,
-    peak_memory,
-    tell_slow_cpu,
-)
+from minidpo.training.device import choose_device, compiles_layers, describe, tell_slow_cpu
 from minidpo.training.out_directory import lock_directory, require_parts
 from minidpo.training.saved_tokenizer import tokenizer_files
 
@@ -43,11 +37,10 @@ class Run:
     def __init__(self, config: DPOConfig | RewardConfig) -> None:
         self.config, self.settings = config, config.run
         self.out, self.seed, self.dtype = Path(config.run.out), config.run.seed, config.run.dtype
-        with naming_key(config, "model.path"):
-            read_config(Path(config.model.path))  # Fail now if it is no model directory.
-        self._tokenizer_files = tokenizer_files(Path(config.model.path))
-        with naming_key(config, "run.out"):
-            require_parts(self.out)
+        model = Path(config.model.path)
+        config.naming("model.path", read_config, model)  # Fail now if it is no model directory.
+        self._tokenizer_files = tokenizer_files(model)
+        config.naming("run.out", require_parts, self.out)
         self.device = choose_device(config.run.device, config.run.threads, self.dtype, config.run.attention)
         self._compile = compiles_layers(config.run.compile, self.device)
         settle_lora(config, self.device)
@@ -70,10 +63,8 @@ class Run:
     def micro_batches(
         self, token_counts: np.ndarray, indices: np.ndarray | None = None, label: str = ""
     ) -> Iterator[np.ndarray]:
-        """This process's share of `indices` (default: all) in parts of at most optim.micro_tokens.
-
-        token_counts: how many tokens each pair lays out. A label makes a line of progress.
-        """
+        """This process's share of `indices` (default: all) in parts of at most optim.micro_tokens, by the
+        tokens that each pair lays out. A label makes a line of progress."""
         indices = np.arange(len(token_counts)) if indices is None else indices
         own = micro_batches(indices, token_counts[indices], self.config.optim.micro_tokens, rank(), ranks())
         progress = Progress(label, sum(map(len, own)), "pairs")
@@ -95,10 +86,8 @@ class Run:
         held_out: PairTokens,
         steps: int,
     ) -> int:
-        """Take the directory run.out, load its newest checkpoint, and return its step; 0 without one.
-
-        steps: of the whole run. Raises UserError if run.out is in use, or holds another run.
-        """
+        """Take the directory run.out, load its newest checkpoint, and return its step; 0 without one. Raises
+        UserError if run.out is in use, or holds another run. steps: of the whole run."""
         config, optim, self.steps = self.config, self.config.optim, steps
         self.identity = run_identity(config, train)
         template = tokenizer.chat_template(config.data.template).to_keep
@@ -106,7 +95,8 @@ class Run:
         self._checkpoints = Checkpoints(config, self.identity, steps, *of_tokenizer)
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
-        write_config(config, self.out)
+        if rank() == 0:
+            write_file(self.out / "config.toml", to_toml(config))
         self.first_step = step
         self._metrics = MetricsFile(self.out / "metrics.jsonl", step)
         self._some_pairs = held_out if len(held_out) else train
@@ -126,6 +116,7 @@ class Run:
         )
         if self.device.type == "cpu":
             tell_slow_cpu(self.dtype)
+        signal.signal(signal.SIGINT, self._stop_at_once)  # until the loop begins
         return step
 
     def save(self, step: int, model: Transformer, optimizer: torch.optim.AdamW) -> None:
@@ -144,8 +135,6 @@ class Run:
         # Written again even if it was there: somebody may have moved it away since.
         final = self._checkpoints.save_final(model)
         tell_rounding(self.config, model, self._some_pairs, self.device)
-        if step > self.first_step and (peak := peak_memory(self.device)):
-            print0(peak)
         nothing_left = f"nothing left to do: step {step} of {self.steps} is done, {final}"
         print0(nothing_left if step == self.first_step else f"done: {final}")
         if self.stop_requested():  # Nothing is lost, but whoever pressed Ctrl-C wants nothing more to run.
@@ -165,23 +154,25 @@ class Run:
             self._tokens, self._seconds = 0, 0.0
             if self.device.type == "cuda":
                 values["peak_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-            self._metrics.write(values)
             seconds_per_step = (time.monotonic() - self._started) / (step - self.first_step)
-            with self._stop_if_nobody_reads():
-                self._advice.on_step(values)
-                print0(console_line(values, self.steps, seconds_per_step * (self.steps - step)))
-        if step == self.first_step + 1 and (peak := peak_memory(self.device)):
-            print0(f"{peak} in the first step, with optim.micro_tokens = {self.config.optim.micro_tokens}")
+            self._write(values, seconds_per_step * (self.steps - step))
         self._clock = time.monotonic()
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
         """The figures of an evaluation, under "eval/" in metrics.jsonl."""
-        logged = {"step": step} | {f"eval/{name}": value for name, value in values.items()}
-        self._metrics.write(logged)
-        with self._stop_if_nobody_reads():
-            self._advice.on_evaluation(values)
-            print0(console_line(logged, self.steps, 0, "eval/"))
+        self._write({"step": step} | {f"eval/{name}": value for name, value in values.items()})
         self._clock = time.monotonic()
+
+    def _write(self, line: dict[str, float], seconds_left: float = 0.0) -> None:
+        """A line of metrics.jsonl, on the console too. If whoever read that has gone (`... | head`), the run
+        stops as after Ctrl-C, and saves."""
+        self._metrics.write(line)
+        try:
+            self._advice.on_line(line)
+            print0(console_line(line, self.steps, seconds_left))
+        except BrokenPipeError:
+            silence_closed_pipes()
+            self._stop_requested = True
 
     def require_finite(self, step: int, loss: float, grad_norm: float, batch: PairTokens) -> None:
         """Raises RunStopped before the optimizer takes a step on a loss or gradient that is not finite."""
@@ -198,19 +189,17 @@ class Run:
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step.
-
-        If one of several processes leaves the block by an error, SIGTERM goes on doing nothing: torchrun,
-        which ends all processes once one has failed, must not cut off the line that says why.
-        """
+        """Within this block Ctrl-C and SIGTERM only ask the loop to stop after its step."""
         self._clock = self._started = time.monotonic()
         numbers = (signal.SIGINT, signal.SIGTERM)
         before = {number: signal.signal(number, self._on_signal) for number in numbers}
         try:
             yield
         except (Exception, KeyboardInterrupt):
+            # torchrun ends all processes with SIGTERM once one has failed, which must not cut off the line
+            # that says why. So the handler stays, and says nothing.
             if ranks() > 1:
-                self._stop_requested = True  # The handler stays, and says nothing.
+                self._stop_requested = True
                 before.clear()
             raise
         finally:
@@ -221,14 +210,9 @@ class Run:
         """Whether any of the processes was asked to stop: all must leave the loop at the same step."""
         return any_rank(self._stop_requested)
 
-    @contextmanager
-    def _stop_if_nobody_reads(self) -> Iterator[None]:
-        """Stop as after Ctrl-C, and save, if whoever read the console has gone: `train_dpo.py ... | head`."""
-        try:
-            yield
-        except BrokenPipeError:
-            silence_closed_pipes()
-            self._stop_requested = True
+    def _stop_at_once(self, number: int, frame: object) -> None:
+        step, anew = self.first_step, "no checkpoint is saved yet; the same command starts anew"
+        raise KeyboardInterrupt(f"the same command goes on after step {step}" if step else anew)
 
     def _on_signal(self, number: int, frame: object) -> None:
         if self._stop_requested and number == signal.SIGINT:

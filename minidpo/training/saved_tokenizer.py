@@ -29,11 +29,9 @@ NEW_PAD = "<|pad|>"
 
 
 def tokenizer_files(directory: Path) -> dict[str, bytes]:
-    """The tokenizer and generation files of a model directory, by name. They are read once, at the start.
-
-    A link is followed, because model caches are made of links. Raises UserError for content that is not what
-    the name says: it would be copied to a place from which models are published.
-    """
+    """The tokenizer and generation files of a model directory, by name. A link is followed, because model
+    caches are made of links. So content that is not what the name says is a UserError: it would be copied to
+    a place from which models are published."""
     more = (f"{MORE_TEMPLATES}/{file.name}" for file in (directory / MORE_TEMPLATES).glob("*.jinja"))
     names = ("tokenizer.json", CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, CHAT_TEMPLATE, GENERATION, *more)
     files = {name: directory / name for name in names if (directory / name).is_file()}
@@ -49,9 +47,7 @@ def tokenizer_files(directory: Path) -> dict[str, bytes]:
 
 def write_tokenizer(directory: Path, files: dict[str, bytes], template: str | None, rewards: bool) -> None:
     """Write `files` to the directory of a model, whose special tokens are aligned, or of adapters.
-
-    template: a chat template in place of those among `files`. rewards: whether it is a reward model.
-    """
+    template: a chat template in place of those among `files`; rewards: whether it is a reward model."""
     for name, content in files.items():
         if template is None or Path(name).parent.name != MORE_TEMPLATES:
             (directory / name).parent.mkdir(exist_ok=True)

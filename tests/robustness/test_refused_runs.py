@@ -7,9 +7,9 @@ import pytest
 
 import train_dpo
 from minidpo.errors import exit_on_user_error
-from minidpo.model import save_model
+from minidpo.model import save_model, save_reward_model
 from record_files import GOOD, write
-from tiny import edit_config, tiny_model
+from tiny import edit_config, tiny_model, tiny_reward_model
 
 
 @pytest.fixture
@@ -64,17 +64,20 @@ def test_skip_bad(config, tmp_path, capsys, world):
 
 def test_models(refused, tmp_path, world):
     """Models that cannot be used, or are none, are told before any data is read."""
-    for name in ("mute", "small", "short", "run/final"):
+    for name in ("mute", "small", "short", "rm", "run/final"):
         shutil.copytree(world / "model", tmp_path / name)
     edit_config(tmp_path / "mute", lambda fields: fields.update(eos_token_id=None))
     (tmp_path / "mute" / "tokenizer_config.json").unlink()
     save_model(tiny_model(vocab_size=61), tmp_path / "small")
+    save_reward_model(tiny_reward_model(vocab_size=300), tmp_path / "rm")
     edit_config(tmp_path / "short", lambda fields: fields.update(max_position_embeddings=32))
     for override, says in (
         (f"model.path={tmp_path / 'mute'}", "no eos_token; name the token that ends a text"),
         (f"model.path={tmp_path / 'small'}", "the model's embedding 61 rows"),
         (f"model.path={tmp_path / 'run'}", f"; {tmp_path / 'run' / 'final'} is one; see --model.path"),
         (f"reference.path={tmp_path / 'short'}", "up to 64 tokens (max_length), but the reference takes 32"),
+        (f"model.path={tmp_path / 'rm'}", "a reward model (score.weight), where a language model is needed"),
+        (f"reference.path={tmp_path / 'rm'}", "a reward model (score.weight), where a language model is"),
         (f"eval.reward_model={world / 'model'}", f"{world / 'model'}: no score.weight among its tensors"),
     ):
         assert says in refused(f"--{override}", "--eval.samples=2", "--data.train=missing.jsonl")

@@ -22,9 +22,9 @@ def warnings(capsys):
     def after(steps: list[dict], evaluations: list[dict], loss=None, lr=1e-6, size=LARGE, adapters=False):
         advice = Advice(loss or DPO(), size, lr, adapters)
         for values in steps:
-            advice.on_step(STEP | values)
+            advice.on_line(STEP | values)
         for values in evaluations:
-            advice.on_evaluation(EVALUATION | values)
+            advice.on_line({f"eval/{name}": value for name, value in (EVALUATION | values).items()})
         return re.findall("^warning: .*", capsys.readouterr().out, re.M)
 
     return after

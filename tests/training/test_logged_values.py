@@ -8,11 +8,12 @@ import time
 
 import pytest
 import torch
-from torch.nn.functional import logsigmoid
 
 import train_dpo
 import train_rm
 from applied import applied_gradients
+from minidpo.losses import DPO, SFT, BradleyTerry, PairLogps, Rewards
+from minidpo.settings import keys_of, toml
 from padded import PAIRS, Values, model_of, padded_values, pair_ids, saved_weights, write_pairs
 from runs import metrics, run_dpo, steps
 
@@ -29,55 +30,39 @@ def values_of(weights: dict, world) -> Values:
     return padded_values(model_of(weights), pair_ids(world / "model"))
 
 
-def require_means(main, arguments: list[str], expected, world, out) -> None:
-    """expected(pi) holds what is to be logged per pair, (5,) each: means, under the weights before the step."""
-    first, second = (step.weights for step in applied_gradients(main, arguments))
-    before, step_1, between, step_2, _ = metrics(out)
-    for weights, evaluation, step in ((first, before, step_1), (second, between, step_2)):
-        for name, values in expected(values_of(weights, world)).items():
-            mean = pytest.approx(values.double().mean().item(), rel=1e-4, abs=1e-5)
-            assert step[name] == mean and evaluation[f"eval/{name}"] == mean, name
+LM = dict(margin=0.5, lm_weight=0.7, center_weight=0.3)
 
 
-def test_dpo(both_sets, world, tmp_path):
-    """Losses, rewards, summed log-probs, and lengths in tokens with the EOS. What other losses make of these is
-    proven by their claims (minidpo/verify)."""
+@pytest.mark.parametrize(
+    ("script", "loss"),
+    [
+        (train_dpo, DPO(beta=0.3)),
+        (train_dpo, SFT()),
+        (train_rm, BradleyTerry(**LM)),
+        (train_rm, BradleyTerry(lm_weight=0)),
+    ],
+    ids=["dpo", "sft", "rm", "rm without lm"],
+)
+def test_means(both_sets, world, tmp_path, script, loss):
+    """What the loss makes of its pairs (tests/losses/test_metrics.py) is logged as means over all five, under
+    the weights before the step, with no other names."""
     ref = values_of(saved_weights(world / "other"), world)
-
-    def expected(pi: Values) -> dict:
-        rewards = 0.3 * (pi.logps - ref.logps)
-        margins = rewards[:, 0] - rewards[:, 1]
-        values = {"loss": -logsigmoid(margins), "rewards/margins": margins, "rewards/accuracies": margins > 0}
-        for name, both in (("rewards", rewards), ("logps", pi.logps), ("response_length", pi.lengths)):
-            values |= {f"{name}/chosen": both[:, 0], f"{name}/rejected": both[:, 1]}
-        return values
-
-    keys = ["--loss.beta=0.3", f"--reference.path={world / 'other'}"]
-    require_means(train_dpo.main, [*both_sets, *keys], expected, world, tmp_path / "out")
-
-
-def test_sft(both_sets, world, tmp_path):
-    """The loss is the mean nats per token of the chosen response."""
-
-    def expected(pi: Values) -> dict:
-        chosen, length = pi.logps[:, 0], pi.lengths[:, 0]
-        return {"loss": -chosen / length, "logps/chosen": chosen, "response_length/chosen": length}
-
-    require_means(train_dpo.main, [*both_sets, "--loss.name=sft"], expected, world, tmp_path / "out")
-
-
-def test_reward_model(both_sets, world, tmp_path):
-    """The logged margin is that of the rewards, without the 0.5 that the loss demands."""
-
-    def expected(pi: Values) -> dict:
-        margins = pi.rewards[:, 0] - pi.rewards[:, 1]
-        preference, lm = -logsigmoid(margins - 0.5), -pi.logps[:, 0] / pi.lengths[:, 0]
-        loss = preference + 0.7 * lm + 0.3 * pi.rewards.sum(dim=1) ** 2
-        values = {"loss": loss, "preference_loss": preference, "lm_loss": lm, "accuracy": margins > 0}
-        return values | {"margin": margins, "mean_reward": pi.rewards.mean(dim=1)}
-
-    keys = ["--loss.margin=0.5", "--loss.lm_weight=0.7", "--loss.center_weight=0.3"]
-    require_means(train_rm.main, [*both_sets, *keys], expected, world, tmp_path / "out")
+    keys = [f"--loss.{name}={toml(getattr(loss, name))}" for name in keys_of(loss)]
+    keys += [] if script is train_rm else [f"--loss.name={loss.name}", f"--reference.path={world / 'other'}"]
+    first, second = (step.weights for step in applied_gradients(script.main, [*both_sets, *keys]))
+    before, step_1, between, step_2, _ = metrics(tmp_path / "out")
+    for weights, evaluation, step in ((first, before, step_1), (second, between, step_2)):
+        pi = values_of(weights, world)
+        if script is train_rm:
+            read = Rewards(*pi.rewards.T, None, pi.logps[:, 0], pi.lengths[:, 0])
+        else:
+            read = PairLogps(*pi.logps.T, *ref.logps.T, *pi.lengths.T)
+        values = loss.metrics(read, loss(read))
+        means = {name: value.double().mean().item() for name, value in values.items()}
+        assert {name: step[name] for name in means} == pytest.approx(means, rel=1e-4, abs=1e-5)
+        of_held_out = {f"eval/{name}": mean for name, mean in means.items()}
+        assert evaluation == pytest.approx({"step": evaluation["step"]} | of_held_out, rel=1e-4, abs=1e-5)
+        assert step.keys() == means.keys() | {"step", "epoch", "lr", "grad_norm", "tokens_per_s"}
 
 
 @pytest.mark.parametrize(("z", "share"), [(7.55, 0.0), (7.65, 0.2)])

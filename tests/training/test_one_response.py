@@ -1,29 +1,20 @@
 """Records of one response, and responses of several turns, from the file to the loss."""
 
-from types import SimpleNamespace
 from unittest.mock import Mock
 
-import numpy as np
 import pytest
 import torch
 
 import train_dpo
 import train_rm
-from minidpo.config import DPOConfig
-from minidpo.data import PairTokens, Tokenizer, TokenPair, read_preferences, truncation
+from minidpo.data import Tokenizer, read_preferences, truncation
 from minidpo.errors import UserError
 from minidpo.logprobs import sequence_logps
-from minidpo.losses import DPO, SFT
 from minidpo.model import load_model
 from minidpo.textbook import pad
-from minidpo.training.reference import with_reference_logps
-from minidpo.training.scoring import all_logps
-from minidpo.training.step import pair_logps
 from record_files import record, write
 from runs import metrics, run_dpo, run_rm, steps
-from tiny import EOS, tiny_model
 
-HERE = (torch.device("cpu"), "fp32")
 SINGLE = [{"prompt": f"a cat {i}", "completion": " yes" * (1 + i % 3)} for i in range(20)]
 
 
@@ -48,6 +39,7 @@ def test_sft(single, tmp_path, capsys):
     ("script", "more", "label", "says"),
     [
         (train_dpo, ["--loss.name=dpo"], {}, 'loss dpo reads two responses; the loss for that is "sft"'),
+        (train_dpo, ["--loss.name=kto"], {}, "kto reads responses with a label; .* give each record `label`"),
         (train_rm, [], {}, "loss reward model reads two responses; the loss for that is"),
         (train_dpo, ["--loss.name=sft"], {"label": 1}, "loss sft reads responses that are all desirable; "),
         (
@@ -92,28 +84,6 @@ def test_kto(single, tmp_path):
         train_dpo.main([*single, "--loss.name=kto", *more])
         logs.append([row["loss"] for row in steps(metrics(tmp_path / name))])
     assert logs[0] == logs[1] and len(logs[0]) == 4
-
-
-def test_needs_two():
-    """A loss that compares two responses is not computed from one."""
-    pairs = PairTokens.from_pairs([TokenPair([3, 4], [5, EOS], None, 0)])
-    model, every = tiny_model(), np.arange(1)
-    assert pair_logps(model, pairs, every, SFT(), *HERE).rejected is None
-    with pytest.raises(ValueError, match="2 responses of each prompt are needed, the data has 1"):
-        pair_logps(model, pairs, every, DPO(), *HERE)
-
-
-def test_reference(world, tmp_path):
-    """The reference's log-probs of one response per record are a single column."""
-    pairs = PairTokens.from_pairs([TokenPair([3, 4], [5, EOS], None, 0), TokenPair([6], [EOS], None, 1)])
-    config = DPOConfig()
-    config.reference.path = str(world / "other")
-    run = SimpleNamespace(out=tmp_path, identity={"reference": "x"}, device=HERE[0], dtype=HERE[1])
-    some, others = np.array([1]), pairs.select(np.array([0]))
-    with_logps, _ = with_reference_logps(config, run, pairs, some, others, policy=None)
-    expected = all_logps(load_model(world / "other"), pairs, 64, *HERE)
-    assert np.isnan(with_logps.ref_logps[0]).all()
-    assert with_logps.ref_logps.shape == (2, 1) and with_logps.ref_logps[1] == pytest.approx(expected[1])
 
 
 # --- several turns -----------------------------------------------------------------------------------------

@@ -7,8 +7,6 @@ import pytest
 
 from minidpo.data import PairTokens, TokenPair
 from minidpo.errors import UserError
-from minidpo.losses import KTO
-from minidpo.training.pairs import require_responses
 from runs import run_dpo, steps
 
 PAIRS = PairTokens.from_pairs(
@@ -28,6 +26,7 @@ def test_unpaired():
     single = PAIRS.unpaired()
     assert texts(single) == [[[1, 10], [11, 2]], [[1], [21, 22, 23, 2]], [[1, 10], [12, 13, 2]], [[1], [2]]]
     assert single.label.tolist() == [True, True, False, False] and single.index.tolist() == [5, 7, 5, 7]
+    assert replace(single, label=~single.label).fingerprint() != single.fingerprint()
     assert texts(single.select(np.array([3, 0]))) == [[[1], [2]], [[1, 10], [11, 2]]]
 
 
@@ -41,18 +40,6 @@ def test_mismatched():
         [[[1], [11, 2]], [[1, 10], [2]], [[1, 10], [12, 13]]],
     )
     assert texts(other) == [*of_first, *of_second, [[1], [21, 22, 23]]]
-
-
-def test_labels():
-    """Records of one response need a label each; pairs are their own."""
-    single = PAIRS.unpaired()
-    for fine in (PAIRS, single):
-        require_responses(KTO(), "a", fine.responses, fine.label is not None)
-    with pytest.raises(
-        UserError, match="the loss kto reads responses with a label; .* give each record `label`"
-    ):
-        require_responses(KTO(), "a", 1, labelled=False)
-    assert replace(single, label=~single.label).fingerprint() != single.fingerprint()
 
 
 def test_log(config):

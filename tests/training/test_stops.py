@@ -13,9 +13,8 @@ import train_dpo
 from minidpo.config import DPOConfig, load_config
 from minidpo.errors import STOPPED, RunStopped, exit_on_user_error
 from minidpo.losses import DPO, BradleyTerry
-from minidpo.training import device, step
+from minidpo.training import device, reference, step
 from minidpo.training import run as run_module
-from minidpo.training.device import slowdown_of_threads
 
 INF = float("inf")
 
@@ -60,6 +59,23 @@ def test_errors_of_a_gpu(config, monkeypatch, capsys, script):
         exit_on_user_error(script.main)
 
 
+def test_ctrl_c_before_the_loop(config, monkeypatch, capsys):
+    """In the reference's pass, Ctrl-C says what is saved and what the same command will do."""
+    real = reference.all_logps
+    arguments, press = config(optim__schedule='"constant"'), lambda *_: os.kill(os.getpid(), signal.SIGINT)
+    for steps, says in (
+        (2, "no checkpoint is saved yet; the same command starts anew"),
+        (4, "the same command goes on after step 2"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["script", *arguments, f"--optim.max_steps={steps}"])
+        monkeypatch.setattr(reference, "all_logps", press)
+        with pytest.raises(SystemExit) as left:
+            exit_on_user_error(train_dpo.main)
+        assert left.value.code == STOPPED and capsys.readouterr().err.endswith(f"\ninterrupted: {says}\n")
+        monkeypatch.setattr(reference, "all_logps", real)
+        train_dpo.main(sys.argv[1:])
+
+
 def test_closed_pipe(config, monkeypatch, tmp_path):
     """`train_dpo.py ... | head` stops as after Ctrl-C: what was trained is saved."""
     real = run_module.print0
@@ -76,32 +92,22 @@ def test_closed_pipe(config, monkeypatch, tmp_path):
     assert left.value.code == STOPPED and (tmp_path / "out/checkpoints/step-2/state.json").is_file()
 
 
-@pytest.mark.parametrize("slowdown", [1.0, 7.0])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "slowdown"), [("fp32", 1.0), ("fp32", 7.0), ("bf16", 7.0)])
 def test_slow_cpu(config, monkeypatch, capsys, dtype, slowdown):
-    """Where a CPU is slow in bf16, or with all its threads, a run says so once, and what to do.
+    """Where a CPU is slow in bf16, or with all its threads, a run says what to do; the threads stay set."""
 
-    In bf16 it makes 100 / slowdown products per second; a run in float32 does not ask how many.
-    """
-    products = {torch.float32: 100} | ({torch.bfloat16: 100 / slowdown} if dtype == "bf16" else {})
-    monkeypatch.setattr(device, "products_per_second", lambda dtype=torch.float32: products[dtype])
-    monkeypatch.setattr(device, "slowdown_of_threads", lambda: slowdown)
-    train_dpo.main(config(optim__max_steps=1, run__dtype=f'"{dtype}"'))
-    said = capsys.readouterr().out
-    assert said.count("7 times slower than on one thread") == (slowdown > 2)
-    assert said.count("bf16 is 7 times slower than float32") == (slowdown > 2 and dtype == "bf16")
-    assert said.count('run.dtype = "fp32"') == said.count("bf16 is")
+    def products_per_second(kind=torch.float32):
+        alone = slowdown if torch.get_num_threads() == 1 else 1.0
+        return alone if kind == torch.float32 else alone / slowdown
 
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_threads_stay(threads):
-    """The slowdown is measured with one thread and with all, which then stay set."""
+    monkeypatch.setattr(device, "products_per_second", products_per_second)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        assert slowdown_of_threads() > 0 and torch.get_num_threads() == threads
-    finally:
-        torch.set_num_threads(before)
+    train_dpo.main(config(optim__max_steps=1, run__dtype=f'"{dtype}"', run__threads=2))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(before)
+    said = capsys.readouterr().out
+    assert threads == 2 and said.count("7 times slower than on one thread") == (slowdown > 2)
+    assert said.count("bf16 is 7 times slower than float32") == (dtype == "bf16")
 
 
 @pytest.mark.parametrize(("ranks", "restored"), [(1, True), (2, False)])

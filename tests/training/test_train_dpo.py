@@ -6,11 +6,10 @@ import shutil
 import pytest
 import torch
 
-from minidpo.errors import UserError
-from minidpo.model import load_model, save_reward_model
+from minidpo.model import load_model
 from padded import saved_weights
-from runs import final, run_dpo, steps
-from tiny import tiny_reward_model
+from record_files import write
+from runs import final, run_dpo
 
 
 @pytest.mark.parametrize(
@@ -25,56 +24,26 @@ def test_first_loss(config, loss, first):
     assert step["rewards/margins"] == step["rewards/accuracies"] == 0.0
 
 
-@pytest.mark.parametrize("loss", ["dpo", "ipo", "simpo", "sft"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_it_learns(config, loss, dtype):
-    """The held-out loss falls: chosen responses are short here and rejected ones long."""
-    metrics = run_dpo(config(), f"--loss.name={loss}", f"--run.dtype={dtype}", "--optim.max_steps=8")
-    before, after = (line["eval/loss"] for line in metrics if "eval/loss" in line)
-    assert after < before
-
-
-def test_metric_names(config):
-    """A line of training and one of an evaluation have the names that TRL uses, and no others."""
-    evaluation, step, *_ = run_dpo(config())
-    both = "loss saturated rewards/chosen rewards/rejected rewards/margins rewards/accuracies".split()
-    both += "logps/chosen logps/rejected response_length/chosen response_length/rejected".split()
-    assert step.keys() == {*both, "step", "epoch", "lr", "grad_norm", "tokens_per_s"}
-    assert evaluation.keys() == {"step", *(f"eval/{name}" for name in both)}
-
-
-@pytest.mark.parametrize("setting", ["optim.micro_tokens=80", "run.activation_checkpointing=true"])
-def test_same_gradients(config, tmp_path, setting):
-    """How a batch is cut, and what is computed twice, changes losses and gradients by rounding alone."""
-    plain = run_dpo(config(), "--optim.micro_tokens=4096")
-    other = run_dpo(config(), "--optim.micro_tokens=4096", f"--{setting}", f"--run.out={tmp_path / 'b'}")
-    for name in ("loss", "grad_norm"):
-        assert [m[name] for m in steps(other)] == pytest.approx([m[name] for m in steps(plain)], rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("keys", "says"),
     [
-        ("--loss.name=simpo --reference.path=unread", "simpo has no reference: unread is not read"),
-        ("--eval.reward_model=unread", "eval.reward_model is not read: eval.samples is 0"),
-        ("--lora.alpha=8", "lora.rank is 0, so all weights are trained: alpha of [lora] is not read"),
+        ("--loss.name=simpo --reference.path=unread", "warning: simpo has no reference: unread is not read"),
+        ("--eval.reward_model=unread", "warning: eval.samples is 0: reward_model of [eval] is not read"),
+        ("--eval.samples=2 --data.eval_pairs=0", "warning: no pair is held out, so eval.samples is not read"),
+        ("--lora.alpha=8", "warning: lora.rank is 0: alpha of [lora] is not read"),
+        (
+            "--loss.name=kto --data.train=TMP/liked.jsonl",
+            "warning: all responses to train on are desirable: kto",
+        ),
         ("--loss.name=kto", "kto reads responses one by one: 32 pairs are 32 desirable responses (chosen)"),
     ],
 )
-def test_told(config, capsys, keys, says):
-    """The run says which settings it does not read, and how it reads pairs for a loss of single responses."""
-    run_dpo(config(optim__max_steps=1), *keys.split())
+def test_told(config, capsys, tmp_path, keys, says):
+    """The run says which settings it does not read, and how it reads responses one by one."""
+    liked = ({"prompt": f"a cat {i}", "completion": " yes", "label": True} for i in range(9))
+    write(tmp_path / "liked.jsonl", *liked)
+    run_dpo(config(optim__max_steps=1), *keys.replace("TMP", str(tmp_path)).split())
     assert says in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("key", ["model.path", "reference.path"])
-def test_reward_model(config, world, tmp_path, key):
-    """One in the place of a language model is told before any data is read."""
-    model = shutil.copytree(world / "model", tmp_path / "rm")
-    save_reward_model(tiny_reward_model(vocab_size=300), model)
-    with pytest.raises(UserError, match=rf"^{model}: a reward model \(score.weight\).*; see --{key}"):
-        run_dpo(config(), f"--{key}={model}", "--data.train=missing.jsonl")
-    assert not (tmp_path / "out").exists()
 
 
 def test_stored_reference(config, capsys, tmp_path):

@@ -15,18 +15,6 @@ def test_it_learns(config):
     assert after["eval/preference_loss"] < before["eval/preference_loss"]
 
 
-@pytest.mark.parametrize("lm_weight", [0, 0.5])
-def test_metric_names(config, lm_weight):
-    """Without language modelling its loss is not logged, and the loss is the preference's alone."""
-    evaluation, step, *_ = run_rm(config(), f"--loss.lm_weight={lm_weight}")
-    both = {"loss", "preference_loss", "accuracy", "margin", "mean_reward"} | (
-        {"lm_loss"} if lm_weight else set()
-    )
-    assert step.keys() == both | {"step", "epoch", "lr", "grad_norm", "tokens_per_s"}
-    assert evaluation.keys() == {"step", *(f"eval/{name}" for name in both)}
-    assert (step["loss"] == pytest.approx(step["preference_loss"], rel=1e-9)) == (lm_weight == 0)
-
-
 def test_reward_head(config, tmp_path):
     """The head is drawn from run.seed and has no bias; such a model gives no logits."""
     for seed in (0, 1):
