@@ -5,6 +5,7 @@ Dimensions: R padded rows, T tokens per row, S scored tokens, Y responses, V voc
 
 from collections.abc import Callable
 from functools import cache
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -67,10 +68,10 @@ def token_logps(
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     most = chunk_size or tokens_per_chunk(len(output_weight), hidden.dtype, hidden.device.type)
-    chunks = max(1, -(-len(hidden) // most))
     # Chunks of equal size: the logits of the last one are kept for the backward pass, which computes those of
     # the others again. The larger the last chunk is, the more this saves.
-    return _ChunkedTokenLogps.apply(hidden, output_weight, targets, max(1, -(-len(hidden) // chunks)))
+    chunks = max(1, ceil(len(hidden) / most))
+    return _ChunkedTokenLogps.apply(hidden, output_weight, targets, max(1, ceil(len(hidden) / chunks)))
 
 
 def tokens_per_chunk(vocab_size: int, dtype: torch.dtype, device_type: str = "cpu") -> int:
@@ -190,5 +191,5 @@ def _few_rows(logits: Tensor) -> list[slice]:
     step = max(1, most // logits.shape[1])
     if logits.is_cuda:
         # Rounded up: compiled code copies a slice that does not begin at a multiple of 16 bytes.
-        step = -(-step // 8) * 8
+        step = 8 * ceil(step / 8)
     return [slice(start, start + step) for start in range(0, max(1, len(logits)), step)]

@@ -153,7 +153,7 @@ def masked_attention(batch: PackedBatch) -> Attend:
         # Zeros add nothing to the product of a query and a key.
         if size < SMALLEST_HEAD:
             q, k, v = (F.pad(heads, (0, SMALLEST_HEAD - size)) for heads in (q, k, v))
-        flex = _flex_attention(q.device.type)
+        flex = _flex_attention()
         # The scale is that of the head size before padding, as in `causal_attention`.
         options = _kernel_options(v.device, v.dtype, size)
         attended = flex(q, k, v, block_mask=mask, scale=size**-0.5, enable_gqa=True, kernel_options=options)
@@ -163,25 +163,18 @@ def masked_attention(batch: PackedBatch) -> Attend:
 
 
 @cache
-def _flex_attention(device_type: str) -> Callable[..., Tensor]:
-    """FlexAttention, compiled on CUDA."""
-    # Uncompiled it stores the whole score matrix, which is good enough for the tests that run it on a CPU.
-    if device_type != "cuda":
-        return flex_attention
+def _flex_attention() -> Callable[..., Tensor]:
+    # Uncompiled it would store the whole score matrix.
     # dynamic: rows of every length share one graph. fullgraph: PyTorch reports what it cannot compile.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _kernel_options(device: torch.device, dtype: torch.dtype, head_size: int) -> dict[str, int] | None:
     """Smaller tiles where PyTorch's own do not fit the shared memory of the GPU; None: PyTorch's choice."""
-    if device.type != "cuda" or head_size <= 64 or _shared_memory(device) >= LARGE_SHARED_MEMORY:
+    if device.type != "cuda" or head_size <= 64:
         return None
-    if dtype == torch.float32:
-        return {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32, "fwd_num_stages": 2}
-    return {"fwd_num_stages": 2}
-
-
-@cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that a block of threads may use."""
-    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0)
+    gpu = torch.cuda.get_device_properties(device)
+    if getattr(gpu, "shared_memory_per_block_optin", 0) >= LARGE_SHARED_MEMORY:
+        return None
+    tiles = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 32} if dtype == torch.float32 else {}
+    return tiles | {"fwd_num_stages": 2}

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from minidpo.distributed import any_rank
 from minidpo.errors import NOT_FINITE, UserError
-from minidpo.model.transformer import Transformer, causal_attention
+from minidpo.model.transformer import Attend, Transformer, causal_attention
 from minidpo.settings import Check, at_least, check_fields, not_negative, setting
 
-Ids = Sequence[int]  # the tokens of one text
 COLDEST = 1e-20  # lower temperatures count as 0: logits divided by them would leave float32's range
 
 
@@ -35,7 +34,7 @@ class Sampling:
 @torch.no_grad()
 def generate(
     model: Transformer,
-    prompts: Sequence[Ids],
+    prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     eos_id: int | Collection[int] | None,
     seed: int = 0,
@@ -69,7 +68,11 @@ def generate(
 
 
 def _one_batch(
-    model: Transformer, prompts: list[Ids], sampling: Sampling, stops: Tensor, generator: torch.Generator
+    model: Transformer,
+    prompts: list[Sequence[int]],
+    sampling: Sampling,
+    stops: Tensor,
+    generator: torch.Generator,
 ) -> list[list[int]]:
     # Padding is on the left, so that every row's last column holds its last token and the next token of all
     # rows goes into the same new column. Positions count from the first real token.
@@ -77,11 +80,11 @@ def _one_batch(
     tokens = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # (R, T)
     padding = torch.tensor([width - len(p) for p in prompts], device=device)  # (R,)
     positions = (torch.arange(width, device=device) - padding[:, None]).clamp(min=0)  # (R, T)
-    cache = KeyValueCache(padding)
+    attend = key_value_cache(padding)
     alive = torch.ones_like(padding, dtype=torch.bool)
     generated: list[Tensor] = []
     for _ in range(sampling.max_new_tokens):
-        hidden = model.hidden_states(tokens, positions, cache)
+        hidden = model.hidden_states(tokens, positions, attend)
         # Only the last column predicts something new.
         logits = F.linear(hidden[:, -1], model.output_weight.to(hidden.dtype)).float()  # (R, V)
         if not logits.isfinite().all():
@@ -113,22 +116,23 @@ def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tens
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(-1)
 
 
-class KeyValueCache:
-    """The attention of all layers during generation: it keeps keys and values, and masks padding."""
+def key_value_cache(padding: Tensor) -> Attend:
+    """The attention of all layers during generation: it keeps keys and values, and masks padding.
 
-    def __init__(self, padding: Tensor) -> None:
-        self._padding = padding  # (R,) the number of padding columns on each row's left
-        self._past: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: keys, values (R, columns so far, G, E)
+    padding (R,): the number of padding columns on each row's left.
+    """
+    past: dict[int, tuple[Tensor, Tensor]] = {}  # by layer: keys, values (R, columns so far, G, E)
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
-        """q (R, new, H, E), k and v (R, new, G, E) of the new columns -> (R, new, H, E)."""
-        # Append the new keys and values to those of the columns so far.
-        if layer_index in self._past:
-            k, v = (torch.cat(both, dim=1) for both in zip(self._past[layer_index], (k, v), strict=True))
-        self._past[layer_index] = k, v
+    def attend(q: Tensor, k: Tensor, v: Tensor, layer_index: int) -> Tensor:
+        # q, k and v are those of the new columns. Append the new keys and values to those of the others.
+        if layer_index in past:
+            k, v = (torch.cat(both, dim=1) for both in zip(past[layer_index], (k, v), strict=True))
+        past[layer_index] = k, v
         # The mask: not later than the query, and not padding.
         columns = torch.arange(k.shape[1], device=q.device)
         own = columns[-q.shape[1] :, None]  # the column of each query, (new, 1)
         # A query that is padding attends to itself, because the softmax of nothing is NaN. It is never read.
-        visible = (columns <= own) & (columns >= self._padding[:, None, None]) | (columns == own)
+        visible = (columns <= own) & (columns >= padding[:, None, None]) | (columns == own)
         return causal_attention(q, k, v, mask=visible[:, None])
+
+    return attend

@@ -1,27 +1,14 @@
 """config.json of a Hugging Face model directory <-> ModelConfig; hf_fields.py knows its fields."""
 
 import dataclasses
+import json
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import minidpo.model.hf_fields as hf
 from minidpo.errors import UserError
 from minidpo.files import read_object, require_model_file
-from minidpo.model.hf_fields import (
-    FAMILIES,
-    FIELDS,
-    HARMLESS,
-    LENGTH,
-    NEEDED,
-    NEUTRAL,
-    NUMBER,
-    OBJECT,
-    ORIGINAL,
-    QUANTISED,
-    ROPE_CHECKS,
-    ROPE_FIELDS,
-    SHARE,
-    Family,
-)
 from minidpo.model.model_config import ModelConfig
 from minidpo.model.rotary import ROPE_SCALINGS, LongRope, RopeScaling
 from minidpo.settings import Check, one_of
@@ -39,11 +26,13 @@ def read_config(directory: Path) -> ModelConfig:
 
 def parse_config(fields: dict[str, Any]) -> ModelConfig:
     """ModelConfig from config.json's fields. Raises ValueError that names the field."""
-    family = FAMILIES[_value(fields, "model_type", *FIELDS["model_type"])]
-    read = FIELDS | family.own
+    family = hf.FAMILIES[_value(fields, "model_type", *hf.FIELDS["model_type"])]
+    read = hf.FIELDS | family.own
     values = {name: _value(fields, name, check, default) for name, (check, default) in read.items()}
-    _require_known(fields, [*read, *" ".join(HARMLESS.values()).split()])
-    kind, heads, eos = values["model_type"], values["num_attention_heads"], values["eos_token_id"]
+    harmless = " ".join(hf.HARMLESS.values()).split()
+    _require_known({n: v for n, v in fields.items() if not any(fnmatchcase(n, p) for p in harmless)}, [*read])
+    kind, layers, eos = values["model_type"], values["num_hidden_layers"], values["eos_token_id"]
+    heads = values["num_attention_heads"]
     kv_heads = values["num_key_value_heads"] or heads
     head_dim = values["head_dim"] or values["hidden_size"] // heads
     if heads % kv_heads:
@@ -62,7 +51,12 @@ def parse_config(fields: dict[str, Any]) -> ModelConfig:
         "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
     } | family.variant
     if "no_rope_layers" in values:
-        values["no_rope_layers"] = _rotated_layers(values)
+        given, interval = values["no_rope_layers"], values["no_rope_layer_interval"]
+        if given is None:
+            given = [int((i + 1) % interval != 0) for i in range(layers)]
+        if len(given) < layers:
+            raise ValueError(f"no_rope_layers has {len(given)} entries; num_hidden_layers is {layers}")
+        values["no_rope_layers"] = tuple(given[:layers])
     # A pad id without a row is of no use here, and transformers would not open a model that is saved with it.
     if values["pad_token_id"] not in range(values["vocab_size"]):
         values["pad_token_id"] = None
@@ -75,9 +69,9 @@ def format_config(
 ) -> dict[str, Any]:
     """The config.json that transformers opens as the same model: `parse_config` backwards."""
     head = "ForSequenceClassification" if sequence_classification else "ForCausalLM"
-    family = FAMILIES[config.model_type]
+    family = hf.FAMILIES[config.model_type]
     fields: dict[str, Any] = {"architectures": [family.name + head], "dtype": dtype}
-    fields |= {name: value for name, value in vars(config).items() if name in FIELDS | family.own}
+    fields |= {name: value for name, value in vars(config).items() if name in hf.FIELDS | family.own}
     fields |= {"hidden_act": "silu", "attention_bias": config.qkv_bias}
     # All layers slide, or none.
     fields |= {"use_sliding_window": config.sliding_window is not None, "max_window_layers": 0}
@@ -87,7 +81,7 @@ def format_config(
         named = {"rope_type": rope.rope_type, **vars(rope)}
         scaling = {name: value for name, value in named.items() if value is not None}
     if isinstance(rope, LongRope):
-        fields[ORIGINAL] = rope.original_max_position_embeddings  # transformers would take 4096 without it
+        fields[hf.ORIGINAL] = rope.original_max_position_embeddings  # transformers would take 4096 without it
     fields["rope_scaling"] = scaling or None
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     if sequence_classification:
@@ -101,16 +95,26 @@ def format_config(
     return fields
 
 
-def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
+def require_saveable(config: ModelConfig) -> None:
+    """Raises UserError if the config.json of its model_type would be read as another model."""
+    read = parse_config(json.loads(json.dumps(format_config(config))))
+    for name, value in vars(config).items():
+        if getattr(read, name) != value:
+            what = f"a {config.model_type} model with {name} = {value!r} beside its other fields"
+            became = f"would be read as one with {getattr(read, name)!r}"
+            raise UserError(f"{what} {became}; another model_type may have it, as qwen2 has qkv_bias alone")
+
+
+def _rope(values: dict[str, Any], family: hf.Family) -> dict[str, Any]:
     """The fields of ModelConfig that say how queries and keys are rotated."""
     places = (values, values["rope_parameters"], values["rope_scaling"])
-    thetas = {_value(place, "rope_theta", NUMBER, None) for place in places} - {None} or {family.rope_theta}
+    thetas = {_value(place, "rope_theta", hf.THETA, None) for place in places} - {None} or {family.rope_theta}
     if len(thetas) > 1:
         raise ValueError(f"rope_theta is {' and '.join(map(str, sorted(thetas)))} in different places")
     theta, rope = float(thetas.pop()), values["rope_scaling"] or values["rope_parameters"]
-    share, known = "partial_rotary_factor", ["rope_type", "type", "rope_theta", *ROPE_FIELDS]
+    share, known = "partial_rotary_factor", ["rope_type", "type", "rope_theta", *hf.ROPE_FIELDS]
     _require_known(rope, [*known, share] if share in family.own else known)
-    rotated = _value(rope, share, SHARE, values.get(share)) or 1.0
+    rotated = _value(rope, share, hf.SHARE, values.get(share)) or 1.0
     size = int(values["head_dim"] * rotated)
     if size == 0 or size % 2:
         of_head = f", of which {size} are rotated" if rotated < 1 else ""
@@ -123,7 +127,7 @@ def _rope(values: dict[str, Any], family: Family) -> dict[str, Any]:
     return {"rope_theta": theta, "rope_scaling": scaling, "partial_rotary_factor": rotated}
 
 
-def _rope_scaling(values: dict[str, Any], rope: dict[str, Any], family: Family) -> RopeScaling | None:
+def _rope_scaling(values: dict[str, Any], rope: dict[str, Any], family: hf.Family) -> RopeScaling | None:
     """The RopeScaling of the object `rope`, which is rope_scaling or rope_parameters."""
     kind = {"rope_type": rope.get("rope_type") or rope.get("type")}  # Older files have "type".
     neutral = rope.get("factor") == 1 and rope.get("attention_factor") in (None, 1)
@@ -133,38 +137,30 @@ def _rope_scaling(values: dict[str, Any], rope: dict[str, Any], family: Family) 
     if name == "default":
         return None
     names = {field.name: field.default for field in dataclasses.fields(ROPE_SCALINGS[name])}
-    outside, inside = values[ORIGINAL], rope.get(ORIGINAL)
-    if ORIGINAL in names and None not in (outside, inside) and outside != inside:
-        raise ValueError(f"{ORIGINAL} is {outside} and, in rope_scaling, {inside}")
+    outside, inside = values[hf.ORIGINAL], rope.get(hf.ORIGINAL)
+    if hf.ORIGINAL in names and None not in (outside, inside) and outside != inside:
+        raise ValueError(f"{hf.ORIGINAL} is {outside} and, in rope_scaling, {inside}")
     # What is absent is derived as in transformers, where the original length outside rope_scaling would win.
-    given = rope | {ORIGINAL: outside if inside is None else inside}
-    if name == "yarn":
-        given[ORIGINAL] = given[ORIGINAL] or values["max_position_embeddings"]
-    if name == "longrope":
-        original = _value(given, ORIGINAL, LENGTH, NEEDED)
-        given["factor"] = given.get("factor") or values["max_position_embeddings"] / original
+    given = rope | {hf.ORIGINAL: outside if inside is None else inside}
+    if name == "yarn" and given[hf.ORIGINAL] is None:
+        given[hf.ORIGINAL] = values["max_position_embeddings"]
+    if name == "longrope" and given.get("factor") is None:
+        given["factor"] = values["max_position_embeddings"] / _value(given, hf.ORIGINAL, hf.LENGTH, hf.NEEDED)
     read: dict[str, Any] = {}
     for field, default in names.items():
-        needed = NEEDED if default is dataclasses.MISSING else default
-        value = _value(given, field, ROPE_CHECKS.get(field, NUMBER), needed)
+        needed = hf.NEEDED if default is dataclasses.MISSING else default
+        value = _value(given, field, hf.ROPE_CHECKS.get(field, hf.NUMBER), needed)
         read[field] = tuple(value) if isinstance(value, list) else value
+    for more, less in (("beta_fast", "beta_slow"), ("high_freq_factor", "low_freq_factor")):
+        if more in read and read[more] <= read[less]:
+            raise ValueError(f"{more} is {read[more]}, {less} is {read[less]}; {more} must be the larger one")
     return ROPE_SCALINGS[name](**read)
-
-
-def _rotated_layers(values: dict[str, Any]) -> tuple[int, ...]:
-    """Per layer of SmolLM3, whether it rotates queries and keys."""
-    layers, given = values["num_hidden_layers"], values["no_rope_layers"]
-    if given is None:
-        return tuple(int((i + 1) % values["no_rope_layer_interval"] != 0) for i in range(layers))
-    if len(given) < layers:
-        raise ValueError(f"no_rope_layers has {len(given)} entries; num_hidden_layers is {layers}")
-    return tuple(given[:layers])
 
 
 def _value(fields: dict[str, Any], name: str, check: Check, default: Any) -> Any:
     """The value of a field, or its default. Raises ValueError for a value that it may not hold."""
     value = fields.get(name)
-    if (value is None or value is False and check is OBJECT) and default is not NEEDED:
+    if (value is None or value is False and check is hf.OBJECT) and default is not hf.NEEDED:
         return default
     if not check.test(value):
         raise ValueError(f"{name} is {value!r}; {check.must} is needed")
@@ -173,11 +169,13 @@ def _value(fields: dict[str, Any], name: str, check: Check, default: Any) -> Any
 
 def _require_known(fields: dict[str, Any], known: list[str]) -> None:
     for name, value in fields.items():
-        if name in known or value is None or name in NEUTRAL and value == NEUTRAL[name]:
+        if name in known or value is None or name in hf.NEUTRAL and value == hf.NEUTRAL[name]:
             continue
-        if name in QUANTISED and value:
+        if name in hf.QUANTISED and value:
             raise ValueError(f"field {name!r}: quantised weights are not read; give the original model")
-        if name in NEUTRAL:
-            raise ValueError(f"field {name!r} = {value!r} changes the numbers; {NEUTRAL[name]} alone is read")
+        if name in hf.NEUTRAL:
+            raise ValueError(
+                f"field {name!r} = {value!r} changes the numbers; {hf.NEUTRAL[name]} alone is read"
+            )
         if value not in (False, {}, []):
             raise ValueError(f"field {name!r} = {value!r} is not known here and might change the numbers")

@@ -14,9 +14,12 @@ from minidpo.settings import Check, one_of
 # largest weight has heads x head_dim x hidden_size entries: the product of three sizes must fit 64 bits.
 SIZE = Check(lambda value: type(value) is int and 1 <= value <= 2**20, "a whole number from 1 to 2**20")
 DEPTH = Check(lambda value: type(value) is int and 1 <= value <= 1000, "a whole number from 1 to 1000")
-LENGTH = Check(lambda value: type(value) is int and 1 <= value <= 2**31, "a whole number from 1 to 2**31")
-NUMBER = Check(lambda value: type(value) in (int, float) and 0 < value < 1e300, "a number above 0")
-SPREAD = Check(lambda value: type(value) in (int, float) and 0 <= value < 1e300, "a number, at least 0")
+LENGTH = Check(lambda value: type(value) is int and 2 <= value <= 2**31, "a whole number from 2 to 2**31")
+NUMBER = Check(
+    lambda value: type(value) in (int, float) and 1e-18 < value < 1e18, "a number above 0, below 1e18,"
+)
+THETA = Check(lambda value: NUMBER.test(value) and value > 1, "a number above 1")
+SPREAD = Check(lambda value: type(value) in (int, float) and 0 <= value < 1e18, "a number, at least 0")
 FLAG = Check(lambda value: type(value) is bool, "true or false")
 ID = Check(lambda value: type(value) is int, "a token id")
 IDS = Check(lambda value: all(map(ID.test, value if isinstance(value, list) else [value])), "token ids")
@@ -94,7 +97,7 @@ FIELDS: dict[str, tuple[Check, Any]] = {
         ("use_sliding_window tie_word_embeddings attention_bias mlp_bias", FLAG, False),
         ("sliding_window original_max_position_embeddings", LENGTH, None),
         ("layer_types", LAYERS, ["sliding_attention"]),
-        ("rope_theta", NUMBER, None),
+        ("rope_theta", THETA, None),
         ("rope_parameters rope_scaling", OBJECT, {}),
         ("rms_norm_eps", NUMBER, 1e-6),
         ("initializer_range", SPREAD, 0.02),
@@ -104,40 +107,27 @@ FIELDS: dict[str, tuple[Check, Any]] = {
     )
     for name in names.split()
 }
-# Fields that are ignored, because none changes the logits of a given text, by the reason.
+# Fields that are ignored, because none changes the logits of a given text, by the reason; * is anything.
 HARMLESS = {
     "it says where the weights come from, or how they are stored, which the tensors say themselves": """
         architectures torch_dtype dtype use_bfloat16 transformers_version transformers.js_config auto_map
-        _name_or_path name_or_path base_model_name_or_path _commit_hash _from_model_config is_llama_config
-        unsloth_fixed unsloth_version use_unsloth torchscript tf_legacy_loss""",
+        *name_or_path _commit_hash _from_model_config is_llama_config *unsloth* torchscript tf_legacy_loss""",
     "it chooses a kernel, or what a forward pass keeps and returns": """
-        _attn_implementation _attn_implementation_autoset _attn_implementation_internal attn_implementation
-        _experts_implementation experts_implementation _flash_attn_2_enabled flash_attn_2_enabled
-        use_flash_attention use_flash_attention_2 use_flash_attn use_sdpa use_cache cache_implementation
-        cache_config use_cache_quantization use_cache_kernel pretraining_tp output_attentions
-        output_hidden_states return_dict""",
+        *attn_implementation* *experts_implementation *flash_att* use_sdpa use_cache* cache_*
+        pretraining_tp output_attentions output_hidden_states return_dict""",
     "it is of training: dropout, which no model has here, recomputing, and how weights began": """
-        attention_dropout attn_pdrop attention_probs_dropout_prob embd_pdrop embedding_dropout resid_pdrop
-        residual_dropout hidden_dropout hidden_dropout_prob dropout classifier_dropout initializer_factor
-        gradient_checkpointing gradient_checkpointing_kwargs neftune_noise_alpha
+        *dropout *dropout_prob *_pdrop initializer_factor gradient_checkpointing* neftune_noise_alpha
         loss_type save_step output_router_logits router_aux_loss_coef""",
     "texts are kept below max_position_embeddings and the sliding window, whatever it says": """
-        max_window_layers max_sequence_length max_seq_length max_seq_len seq_length seq_len n_ctx
-        model_max_length tokenizer_model_max_length""",
+        max_window_layers max_seq* seq_len* n_ctx *model_max_length""",
     "it is of a tokenizer, of labels or of a task": """
-        tokenizer_class processor_class prefix unk_token_id sep_token_id cls_token_id mask_token_id
-        decoder_start_token_id id2label label2id num_labels problem_type reward_read_at finetuning_task
-        task_specific_params value_head_prefix""",
+        tokenizer_class processor_class prefix *_token_id *_token_ids id2label label2id num_labels
+        problem_type reward_read_at finetuning_task task_specific_params value_head_prefix""",
     "it is of sampling; generation_config.json has it today": """
-        max_length min_length max_new_tokens min_new_tokens do_sample early_stopping num_beams
-        num_beam_groups diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff
-        repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
-        encoder_no_repeat_ngram_size bad_words_ids num_return_sequences return_dict_in_generate
-        output_scores forced_bos_token_id forced_eos_token_id remove_invalid_values
-        exponential_decay_length_penalty suppress_tokens begin_suppress_tokens num_assistant_tokens
-        num_assistant_tokens_schedule assistant_confidence_threshold assistant_lookbehind
-        target_lookbehind guidance_scale renormalize_logits stop_strings eos_token_ids
-        generation_config""",
+        max_length min_length m*_new_tokens do_sample early_stopping num_beam* temperature top_k top_p min_p
+        typical_p *_cutoff *_penalty *ngram_size bad_words_ids num_return_sequences output_scores
+        return_dict_in_generate remove_invalid_values *suppress_tokens *assistant* *_lookbehind
+        guidance_scale renormalize_logits stop_strings generation_config""",
     "these models are decoders whatever it says": "is_decoder",
 }
 # Fields of which one value changes nothing, such as a factor of 1.

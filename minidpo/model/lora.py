@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from minidpo.distributed import full_tensor
 from minidpo.errors import UserError
-from minidpo.logprobs import at_least_float32
 from minidpo.model.transformer import Transformer
 from minidpo.sections import LoRASection
 
@@ -63,17 +62,6 @@ class LoRALinear(FrozenLinear):
         return weight.to(a.dtype) + self.scale * (b @ a)
 
 
-class FrozenEmbedding(nn.Module):
-    """Its rows may be bf16, but what the layers add to them is summed in float32."""
-
-    def __init__(self, embedding: nn.Embedding) -> None:
-        super().__init__()
-        self.weight = embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return at_least_float32(F.embedding(tokens, self.weight))
-
-
 def add_adapters(model: Transformer, lora: LoRASection) -> None:
     """Freeze `model`, in bf16 if that is lora.base_dtype, and give the layers named by lora.targets A and B.
 
@@ -93,7 +81,6 @@ def add_adapters(model: Transformer, lora: LoRASection) -> None:
             part.requires_grad_(False)
             if lora.base_dtype == "bf16":
                 part.to(torch.bfloat16)
-    model.model.add_module("embed_tokens", FrozenEmbedding(model.model.embed_tokens))
     scale = lora.alpha / (lora.rank**0.5 if lora.rank_scaled else lora.rank)
     for name, linear in linears.items():
         parent, _, kind = name.rpartition(".")

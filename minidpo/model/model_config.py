@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from minidpo.model.rotary import RopeScaling
+from minidpo.model.rotary import LongRope, RopeScaling
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,8 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     @property
-    def rotary_dim(self) -> int:
-        """How many coordinates of each head are rotated."""
-        return int(self.head_dim * self.partial_rotary_factor)
-
-    @property
     def max_length(self) -> int:
         """The longest sequence these weights were made for, in tokens."""
-        longest = self.rope_scaling.longest if self.rope_scaling else None
-        return min(filter(None, (self.max_position_embeddings, self.sliding_window, longest)))
+        rope = self.rope_scaling
+        original = rope.original_max_position_embeddings if isinstance(rope, LongRope) else None
+        return min(filter(None, (self.max_position_embeddings, self.sliding_window, original)))

@@ -29,4 +29,5 @@ def response_logps(model: Transformer, batch: PackedBatch, hidden: Tensor | None
     # log pi(y|x) = sum over t of log pi(y_t | x, y_<t). Scored tokens lie response after response: (S,).
     logps = response_token_logps(model, batch, hidden)
     # In this order: prompt 0's responses, prompt 1's, ... So the sums, one after the other, are (P, scored).
-    return sum_by_response(logps, batch.scored_lengths.flatten()).view(batch.scored_lengths.shape)
+    lengths = batch.lengths[:, : batch.scored_responses]
+    return sum_by_response(logps, lengths.flatten()).view(lengths.shape)

@@ -15,7 +15,7 @@ from minidpo.errors import UserError
 from minidpo.files import fingerprint, write_file
 from minidpo.log import print0
 from minidpo.model.adapter_files import SCORE, STEM, adapter_settings, load_adapter
-from minidpo.model.hf_config import format_config, read_config
+from minidpo.model.hf_config import format_config, read_config, require_saveable
 from minidpo.model.lora import adapted_layers, add_adapters, fresh_adapter, is_adapter
 from minidpo.model.reward_model import RewardModel, fresh_score
 from minidpo.model.tensors import read_tensors, tensor_files, write_tensors
@@ -29,16 +29,16 @@ Prepare = Callable[[Transformer], None]
 
 def load_model(
     directory: str | Path,
-    dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     prepare: Prepare = lambda model: None,
     adapter: str | Path | None = None,
 ) -> Transformer:
-    """The causal language model of a Hugging Face directory, with the adapters of another one, if given.
+    """The causal language model of a Hugging Face directory, with the adapters of another one, if given;
+    float32.
 
     Raises UserError for a missing file, an unsupported family or field, or weights that do not fit it.
     """
-    return _load(Transformer, Path(directory), dtype, device, prepare, adapter=adapter)
+    return _load(Transformer, Path(directory), device, prepare, adapter=adapter)
 
 
 def load_reward_model(
@@ -50,7 +50,7 @@ def load_reward_model(
     new = adapter is not None and SCORE in tensor_files(Path(adapter), STEM)
     if not new:
         require_reward_model(path)
-    return _load(RewardModel, path, torch.float32, device, lm_head=False, new_score=new, adapter=adapter)
+    return _load(RewardModel, path, device, lm_head=False, new_score=new, adapter=adapter)
 
 
 def require_reward_model(directory: Path) -> None:
@@ -76,7 +76,7 @@ def new_reward_model(
     """The language model of a directory with a fresh head, drawn from torch's generator; float32. The output
     matrix is kept for `language_modelling` alone."""
     path, lm_head = Path(directory), language_modelling
-    return _load(RewardModel, path, torch.float32, device, prepare, lm_head=lm_head, new_score=True)
+    return _load(RewardModel, path, device, prepare, lm_head=lm_head, new_score=True)
 
 
 def save_model(
@@ -87,6 +87,7 @@ def save_model(
     Adapters are merged into the weights, which are then written in `dtype` (default: that of the adapters).
     All ranks of a run call it: rank 0 writes, the others only hand over their shards.
     """
+    require_saveable(model.config)
     reshard(model)  # state_dict() would miss the sharded weights where an evaluation has left them gathered.
     tensors = {name: tensor for name, tensor in model.state_dict().items() if not is_adapter(name)}
     if not lm_head:
@@ -119,7 +120,6 @@ def model_fingerprint(directory: str | Path) -> str:
 def _load(
     kind: type[Model],
     directory: Path,
-    dtype: torch.dtype,
     device: torch.device | str,
     prepare: Prepare = lambda model: None,
     lm_head: bool = True,
@@ -134,13 +134,13 @@ def _load(
         prepare = partial(add_adapters, lora=adapter_settings(Path(adapter)))
     config, files, both = read_config(directory), tensor_files(directory), {EMBEDDING, HEAD}
     if config.tie_word_embeddings and files.keys() >= both:
-        like = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype, device="meta")
+        like = torch.empty(config.vocab_size, config.hidden_size, device="meta")
         if not torch.equal(*dict(read_tensors(directory, dict.fromkeys(both, like), "cpu")).values()):
             told = f"config.json ties {HEAD} to {EMBEDDING}, which is stored with other values"
             print0(f"warning: {directory}: {told}; what is stored is used, and they are no longer tied")
             config = replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
-        model = kind(config).to(dtype)
+        model = kind(config)
     if not lm_head:
         model.lm_head = None
     prepare(model)

@@ -40,18 +40,14 @@ class RewardModel(Transformer):
         """Rewards (P, K) of a packed row's responses; log pi(y|x) of the scored ones, if any, (P, scored)."""
         # One forward pass gives both. A response's last token, EOS, has seen all of the prompt and response.
         hidden = hidden_states(self, batch)  # (N, D)
-        rewards = self.rewards_of(hidden[batch.last])  # hidden[batch.last]: (P, K, D)
-        return rewards, response_logps(self, batch, hidden) if batch.scored_responses else None
-
-    def rewards_of(self, last: Tensor) -> Tensor:
-        """Hidden states of last tokens (..., D) -> rewards (...)."""
         # float32 even under autocast: between 1 and 2, neighbouring bf16 numbers differ by 1/128, which would
         # make many pairs of rewards equal.
         weight = self.score.weight.to(torch.promote_types(self.score.weight.dtype, torch.float32))
-        with torch.autocast(last.device.type, enabled=False):
-            rewards = F.linear(last.to(weight.dtype), weight).squeeze(-1)
+        with torch.autocast(hidden.device.type, enabled=False):
+            rewards = F.linear(hidden[batch.last].to(weight.dtype), weight).squeeze(-1)  # (P, K)
         # Granite's hidden states come divided, for its logits.
-        return rewards * self.config.logits_scaling
+        rewards = rewards * self.config.logits_scaling
+        return rewards, response_logps(self, batch, hidden) if batch.scored_responses else None
 
 
 def fresh_score(hidden_size: int) -> Tensor:

@@ -1,5 +1,7 @@
 """Rotary position embeddings (Su et al. 2021), and the ways in which models stretch them to longer contexts.
 
+Rotary: a token's position is not added to its embedding, but turns its queries and keys by angles, so that
+their product depends on how far apart two tokens are.
 Dimensions: H heads, E coordinates per head, D of which are rotated; ... stands for rows and tokens.
 """
 
@@ -35,6 +37,7 @@ class RopeScaling:
     """One rope_type of config.json, whose numbers are the fields of a subclass, by the same names."""
 
     rope_type = "default"
+    factor: float  # how much longer the stretched context is
 
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
         """The frequencies (D/2,) of the stretched context, from those of the original one."""
@@ -45,18 +48,12 @@ class RopeScaling:
         """A factor of cos and sin, and so of every rotated query and key."""
         return 1.0
 
-    @property
-    def longest(self) -> int | None:
-        """The longest text that has these frequencies, if others apply to longer ones."""
-        return None
-
 
 @dataclass(frozen=True)
 class LinearRope(RopeScaling):
     """Position interpolation (Chen et al. 2023): all positions are divided by `factor`."""
 
     rope_type = "linear"
-    factor: float
 
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
         return frequencies / self.factor
@@ -68,7 +65,6 @@ class DynamicRope(RopeScaling):
     text may be longer here, because texts of one packed row may not depend on each other."""
 
     rope_type = "dynamic"
-    factor: float
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,6 @@ class Llama3Rope(RopeScaling):
     """
 
     rope_type = "llama3"
-    factor: float
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
@@ -96,7 +91,6 @@ class YarnRope(RopeScaling):
     that make beta_fast and beta_slow turns; and queries and keys grow with the context."""
 
     rope_type = "yarn"
-    factor: float
     original_max_position_embeddings: int
     beta_fast: float = 32.0
     beta_slow: float = 1.0
@@ -118,9 +112,7 @@ class YarnRope(RopeScaling):
 
     @property
     def magnitude(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(max(self.factor, 1)) + 1
+        return self.attention_factor or 0.1 * math.log(max(self.factor, 1)) + 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,6 @@ class LongRope(RopeScaling):
     the original context have others, long_factor, kept for other programs: they are refused here."""
 
     rope_type = "longrope"
-    factor: float  # how much longer the stretched context is
     original_max_position_embeddings: int
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -140,14 +131,8 @@ class LongRope(RopeScaling):
 
     @property
     def magnitude(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
         growth = math.log(self.factor) / math.log(self.original_max_position_embeddings)
-        return math.sqrt(1 + max(growth, 0))
-
-    @property
-    def longest(self) -> int:
-        return self.original_max_position_embeddings
+        return self.attention_factor or math.sqrt(1 + max(growth, 0))
 
 
 ROPE_SCALINGS = {kind.rope_type: kind for kind in (LinearRope, DynamicRope, Llama3Rope, YarnRope, LongRope)}

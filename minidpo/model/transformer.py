@@ -67,9 +67,8 @@ class Transformer(nn.Module):
         positions, (T,) or shaped like tokens: the place of each token in its own text, wherever it lies.
         """
         x = self.model.embed_tokens(tokens)  # (..., T, D)
-        # Sharded weights may arrive in bf16, but the residual stream is float32 (see Layer.add).
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.float()
+        # Sharded or frozen weights may be bf16, but the residual stream is float32 or better (see Layer.add).
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.config.embedding_multiplier != 1:
             x = x * self.config.embedding_multiplier
         # The angles depend on positions only, so all layers share them.
@@ -106,11 +105,12 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin of the rotary angles of all positions, (..., T, 1, E/2) each, float32 or better; with a
-        partial_rotary_factor they are fewer than E/2."""
+        """cos and sin of the rotary angles (see rotary.py) of all positions, (..., T, 1, E/2) each, float32
+        or better; with a partial_rotary_factor they are fewer than E/2."""
         # bf16 has 8 bits of precision, so that positions 1000 and 1001 would have the same angle.
         dtype = torch.float64 if self.norm.weight.dtype == torch.float64 else torch.float32
-        size, theta, scaling = self.config.rotary_dim, self.config.rope_theta, self.config.rope_scaling
+        size = int(self.config.head_dim * self.config.partial_rotary_factor)  # coordinates that are rotated
+        theta, scaling = self.config.rope_theta, self.config.rope_scaling
         frequencies = rotary_frequencies(size, theta, scaling, positions.device, dtype)
         angles = positions.to(dtype)[..., None, None] * frequencies
         magnitude = 1.0 if scaling is None else scaling.magnitude
@@ -148,7 +148,8 @@ class Layer(nn.Module):
         return self.add(x, self.mlp(self.post_attention_layernorm(x)))
 
     def add(self, x: Tensor, update: Tensor) -> Tensor:
-        # The residual stream is float32 even under autocast, because bf16 would round what a layer adds.
+        # The residual stream (Elhage et al. 2021: the x to which every layer adds) is float32 even under
+        # autocast, because bf16 would round what a layer adds.
         return torch.add(x, update, alpha=self.residual_multiplier)  # x + alpha * update
 
 

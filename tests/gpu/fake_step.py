@@ -104,8 +104,8 @@ def main() -> None:
     # FlexAttention uncompiled: Triton's kernels are the business of compile_kernels.py.
     flex_module._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
     torch.compiler.set_stance("force_eager")
-    attention_module._flex_attention = lambda device_type: flex_module.flex_attention
-    attention_module._shared_memory = lambda device: 2**20
+    attention_module._flex_attention = lambda: flex_module.flex_attention
+    attention_module._kernel_options = lambda *_: None
     losses = [loss() for loss in LOSSES.values()] + [BradleyTerry(), BradleyTerry(margin_from_data=True)]
     cases = [(loss, dtype, {}) for loss in losses for dtype in ("bf16", "fp32")]
     for extra in ({"lora": True}, {"checkpointing": True}, {"attention": "sdpa"}, {"attention": "flex"}):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 from torch.testing import assert_close
 
 from families import FAMILIES
@@ -23,7 +24,7 @@ from tiny import EOS, random_pairs, tiny_model
 
 def filled(attention, row: PackedBatch) -> Attend:
     """Attention on the row that a GPU gets, filled up to a whole block; the padding's results are dropped."""
-    n, row = len(row.tokens), padded(row, BLOCK)
+    n, row = len(row.tokens), padded(row)
     attend, zeros = attention(row), (0, 0, 0, 0, 0, len(row.tokens) - n)
     return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
 
@@ -38,7 +39,8 @@ def flash(row: PackedBatch) -> Attend:
 
 @pytest.fixture(autouse=True)
 def one_by_one(monkeypatch):
-    """PyTorch's `varlen_attn`, which exists on GPUs alone, as one causal attention per sequence."""
+    """PyTorch's `varlen_attn`, which exists on GPUs alone, as one causal attention per sequence; and
+    FlexAttention without its compiler."""
 
     def varlen_attn(q, k, v, q_bounds, k_bounds, q_longest, k_longest, window_size):
         q_sizes, k_sizes = q_bounds.diff().tolist(), k_bounds.diff().tolist()
@@ -47,6 +49,7 @@ def one_by_one(monkeypatch):
         return torch.cat([causal_attention(*(heads[None] for heads in three))[0] for three in sequences])
 
     monkeypatch.setattr(attention_module, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention_module, "_flex_attention", lambda: flex_attention)
 
 
 def per_piece_padded(row: PackedBatch) -> Attend:
@@ -86,12 +89,21 @@ def test_who_sees_whom(attention):
         assert moved.tolist() == [sees[token] != "." for sees in SEES]
 
 
+def parts(row: PackedBatch) -> tuple[Tensor, Tensor]:
+    """(N,) each: which prompt a token belongs to, and to which response of it (0: the prompt itself). Every
+    padding token is a prompt of its own."""
+    sizes = np.diff(row.bounds, axis=1)
+    padding = np.arange(len(row.tokens) - sizes.sum())
+    prompt, response = (np.repeat(numbers.flatten(), sizes.flatten()) for numbers in np.indices(sizes.shape))
+    prompt, response = np.append(prompt, len(sizes) + padding), np.append(response, 0 * padding)
+    return torch.from_numpy(prompt), torch.from_numpy(response)
+
+
 def rule(row: PackedBatch) -> Tensor:
     """(N, N): which keys may a query see? Of its prompt, not later, in the prompt or its own response."""
-    same_prompt = row.prompt[:, None] == row.prompt
+    prompt, response = parts(row)
     not_later = row.position[:, None] >= row.position
-    own_text = (row.response == 0) | (row.response[:, None] == row.response)
-    return same_prompt & not_later & own_text
+    return (prompt[:, None] == prompt) & not_later & ((response == 0) | (response[:, None] == response))
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, may: Tensor) -> Tensor:
@@ -119,14 +131,6 @@ def test_no_pairs(family):
     model, row = tiny_model(**FAMILIES[family]), pack(PairTokens.from_pairs([]))
     model.hidden_states(row.tokens, row.position, attention_per_piece(row)).sum().backward()
     assert all(p.grad is not None and not p.grad.any() for p in model.model.parameters())
-
-
-@pytest.mark.parametrize("queries", [7, 5, 1])
-def test_bottom_right(queries):
-    """The last query attends to all 7 keys, the one before to all but the last, and so on."""
-    q, k, v = random_heads(7)
-    expected = plain_attention(q, k, v, torch.ones(7, 7).tril().bool())[-queries:]
-    assert_close(causal_attention(q[None, -queries:], k[None], v[None])[0], expected)
 
 
 @pytest.mark.parametrize("q_dtype", [torch.float32, torch.bfloat16], ids=["rotated", "no rope"])
@@ -169,11 +173,12 @@ def test_blocks(shape):
     """All that hold an allowed pair of tokens are computed, in backward too, and none of strangers is."""
     for seed in range(8):
         pairs = PairTokens.from_pairs(random_pairs(np.random.default_rng(seed), *SHAPES[shape]))
-        row = padded(pack(pairs), BLOCK)
+        row = padded(pack(pairs))
         mask, allowed, token = shared_prompt_mask(row), rule(row), torch.arange(len(row.tokens))
         computed = listed(mask.kv_num_blocks, mask.kv_indices)
         assert not (in_blocks(allowed) & ~computed).any()
-        assert not (computed & ~in_blocks(row.prompt[:, None] == row.prompt)).any()
+        prompt, _ = parts(row)
+        assert not (computed & ~in_blocks(prompt[:, None] == prompt)).any()
         assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), computed.T)
         # Inside them the mask is the rule, token by token: no block counts as computed without it.
         assert torch.equal(mask.mask_mod(torch.tensor(0), torch.tensor(0), token[:, None], token), allowed)

@@ -8,7 +8,7 @@ import torch
 from minidpo.errors import UserError
 from minidpo.model import load_model, read_config, save_model
 from minidpo.model.hf_config import parse_config
-from tiny import edit_config
+from tiny import edit_config, tiny_model
 
 TOKENS = torch.arange(40).view(2, 20)
 SHRUNK = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
@@ -37,18 +37,25 @@ def test_rope_theta(places):
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; one of llama, mistral, qwen2, qwen3, olmo2, smollm3"),
         ({"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'"),
-        ({"model_type": None}, "model_type is None"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'; one of default, linear"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": "2"}}, "factor is '2'"),
+        (
+            {"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}},
+            "low_freq_factor is 4.0; high_freq_factor must",
+        ),
         ({"rope_scaling": YARN | {"mscale": 0.7}}, "field 'mscale' = 0.7 is not known here"),
         ({"rope_scaling": LLAMA3 | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_scaling": {k: v for k, v in LLAMA3.items() if k != "factor"}}, "factor is None"),
-        ({"rope_theta": 1.0}, "rope_theta is 1.0 and 10000.0 in different places"),
+        ({"rope_theta": 1.5}, "rope_theta is 1.5 and 10000.0 in different places"),
+        ({"rope_theta": 1.0}, "rope_theta is 1.0; a number above 1"),
+        ({"rope_scaling": YARN | {"factor": 0}}, "factor is 0; a number above 0, below 1e18"),
+        ({"rope_scaling": YARN | {"factor": 10**30}}, "a number above 0, below 1e18"),
+        ({"rope_scaling": YARN | {"factor": 4, "beta_slow": 5e-324}}, "beta_slow is 5e-324"),
+        ({"rope_scaling": YARN | {"factor": 4, "beta_slow": 32}}, "beta_fast is 32, beta_slow is 32;"),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "is 64 and, in rope_scaling, 32"),
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5"),
         ({"is_causal": False}, "'is_causal' = False"),
-        ({"logit_scale": 0.1}, "'logit_scale'"),
         ({"embedding_multiplier": 12.0}, "'embedding_multiplier'"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read; give the original model"),
         ({"initializer_range": -1}, "initializer_range is -1; a number, at least 0 is needed"),
@@ -69,7 +76,6 @@ def test_rope_theta(places):
         ({"head_dim": 7}, "head_dim is 7"),
         ({"head_dim": None, "num_attention_heads": 64}, "head_dim is 0"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
-        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
         ({"eos_token_id": [1, "</s>"]}, "eos_token_id is [1, '</s>']"),
     ],
 )
@@ -84,17 +90,13 @@ def test_unsupported_config(directory, fields, named):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"_attn_implementation_autoset": True, "attn_implementation": "sdpa", "_flash_attn_2_enabled": True},
-        {"_attn_implementation": "eager", "use_bfloat16": True, "gradient_checkpointing": True},
+        {"_attn_implementation": "eager", "use_bfloat16": True, "gradient_checkpointing": True, "top_p": 0.9},
         {"cache_implementation": "hybrid", "use_cache": False, "is_decoder": True, "is_causal": True},
-        {"tokenizer_class": "LlamaTokenizer", "mask_token_id": 4, "max_sequence_length": 9, "seq_length": 9},
-        {"num_beams": 4, "length_penalty": 1.0, "top_p": 0.9, "min_p": 0.1, "no_repeat_ngram_size": 3},
+        {"tokenizer_class": "LlamaTokenizer", "mask_token_id": 4, "seq_length": 9, "stop_strings": ["a"]},
         {"partial_rotary_factor": 1.0, "rotary_pct": 1.0, "original_max_position_embeddings": 9},
         {"rope_scaling": {"type": "linear", "factor": 1.0}},
         {"rope_scaling": YARN},
         {"rope_scaling": False, "hidden_activation": "silu", "initializer_range": 0.0},
-        {"loss_type": "ForCausalLM", "save_step": 100, "use_unsloth": True, "router_aux_loss_coef": 0.001},
-        {"guidance_scale": 1.5, "eos_token_ids": [2], "renormalize_logits": True, "stop_strings": ["a"]},
         {"rope_scaling": None, "rope_parameters": THETA | {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
     ],
     ids=lambda fields: next(iter(fields)),
@@ -116,6 +118,21 @@ def test_unset():
     parse_config(PLAIN | {"logit_scale": None, "quantization_config": {}, "use_qk_norm": False})
 
 
+@pytest.mark.parametrize(
+    ("over", "said"),
+    [
+        (dict(qkv_bias=True), "a llama model with output_bias = False beside its other fields"),
+        (dict(model_type="qwen2"), "a qwen2 model with qkv_bias = False"),
+        (dict(model_type="mistral", qk_norm=True), "a mistral model with qk_norm = True"),
+    ],
+)
+def test_not_saved(tmp_path, over, said):
+    """A model whose config.json would be read as another one is refused before anything is written."""
+    with pytest.raises(UserError, match=f"^{said}"):
+        save_model(tiny_model(**over), tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 SLIDES = dict(model_type="qwen3", sliding_window=16, use_sliding_window=True)
 
 
@@ -124,8 +141,6 @@ SLIDES = dict(model_type="qwen3", sliding_window=16, use_sliding_window=True)
     [
         (dict(model_type="mistral", sliding_window=16), 16),
         (dict(model_type="mistral", sliding_window=None), 5000),
-        (dict(model_type="mistral"), 4096),  # what transformers assumes
-        (dict(model_type="llama", sliding_window=16), 5000),  # Llama has none
         (SLIDES, 16),
         (SLIDES | dict(use_sliding_window=False), 5000),
         (SLIDES | dict(layer_types=["full_attention"] * 2), 5000),
@@ -139,11 +154,6 @@ def test_sliding_window(fields, limit):
 
 # config.json as published, but for the sizes and what has no part in the numbers.
 PUBLISHED = {
-    "OLMo-2-0425-1B": dict(
-        model_type="olmo2", attention_bias=False, attention_dropout=0.0, hidden_act="silu",
-        max_position_embeddings=4096, num_key_value_heads=4, rms_norm_eps=1e-06, rope_scaling=None,
-        rope_theta=500000, tie_word_embeddings=False,
-    ),
     "SmolLM3-3B": dict(
         model_type="smollm3", attention_bias=False, layer_types=["full_attention"] * 4, max_window_layers=28,
         max_position_embeddings=65536, mlp_bias=False, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0],
@@ -154,12 +164,6 @@ PUBLISHED = {
         model_type="granite", attention_dropout=0.1, attention_multiplier=0.015625, embedding_multiplier=12.0,
         logits_scaling=8.0, max_position_embeddings=131072, num_key_value_heads=2, residual_multiplier=0.22,
         rms_norm_eps=1e-05, rope_scaling=None, rope_theta=5000000.0, tie_word_embeddings=True,
-    ),
-    "Phi-3-mini-4k-instruct": dict(
-        model_type="phi3", auto_map={"AutoConfig": "configuration_phi3.Phi3Config"}, embd_pdrop=0.0,
-        max_position_embeddings=4096, num_key_value_heads=4, original_max_position_embeddings=4096,
-        resid_pdrop=0.0, rms_norm_eps=1e-05, rope_scaling=None, rope_theta=10000.0, sliding_window=2047,
-        tie_word_embeddings=False,
     ),
     "Phi-4-mini-instruct": dict(
         model_type="phi3", full_attn_mod=1, interpolate_factor=1, lm_head_bias=False, mlp_bias=False,
@@ -180,7 +184,7 @@ PUBLISHED = {
         for name in ("llama", "mistral", "qwen2", "qwen3")
     },
 }  # fmt: skip
-LIMITS = [4096, 65536, 131072, 2047, 4096, 32768, 9999, 4096, 9999, 9999]
+LIMITS = [65536, 131072, 4096, 32768, 9999, 4096, 9999, 9999]
 
 
 @pytest.mark.parametrize(("name", "limit"), [*zip(PUBLISHED, LIMITS, strict=True)])

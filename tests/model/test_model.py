@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from families import FAMILIES, GRANITE, OLMO2, SMOLLM3
 from minidpo.data import PairTokens
 from minidpo.model import RewardModel, load_model, response_logps, save_model
-from minidpo.model.rotary import Llama3Rope, LongRope, YarnRope, rotary_frequencies, rotate
+from minidpo.model.rotary import Llama3Rope, YarnRope, rotary_frequencies, rotate
 from minidpo.model.transformer import RMSNorm
 from minidpo.packing import pack
-from tiny import gradients, naive_logps, random_pairs, relative_difference, tiny_config, tiny_model
+from tiny import gradients, naive_logps, random_pairs, relative_difference, tiny_model
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 TOKENS = torch.randint(0, 61, (3, 50), generator=torch.Generator().manual_seed(1))
@@ -64,31 +64,6 @@ def test_yarn():
     assert scaling.magnitude == pytest.approx(1.138629)
 
 
-def test_longrope():
-    """Frequencies 1 and 0.1 are divided by 1 and 2. A context 16 times 4 long: sqrt(1 + ln 16 / ln 4) is the
-    root of 3. The model takes no text longer than the original 4."""
-    scaling = LongRope(16.0, 4, short_factor=(1.0, 2.0), long_factor=(1.0, 9.0))
-    frequencies = rotary_frequencies(4, 100.0, scaling, torch.device("cpu"), torch.float64)
-    assert frequencies.tolist() == pytest.approx([1, 0.05])
-    assert scaling.magnitude == pytest.approx(3**0.5)
-    assert tiny_config(rope_scaling=scaling).max_length == 4
-
-
-def test_partial_rotation():
-    """One angle of 90 degrees turns the coordinates 0 and 1; 2 and 3 stay."""
-    rotated = rotate(torch.tensor([1.0, 2, 3, 4]), torch.tensor([0.0]), torch.tensor([1.0]))
-    assert rotated.tolist() == [-2, 1, 3, 4]
-
-
-def test_no_rope():
-    """A layer without rotation does not see where its tokens stand; another one does."""
-    for rotated in (0, 1):
-        model = tiny_model(num_hidden_layers=1, no_rope_layers=(rotated,))
-        there = model(TOKENS)
-        model.model.rotation = lambda positions, plain=model.model.rotation: plain(3 * positions)
-        assert torch.equal(model(TOKENS), there) == (not rotated)
-
-
 def test_granite():
     """Its four multipliers are those of Llama's weights; the scale of heads of 8 would be 1 / sqrt(8). Logits
     are divided, rewards are not."""
@@ -102,29 +77,6 @@ def test_granite():
     assert_close(granite.forward_packed(row)[0], llama.forward_packed(row)[0])
 
 
-def test_olmo2():
-    """Norms come after attention and MLP: with weights of 0 they add nothing, and the embedding remains."""
-    model = tiny_model(**OLMO2)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            layer.post_attention_layernorm.weight.zero_()
-            layer.post_feedforward_layernorm.weight.zero_()
-    assert torch.equal(model(TOKENS), model.lm_head(model.model.norm(model.model.embed_tokens(TOKENS))))
-
-
-@pytest.mark.parametrize(("norm", "same"), [("qk_norm", True), ("qk_norm_whole", False)])
-def test_qk_norm(norm, same):
-    """A norm of each head undoes a factor of one head of 8; a norm of all heads, a common factor alone."""
-    model = tiny_model(dtype=torch.float64, rms_norm_eps=1e-20, **{norm: True})
-    before = model(TOKENS)
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight[:8] *= 3
-    assert torch.allclose(model(TOKENS), before) == same
-    with torch.no_grad():
-        model.model.layers[0].self_attn.q_proj.weight[8:] *= 3
-    assert_close(model(TOKENS), before)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed(family):
     """A packed row has the log-probs and gradients of padded rows, and every parameter takes part."""
@@ -134,13 +86,6 @@ def test_packed(family):
     assert_close(ours, naive, rtol=1e-11, atol=1e-11)
     of_ours, of_naive = (gradients(model, logps[:, 0].sum()) for logps in (ours, naive))
     assert relative_difference(of_ours, of_naive) < 1e-11 and all(grad.any() for grad in of_ours.values())
-
-
-def test_nothing_is_random():
-    """There is no dropout, even in train mode."""
-    model = tiny_model().train()
-    logits = model(TOKENS)
-    assert torch.equal(logits, model(TOKENS)) and torch.equal(logits, model.eval()(TOKENS))
 
 
 @pytest.mark.parametrize("family", ["llama", "olmo2", "granite"])

@@ -1,6 +1,6 @@
 """The packed row equals the textbook: two padded rows per pair, every logit, a full log-softmax.
 
-So these do not matter: the other pairs of the batch, their order, the number of micro-batches.
+So these do not matter: the other pairs of the batch, and their order.
 """
 
 import numpy as np
@@ -11,11 +11,8 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from minidpo.data import PairTokens, TokenPair
-from minidpo.logprobs import sequence_logps
-from minidpo.losses import DPO, PairLogps
 from minidpo.model import response_logps
 from minidpo.packing import PackedBatch, pack, padded
-from minidpo.textbook import pad
 from tiny import EOS, gradients, naive_logps, random_pairs, relative_difference, tiny_model
 
 THREE_PAIRS = [
@@ -36,12 +33,10 @@ def test_row():
     row = packed(pairs)
     assert row.tokens.tolist() == [10, 11, 12, 13, 14, 15, EOS, 24, EOS, 30, 31, 32, 33, 34, EOS, 42, 43, EOS]
     assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 0, 1, 2, 3, 4, 5, 2, 3, 4]
-    assert row.response.tolist() == [0, 0, 0, 0, 1, 1, 1, 2, 2, 0, 0, 1, 1, 1, 1, 2, 2, 2]
-    assert row.prompt.tolist() == [0] * 9 + [1] * 9
     # Token 3, the last of the prompt, predicts the first token of both responses; an EOS predicts nothing.
     assert row.predictor.tolist() == [3, 4, 5] + [3, 7] + [10, 11, 12, 13] + [10, 15, 16]
     assert row.targets.tolist() == [14, 15, EOS] + [24, EOS] + [32, 33, 34, EOS] + [42, 43, EOS]
-    assert row.lengths.tolist() == row.scored_lengths.tolist() == [[3, 2], [4, 3]]
+    assert row.lengths.tolist() == [[3, 2], [4, 3]] and row.scored_responses == 2
     assert row.last.tolist() == [[6, 8], [14, 17]]
     assert row.bounds.tolist() == [[0, 4, 7, 9], [9, 11, 15, 18]]
 
@@ -49,13 +44,15 @@ def test_row():
     row = packed(pairs, scored=1)
     assert row.predictor.tolist() == [3, 4, 5] + [10, 11, 12, 13]
     assert row.targets.tolist() == [14, 15, EOS] + [32, 33, 34, EOS]
-    assert row.scored_lengths.tolist() == [[3], [4]] and row.last.tolist() == [[6, 8], [14, 17]]
+    assert row.scored_responses == 1 and row.last.tolist() == [[6, 8], [14, 17]]
 
     # SFT lays out the chosen response alone.
     row = packed(pairs, responses=1)
     assert row.tokens.tolist() == [10, 11, 12, 13, 14, 15, EOS, 30, 31, 32, 33, 34, EOS]
     assert row.predictor.tolist() == [3, 4, 5] + [8, 9, 10, 11]
     assert row.bounds.tolist() == [[0, 4, 7], [7, 9, 13]]
+    with pytest.raises(ValueError, match="3 responses of each prompt are needed, the data has 2"):
+        packed(pairs, responses=3)
 
 
 # Two prompts whose responses have tokens that others wrote: 13 and 14, and 41.
@@ -79,28 +76,16 @@ def test_row_of_turns():
     row = pack(PairTokens.from_pairs(TURNS), np.array([1, 0]), responses=1)
     assert row.predictor.tolist() == [0, 1] + [4, 7] and row.targets.tolist() == [31, EOS] + [12, EOS]
     row = packed(TURNS, scored=1)
-    assert row.targets.tolist() == [12, EOS] + [31, EOS] and row.scored_lengths.tolist() == [[2], [2]]
+    assert row.targets.tolist() == [12, EOS] + [31, EOS] and row.lengths.tolist() == [[2, 2], [2, 2]]
     assert packed([]).lengths.shape == pack(PairTokens.from_pairs(TURNS), np.array([], int)).lengths.shape
 
 
-def test_one_response():
-    """A prompt with one response is laid out with it, and asked for two it has none."""
-    pairs = PairTokens.from_pairs([TokenPair([3, 4], [5, EOS], None, 0), TokenPair([6], [EOS], None, 1)])
-    row = pack(pairs)
-    assert row.tokens.tolist() == [3, 4, 5, EOS, 6, EOS] and row.bounds.tolist() == [[0, 2, 4], [4, 5, 6]]
-    assert row.predictor.tolist() == [1, 2] + [4] and row.lengths.tolist() == [[2], [1]]
-    with pytest.raises(ValueError, match="2 responses of each prompt are needed, the data has 1"):
-        pack(pairs, responses=2)
-
-
 def test_padding():
-    """Every padding token is a prompt of its own, and an empty row becomes one block of them."""
-    row = padded(packed([TokenPair([10, 11], [12, EOS], [EOS], 0)]), 4)
-    assert row.tokens.tolist() == [10, 11, 12, EOS, EOS, 0, 0, 0]
-    assert row.prompt.tolist() == [0, 0, 0, 0, 0, 1, 2, 3]
-    assert row.response.tolist() == [0, 0, 1, 1, 2, 0, 0, 0]
-    assert row.position.tolist() == [0, 1, 2, 3, 2, 0, 0, 0]
-    assert len(padded(row, 4).tokens) == 8 and len(padded(packed([]), 4).tokens) == 4
+    """A row is filled up to whole blocks of 128 tokens, and an empty one becomes a block."""
+    row = padded(packed([TokenPair([10, 11], [12, EOS], [EOS], 0)]))
+    assert row.tokens.tolist() == [10, 11, 12, EOS, EOS] + [0] * 123
+    assert row.position.tolist() == [0, 1, 2, 3, 2] + [0] * 123
+    assert len(padded(row).tokens) == len(padded(packed([])).tokens) == 128
 
 
 def test_three_pairs(form=packed):
@@ -128,28 +113,6 @@ def test_any_pairs(pairs):
         assert relative_difference(of_ours, of_naive) < tolerance
 
 
-def random_ranges(rng: np.random.Generator, length: int) -> tuple[tuple[int, int], ...]:
-    """Ranges that leave the last token, and tokens between them."""
-    edges = np.sort(rng.choice(length, 2 * (length // 4), replace=False)).tolist()
-    return tuple(zip(edges[::2], edges[1::2], strict=True))
-
-
-def test_any_turns():
-    """Whatever others said in a response: its log-prob is the definition's, with those tokens masked out."""
-    model, rng = tiny_model(dtype=torch.float64), np.random.default_rng(0)
-    pairs = random_pairs(rng, 8, response=(2, 16))
-    pairs = [p._replace(unscored=tuple(random_ranges(rng, len(ids)) for ids in p.responses)) for p in pairs]
-    tokens, mask = pad([pair[:3] for pair in pairs])
-    rows = [(pair.prompt, ranges) for k in (0, 1) for pair in pairs for ranges in [pair.unscored[k]]]
-    for row, (prompt, ranges) in enumerate(rows):
-        for begin, end in ranges:
-            mask[row, len(prompt) + begin : len(prompt) + end] = False
-    sums, counts = sequence_logps(model(tokens), tokens, mask)
-    row, all_scored = packed(pairs), packed([p._replace(unscored=()) for p in pairs])
-    assert_close(response_logps(model, row), sums.view(2, -1).T, rtol=1e-12, atol=1e-12)
-    assert row.lengths.tolist() == counts.view(2, -1).T.tolist() != all_scored.lengths.tolist()
-
-
 @pytest.mark.parametrize("n", [1, 3, 5])
 def test_n_responses(n):
     """A prompt laid out once with n responses gives each the log-prob that it has in a pair."""
@@ -161,17 +124,3 @@ def test_n_responses(n):
     for k in range(n):
         kth = [p._replace(chosen=its[k]) for p, its in zip(pairs, responses, strict=True)]
         assert_close(together[:, k], naive_logps(model, kth)[:, 0], rtol=1e-12, atol=1e-12)
-
-
-def test_micro_batches():
-    """Their gradients add up to those of the batch, whose size every loss is divided by."""
-    policy, tokens = tiny_model(), PairTokens.from_pairs(random_pairs(np.random.default_rng(0), 16))
-    references = response_logps(tiny_model(seed=1), pack(tokens)).detach()
-    results = []
-    for parts in (1, 2, 8):
-        policy.zero_grad()
-        for rows in np.array_split(np.arange(16), parts):
-            losses = DPO()(PairLogps(*response_logps(policy, pack(tokens, rows)).T, *references[rows].T))
-            (losses.sum() / 16).backward()
-        results.append({name: p.grad.clone() for name, p in policy.named_parameters()})
-    assert all(relative_difference(result, results[0]) < 1e-6 for result in results)

@@ -6,7 +6,7 @@ import torch
 from test_packing import THREE_PAIRS, packed
 from torch.testing import assert_close
 
-from minidpo.model import RewardModel
+from minidpo.model import RewardModel, hidden_states
 from minidpo.model.reward_model import fresh_score
 from tiny import (
     gradients,
@@ -49,10 +49,8 @@ def test_new_head():
 
 def test_head_in_float32():
     """Under autocast too: a reward near 1 would step by 1/128 in bf16, and many pairs would tie."""
-    model, pairs = tiny_reward_model(), random_pairs(np.random.default_rng(0), 8)
-    hidden = torch.randn(200, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    model, batch = tiny_reward_model(), packed(random_pairs(np.random.default_rng(0), 8), scored=0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        of_hidden = model.rewards_of(hidden)
-        of_pairs, _ = model.forward_packed(packed(pairs, scored=0))
-    assert_close(of_hidden, hidden.float() @ model.score.weight[0].detach(), rtol=1e-5, atol=1e-5)
+        of_pairs, last = model.forward_packed(batch)[0], hidden_states(model, batch)[batch.last]
+    assert_close(of_pairs, last.float() @ model.score.weight[0].detach(), rtol=1e-5, atol=1e-5)
     assert of_pairs.dtype == torch.float32 and not torch.equal(of_pairs, of_pairs.bfloat16().float())

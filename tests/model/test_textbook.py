@@ -79,16 +79,6 @@ def test_loss():
     assert DPO(beta=0.1)(PairLogps(pi_w, pi_l, ref_w, ref_l)).item() == pytest.approx(0.5130152524)
 
 
-def test_packed_log_probs():
-    """One row of 14 tokens holds what four padded rows of 24 tokens hold: a prompt stands there once."""
-    model = tiny_model(dtype=torch.float64)
-    tokens, mask = pad(PAIRS)
-    row = pack(PACKED_PAIRS)
-    assert row.tokens.tolist() == [5, 6, 7, 8, 2, 9, 2] + [5, 6, 7, 2, 8, 9, 2]
-    padded = sequence_logps(model(tokens), tokens, mask).view(2, 2).T  # (pairs, chosen and rejected)
-    torch.testing.assert_close(response_logps(model, row), padded, rtol=1e-12, atol=1e-12)
-
-
 def test_step():
     """One step of SGD at rate 1 moves every weight by its gradient: both ways move the policy alike."""
     policy, reference = tiny_model(1, torch.float64), tiny_model(2, torch.float64)

@@ -9,20 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from families import FAMILIES
-from minidpo.data import PairTokens, Tokenizer
+from minidpo.data import PairTokens
 from minidpo.errors import UserError
 from minidpo.model import load_model, load_reward_model, model_fingerprint, save_model, save_reward_model
-from minidpo.model.rotary import Llama3Rope
 from minidpo.packing import pack
 from minidpo.textbook import pad as pad_rows
 from tiny import EOS, edit_config, random_pairs, tiny_model, tiny_reward_model
 
 TOKENS = torch.arange(40).view(2, 20)
-EVERYTHING = dict(
-    model_type="qwen3", qk_norm=True, qkv_bias=True, output_bias=True, head_dim=16, rope_theta=777.0,
-    rms_norm_eps=1e-4, rope_scaling=Llama3Rope(4.0, 1.0, 4.0, 32), tie_word_embeddings=True,
-    eos_token_id=(2, 5), pad_token_id=0,
-)  # fmt: skip
 INDEX = "model.safetensors.index.json"
 
 
@@ -52,8 +46,8 @@ def write_index(directory, index) -> None:
 
 @pytest.mark.parametrize(
     "over",
-    [*FAMILIES.values(), EVERYTHING, dict(model_type="mistral", sliding_window=33)],
-    ids=[*FAMILIES, "everything", "mistral"],
+    FAMILIES.values(),
+    ids=FAMILIES.keys(),
 )
 def test_round_trip(tmp_path, over):
     """What is saved is loaded: every field that transformers keeps, and the numbers bit for bit."""
@@ -64,15 +58,6 @@ def test_round_trip(tmp_path, over):
     assert torch.equal(loaded(TOKENS), model(TOKENS))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
     assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
-
-
-def test_dtypes(directory):
-    """Weights are cast to the dtype asked for, and saved in their own."""
-    model = load_model(directory, dtype=torch.bfloat16)
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    save_model(model, directory)
-    assert {t.dtype for t in load_file(directory / "model.safetensors").values()} == {torch.bfloat16}
-    assert load_model(directory).model.norm.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize("links", [False, True], ids=["files", "links"])
@@ -169,19 +154,6 @@ def test_broken(directory, spoil, said):
     with pytest.raises(UserError) as error:
         load_model(directory)
     assert said in str(error.value) and str(directory) in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("given", "hinted"), [("Qwen/Qwen2.5-0.5B", True), ("models/mine", False), ("mine", False)]
-)
-def test_name_of_the_hub(tmp_path, monkeypatch, given, hinted):
-    """What looks like a name of the Hugging Face hub, and is no place here, is to be downloaded first."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "models").mkdir()
-    for load in (load_model, load_reward_model, Tokenizer.from_pretrained):
-        with pytest.raises(UserError, match=f"^{given}/.*no such file") as error:
-            load(given)
-        assert (f"download it first: hf download {given} --local-dir models/" in str(error.value)) == hinted
 
 
 @pytest.mark.parametrize("escape", ["../model.safetensors", "/etc/hostname", "sub/model.safetensors", "gone"])

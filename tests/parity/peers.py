@@ -37,7 +37,7 @@ def make_world(directory: Path, reward: Path) -> SimpleNamespace:
     )
 
 
-def trainer(world, out: Path, kind: str, records=None, pad_is_eos=False, **settings):
+def trainer(world, out: Path, kind: str, records=None, **settings):
     """TRL's DPOTrainer, CPOTrainer or RewardTrainer: float32, pairs in file order, AdamW, no clipping."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     trl = pytest.importorskip(f"trl.experimental.{kind.lower()}" if kind in ("CPO", "ORPO") else "trl")
@@ -46,8 +46,6 @@ def trainer(world, out: Path, kind: str, records=None, pad_is_eos=False, **setti
 
     files = world.directories
     tokenizer = AutoTokenizer.from_pretrained(files["policy"])
-    if pad_is_eos:
-        tokenizer.pad_token = tokenizer.eos_token
     ours = AutoModelForCausalLM.from_pretrained(files["reference"])
     reference = {"ref_model": ours} if kind in ("DPO", "KTO") else {}
     common = dict(

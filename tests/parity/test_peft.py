@@ -1,24 +1,16 @@
-"""minidpo beside PEFT: the same adapters on the same base give the same logits, and learn the same."""
+"""minidpo beside PEFT: the same adapters on the same base give the same logits."""
 
 import os
 import shutil
 
-import numpy as np
 import pytest
 import torch
 
 from families import PHI3
-from minidpo.data import PairTokens
 from minidpo.errors import UserError
-from minidpo.losses import DPO, PairLogps
-from minidpo.model import load_model, model_fingerprint, response_logps, save_model
-from minidpo.model.adapter_files import save_adapter
-from minidpo.model.lora import add_adapters, trained_parameters
-from minidpo.packing import pack
-from minidpo.sections import LoRASection
-from minidpo.textbook import pad, sequence_logps
+from minidpo.model import load_model, save_model
 from runs import run_dpo, run_rm
-from tiny import random_pairs, tiny_model
+from tiny import tiny_model
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 transformers = pytest.importorskip("transformers")
@@ -80,34 +72,3 @@ def test_more_than_lora(world, tmp_path, more):
     peft.get_peft_model(their_base(world / "model"), settings).save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError):
         load_model(world / "model", adapter=tmp_path / "theirs")
-
-
-def test_training(world, tmp_path):
-    """From the same adapters, the losses of ten steps of DPO are those of PEFT."""
-    pairs = random_pairs(np.random.default_rng(0), 4)
-    lora, batch, loss = LoRASection(rank=4), pack(PairTokens.from_pairs(pairs)), DPO(0.1)
-    torch.manual_seed(0)
-    ours = load_model(world / "model")
-    add_adapters(ours, lora)
-    save_adapter(ours, tmp_path, lora, "", model_fingerprint(world / "model"))
-    theirs = peft.PeftModel.from_pretrained(their_base(world / "model"), tmp_path, is_trainable=True)
-    theirs_trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
-    tokens, scored = pad([pair[:3] for pair in pairs])
-    reference = response_logps(ours, batch).detach()
-
-    def losses(trained, logps) -> list[float]:
-        optimizer, values = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), []
-        for _ in range(10):
-            value = loss(PairLogps(*logps().T, *reference.T, *batch.lengths.T)).mean()
-            optimizer.zero_grad()
-            value.backward()
-            optimizer.step()
-            values.append(value.item())
-        return values
-
-    one = losses(trained_parameters(ours).values(), lambda: response_logps(ours, batch))
-    other = losses(
-        theirs_trained, lambda: sequence_logps(theirs(tokens).logits, tokens, scored).view(2, -1).T
-    )
-    assert one[0] == pytest.approx(np.log(2)) and one[-1] < 0.1
-    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)

@@ -14,7 +14,7 @@ from minidpo.data.chat_template import ChatTemplate
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.errors import UserError
 from minidpo.model import load_model, load_reward_model
-from minidpo.model.hf_config import FIELDS
+from minidpo.model.hf_fields import FIELDS
 from minidpo.training.saved_tokenizer import tokenizer_files
 
 HUGE = (2**31, 2**31 - 2, 10**9, 10**12, 2**63, 10**400)
