@@ -8,9 +8,11 @@ import pytest
 
 from minidpo.data import read_preferences
 from minidpo.errors import UserError
+from minidpo.sections import DataSection
 
 QUESTION = "\n\nHuman: Is 2 + 2 four?\n\nAssistant:"
 GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
+SKIP_BAD = DataSection(skip_bad=True)
 
 
 def write(path: Path, *lines: dict | str | bytes) -> Path:

@@ -30,8 +30,6 @@ from minidpo.sections import DataSection
 # Of the code from text to ids. Raise it with a change of the ids of a text, and caches are made anew.
 _VERSION = "8"
 
-_Check = Callable[[str, TokenPair], None] | None
-
 # By what `split_by_prompt` tells prompts apart. A run that is resumed must hold out what it held out before.
 HELD_OUT_BY = "the prompts as the records have them, dropped ones too"
 
@@ -42,7 +40,7 @@ def load_pairs(
     seed: int,
     cache: Path | None = None,
     check: Callable[[PairTokens, PairTokens], None] | None = None,
-    check_first: _Check = None,
+    check_first: Callable[[str, TokenPair], None] | None = None,
 ) -> tuple[PairTokens, PairTokens]:
     """Read, tokenize and report data.train and data.eval. Returns (train, held out).
 
@@ -69,8 +67,7 @@ def load_pairs(
                 template.tell_date()
         elif directory:
             to_keep.append((directory, pairs, read, report))
-        for line in report:
-            print0(line)
+        print0("\n".join(report))
     train = sets[-1]
     if data.eval:
         held_out = sets[0]
@@ -119,11 +116,6 @@ def split_by_prompt(
     return mask
 
 
-def longest_pair(*sets: PairTokens) -> int:
-    """Tokens of the longest pair, laid out with all its responses."""
-    return max(int(pairs.token_counts().max(initial=0)) for pairs in sets)
-
-
 def require_margins(pairs: PairTokens) -> None:
     """Raises `UserError` that names the first records without a margin, if there are any."""
     without = np.ones(len(pairs), bool) if pairs.margin is None else np.isnan(pairs.margin)
@@ -170,7 +162,7 @@ def _tokenize(
     data: DataSection,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    check: _Check,
+    check: Callable[[str, TokenPair], None] | None,
 ) -> tuple[PairTokens, np.ndarray, list[str]]:
     """The pairs of `files` as ids, the prompt keys of all records, and the lines of the report."""
     report = DataReport()

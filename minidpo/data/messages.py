@@ -11,7 +11,7 @@ All other keys are kept, because a chat template may read them: `name`, `reasoni
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from minidpo.data.bad_record import BadRecord, check_characters, printable
 from minidpo.errors import one_line
@@ -37,12 +37,15 @@ _AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content|from|value)["']\s*:"""
 _FORM = "; a message is {'role': 'user', 'content': '...'}"
 
 
-def messages_of(record: dict, key: str) -> list[Message]:
-    """The messages under a key of a record. Raises `BadRecord` for anything else. A null key means no key:
-    Arrow and OpenAI write `"tool_calls": null` into messages that call no tool."""
-    if not isinstance(record[key], list):
-        raise BadRecord(f"{key!r} is no list of messages", "; give one, as under the other keys")
-    return [_checked(message, key) for message in record[key]]
+class Prompt(NamedTuple):
+    """What a response is sampled for."""
+
+    text: str
+    messages: list[Message] | None = None  # those of which the model's own template (not hh, chatml) made it
+    add_special_tokens: bool = True
+    tail: str | None = None  # what a reward model reads after a response, see ChatTemplate; None: EOS
+    given: Given = {}  # to the template beside the messages
+    index: int = 0  # type: ignore[assignment]  # the record's number in its file, from 0
 
 
 def as_text(record: dict) -> list[str]:
@@ -110,7 +113,9 @@ def given_of(record: dict) -> Given:
     return {"tools": tools} | {name: value for name, value in others.items() if value is not None}
 
 
-def _checked(message: Any, key: str) -> Message:
+def message_of(message: Any, key: str) -> Message:
+    """A message under a key of a record. Raises `BadRecord` for anything else. A null key means no key: Arrow
+    and OpenAI write `"tool_calls": null` into messages that call no tool."""
     if not isinstance(message, dict):
         raise BadRecord(f"a message in {key!r} is of type {type(message).__name__}", _FORM)
     message = {name: value for name, value in message.items() if value is not None}

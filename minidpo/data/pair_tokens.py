@@ -73,8 +73,7 @@ class PairTokens:
         pairs = iter(pairs)
         first = next(pairs, None)
         every, kind = (chain([first], pairs), first.kind) if first else (pairs, "")
-        index, file, by_others, margin = array("q"), array("q"), array("q"), array("d")
-        templated, label = array("b"), array("b")
+        source, by_others, margin = array("q"), array("q"), array("d")  # source: four values per pair
 
         def texts() -> Iterator[Sequence[list[int]]]:
             for pair in every:
@@ -83,23 +82,21 @@ class PairTokens:
                     what = f"record {pair.index}{of_file} has {pair.kind}, and those before it {kind}"
                     raise UserError(f"{what}; a data set keeps to one")
                 for begin, end in pair.unscored_ranges():
-                    by_others.extend((len(index), begin, end))
-                index.append(pair.index)
+                    by_others.extend((len(margin), begin, end))
+                source.extend((pair.index, pair.file, pair.templated, bool(pair.label)))
                 margin.append(nan if pair.margin is None else pair.margin)
-                label.append(bool(pair.label))
-                file.append(pair.file)
-                templated.append(pair.templated)
                 yield pair.prompt, *pair.responses
 
         ids, bounds = _flatten(texts(), len(first.responses) if first else 2)
+        index, file, templated, label = np.ascontiguousarray(np.reshape(source, (-1, 4)).T)
         return cls(
             ids,
             bounds,
-            np.asarray(index),
+            index,
             margin=None if np.isnan(margin).all() else np.asarray(margin),
-            label=np.asarray(label, bool) if first and first.label is not None else None,
-            file=np.asarray(file) if files else None,
-            templated=np.asarray(templated, bool),
+            label=label.astype(bool) if first and first.label is not None else None,
+            file=file if files else None,
+            templated=templated.astype(bool),
             files=files,
             unscored=_marked(np.reshape(by_others, (-1, 3)), bounds, len(ids)) if by_others else None,
         )

@@ -47,14 +47,6 @@ def data_files(names: Iterable[str | Path]) -> list[str]:
     return [str(file) for file in files]
 
 
-def data_file(name: str | Path) -> Path:
-    """The one file behind what a user named, where records are counted through a single file."""
-    files = data_files([name])
-    if len(files) > 1:
-        raise UserError(f"{name}: stands for {len(files)} files, and one is needed; name {_one_of(files)}")
-    return Path(files[0])
-
-
 def _checked(path: Path) -> Path:
     kind = kind_of(path)
     if path.exists() and not path.is_file():
@@ -88,7 +80,7 @@ def _of_directory(directory: Path) -> list[Path]:
         if not inside:
             raise UserError(f"{directory}: a directory without a data file; {READ} is read")
         if len(inside) > 1:
-            raise UserError(f"{directory}: has its data in several directories; name {_one_of(inside)}")
+            raise UserError(f"{directory}: has its data in several directories; name {one_of(inside)}")
         return _of_directory(inside[0])
     # Shards are one split. Other files are one if they are of a kind and not named like several splits.
     splits = sorted({_SHARD.sub("*", path.name) for path in files})
@@ -96,7 +88,7 @@ def _of_directory(directory: Path) -> list[Path]:
     held_out = {match and match[1] for match in map(_HELD_OUT.search, map(str.lower, splits))}
     are_splits = len(splits) > 1 and (len(held_out) > 1 or any("*" in split for split in splits))
     if are_splits or len(endings) > 1:
-        choices = _one_of([directory / split for split in splits])
+        choices = one_of([directory / split for split in splits])
         raise UserError(f"{directory}: holds several splits or kinds of files; name {choices}")
     return [_checked(path) for path in files]
 
@@ -105,7 +97,7 @@ def _is_data(path: Path) -> bool:
     return bool(kind_of(path)) and path.name not in _ABOUT_DATA
 
 
-def _one_of(choices: Sequence[str | Path]) -> str:
+def one_of(choices: Sequence[str | Path]) -> str:
     """Up to five of them, quoted for a shell."""
     first = ", ".join(f"'{choice}'" for choice in choices[:5])
     return f"one of {first}{', ...' if len(choices) > 5 else ''}"

@@ -1,12 +1,12 @@
 """Preference files to pairs: every record of a file, read as its first one, and counted."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.preferences import ASSISTANT, NO_DIALOGUE, PreferencePair, Unusable, pair_of
-from minidpo.data.readings import form_of
+from minidpo.data.preferences import ASSISTANT, DEFAULTS, NO_DIALOGUE, PreferencePair, Unusable, pair_of
 from minidpo.data.records import BadRecord, read_records
 from minidpo.data.report import DataReport, FileReport, dropped_lines
 from minidpo.data.shapes import BESIDE_MESSAGES, OPTIONAL, Shape, keys_of, renamed, shape_of
@@ -22,21 +22,20 @@ def read_preferences(
     report: DataReport | None = None,
     drop_identical: bool = True,
     template: ChatTemplate | None = None,
-    skip_bad: bool = False,
-    data: DataSection | None = None,
-    limit: int = 0,
+    data: DataSection = DEFAULTS,
 ) -> Iterator[PreferencePair]:
     """Yield the usable pairs of one file, in file order. All its records have the shape of the first one.
 
-    report: what is dropped, why and on which lines is added to it. skip_bad: drop and count records that
-    cannot be read as well. data: how records are read. limit: records read; 0: all. Raises `UserError` for a
-    file or record that cannot be read, when it gets there, and at the end of a file without a usable pair.
+    report: what is dropped, why and on which lines is added to it; the records that it has count towards
+    data.limit. Raises `UserError` for a file or record that cannot be read, when it gets there, and at the
+    end of a file without a usable pair.
     """
-    data, report = data or DataSection(), DataReport() if report is None else report
+    report = DataReport() if report is None else report
     file, file_number, keys = FileReport(str(path)), len(report.files), ""  # keys: of the first record
+    left = data.limit - sum(each.read for each in report.files) if data.limit else None
     report.files.append(file)
     shape: Shape | None = None
-    for number, record in islice(read_records(Path(path)), limit or None):
+    for number, record in islice(read_records(Path(path)), left):
         index = file.read
         file.read += 1
         file.unit = "line" if number > index else "record"  # Only the records of a list are numbered from 0.
@@ -47,23 +46,23 @@ def read_preferences(
             record = renamed(record, data.columns)
             shape = shape or shape_of(record, data.columns)
             readings = shape.readings(record, data.pairs_per_prompt == "all")
-            form = form_of(readings[0])
-            file.format = file.format or shape.name or form
-            if not shape.name and form != file.format:
-                raise BadRecord(f"a record of {form}", f" in a file of {file.format}; keep to one")
-            where = index, file_number, report, data
-            kept = file.pairs
+            name = shape.name or readings[0].form
+            file.format = file.format or name
+            if name != file.format:
+                raise BadRecord(f"a record of {name}", f" in a file of {file.format}; keep to one")
+            where, kept = (index, file_number), file.pairs
+            note = partial(report.add_prompt, index=index, file=file_number)
             for reading in readings:
                 try:
-                    pair = pair_of(record, shape, template, drop_identical, *where, reading)
+                    pair = pair_of(record, shape, reading, template, data, drop_identical, note, *where)
                 except Unusable as reason:
                     file.dropped[str(reason)].append(number)
                     continue
-                _note(file, pair, record, shape, data)
+                _note(file, pair, record, data)
                 yield pair
             file.kept += file.pairs > kept
         except BadRecord as bad:
-            if not (skip_bad or data.skip_bad):
+            if not data.skip_bad:
                 place = f"{path}:{number}" if file.unit == "line" else f"{path}: record {number}"
                 raise UserError(f"{place}: {bad}") from None
             file.dropped[bad.kind].append(number)
@@ -75,6 +74,9 @@ def read_preferences(
     if unseen := sorted(name for name in OPTIONAL if data.columns.get(name) and name not in file.noted):
         named = ", ".join(f"data.columns.{name} = {data.columns[name]!r}" for name in unseen)
         raise UserError(f"{path}: no record has the key of {named}{keys.partition('; give')[0]}")
+    at = {**(shape.at if shape else {}), **{key: key for key in BESIDE_MESSAGES}}
+    told = {name: data.columns.get(key, key) for name, key in at.items() if key in file.noted}
+    file.columns = {name: key for name, key in told.items() if name != key and key not in file.unread}
 
 
 def read_files(
@@ -82,21 +84,13 @@ def read_files(
 ) -> Iterator[PreferencePair]:
     """The usable pairs of several files, as data says; see `read_preferences` and `stop_if_glued`."""
     for file in files:
-        left = data.limit - sum(each.read for each in report.files) if data.limit else 0
-        if data.limit and not left:
+        if data.limit and sum(each.read for each in report.files) >= data.limit:
             return
-        pairs = read_preferences(file, report, template=template, data=data, limit=left)
+        pairs = read_preferences(file, report, template=template, data=data)
         yield from stop_if_glued(pairs, file, tokenizer, template, data.text)
 
 
-def format_of(record: dict, data: DataSection) -> str:
-    """What a record is read as. Raises `BadRecord` if that is nothing."""
-    record = renamed(record, data.columns)
-    shape = shape_of(record, data.columns)
-    return shape.name or form_of(shape.readings(record)[0])
-
-
-def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, data: DataSection) -> None:
+def _note(file: FileReport, pair: PreferencePair, record: dict, data: DataSection) -> None:
     """Count a pair, and which keys of its record were read and which were not."""
     file.pairs += 1
     file.margins += pair.margin is not None
@@ -104,14 +98,8 @@ def _note(file: FileReport, pair: PreferencePair, record: dict, shape: Shape, da
         file.left_out[pair.left_out] += 1
     if pair.unread:
         file.unread.update(data.columns.get(key, key) for key in pair.unread)
-    if record.keys() <= file.noted:
-        return
-    file.noted.update(key for key, value in record.items() if value not in (None, ""))
-    for name, key in (*shape.at.items(), *zip(BESIDE_MESSAGES, BESIDE_MESSAGES, strict=True)):
-        told = data.columns.get(key, key)
-        read = key in shape.keys or (pair.messages and key not in pair.unread)
-        if read and name != told and record.get(key) not in (None, ""):
-            file.columns.setdefault(name, told)
+    if not record.keys() <= file.noted:
+        file.noted.update(key for key, value in record.items() if value not in (None, ""))
 
 
 def stop_if_glued(

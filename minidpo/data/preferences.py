@@ -14,17 +14,15 @@ nothing (no shared prompt, a blank response, two equal ones, a tie) is dropped a
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import chain
 from typing import Any
 
 from minidpo.data.bad_record import BadRecord
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.messages import Message, given_of, shared_turns, with_system
+from minidpo.data.messages import Message, Prompt, as_text, from_json, given_of, shared_turns, with_system
 from minidpo.data.pair_tokens import Ranges
-from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, PROMPT_AND_RESPONSES, Reading, form_of
-from minidpo.data.report import DataReport
-from minidpo.data.shapes import Shape
+from minidpo.data.readings import CONVERSATIONS, HH_DIALOGUES, MESSAGES, PROMPT_AND_RESPONSES, Reading, said
+from minidpo.data.shapes import Shape, renamed, shape_of
 from minidpo.data.turns import others_in_text
 from minidpo.sections import DataSection
 
@@ -81,7 +79,8 @@ def split_hh(chosen_text: str, rejected_text: str) -> PreferencePair:
     `ValueError` if a dialogue has no such turn, the prompts differ, or a response is blank.
     """
     pair = PreferencePair(*_split_hh(chosen_text, rejected_text))
-    _check_blank(*pair.responses)
+    if not all(map(str.strip, pair.responses)):
+        raise Unusable(_BLANK)
     return pair
 
 
@@ -98,42 +97,46 @@ def _split_hh(chosen_text: str, rejected_text: str) -> tuple[str, str, str]:
 def pair_of(
     record: dict,
     shape: Shape,
+    reading: Reading,
     template: ChatTemplate | None,
-    drop_identical: bool,
+    data: DataSection = DEFAULTS,
+    drop_identical: bool = True,
+    note: Callable[[str], None] = lambda prompt: None,
     index: int = 0,
     file: int = 0,
-    report: DataReport | None = None,
-    data: DataSection = DEFAULTS,
-    reading: Reading | None = None,
 ) -> PreferencePair:
-    """The pair of a record of this shape, or of one of its readings; default: the first. report: notes the
-    prompt. Raises `Unusable` with the reason for which the pair is dropped, and `BadRecord` for messages
-    without a template, or that it refuses."""
-    reading = reading or shape.readings(record, data.pairs_per_prompt == "all")[0]
-    report, form = report or DataReport(), form_of(reading)
-    is_hh = form == HH_DIALOGUES
+    """The pair of one reading of a record of this shape. note: called with the prompt, also of most pairs
+    that are dropped. Raises `Unusable` with the reason for which the pair is dropped, and `BadRecord` for
+    messages without a template, or that it refuses."""
+    is_hh = reading.form == HH_DIALOGUES
     if is_hh and reading.rejected is None:
         raise BadRecord(f"{shape.at['messages']!r} is no list of messages", "; give one")
     ends_as_hh = isinstance(reading.prompt, str) and reading.prompt.rstrip().endswith(ASSISTANT)
     if data.text == "template" and (is_hh or ends_as_hh):
         right = '; data.text = "template" is for a prompt in text, so leave it out'
         raise BadRecord("HH dialogues, which are text of their own", right)
+
+    def noted(prompt: str) -> None:
+        note(prompt)
+        if reading.dropped:
+            raise Unusable(reading.dropped)
+
     fields: dict[str, Any] = {"index": index, "margin": reading.margin, "file": file, "label": reading.label}
-    if others := record.keys() - shape.keys:
-        fields["unread"] = tuple(key for key in record if key in others and record[key] not in (None, ""))
-    noted = report, index, file, reading.dropped
-    if is_hh or (form == PROMPT_AND_RESPONSES and data.text != "template"):
+    others = record.keys() - shape.keys
+    fields["unread"] = tuple(key for key in record if key in others and record[key] not in (None, ""))
+    if is_hh or (reading.form == PROMPT_AND_RESPONSES and data.text != "template"):
         texts: Any = reading[:3] if not is_hh else _split_hh(*reading[1:3])  # type: ignore[arg-type]
-        _note(*noted, texts[0])
+        noted(texts[0])
         pair = PreferencePair(*texts, **fields)
     elif template is None:
         raise BadRecord("messages without a chat template", "; this command reads text")
     else:
         try:
-            pair = _pair_of_messages(reading, record, template, partial(_note, *noted), fields)
+            pair = _pair_of_messages(reading, record, template, noted, fields)
         except RecursionError:
             raise BadRecord("messages are nested too deeply", "; give fewer levels") from None
-    _check_blank(*pair.responses)
+    if not all(map(str.strip, pair.responses)):
+        raise Unusable(_BLANK)
     if drop_identical and pair.chosen == pair.rejected:
         raise Unusable("chosen and rejected are identical")
     if data.min_margin and (reading.margin is None or reading.margin < data.min_margin):
@@ -143,13 +146,9 @@ def pair_of(
 
 
 def _pair_of_messages(
-    reading: Reading,
-    record: dict,
-    template: ChatTemplate,
-    note: Callable[[str], None],
-    fields: dict[str, Any],
+    reading: Reading, record: dict, template: ChatTemplate, note: Callable[[str], None], fields: dict
 ) -> PreferencePair:
-    """note: called with the prompt, to tell it from others. fields: what of the pair needs no template."""
+    """fields: what of the pair needs no template."""
     prompt, responses = _turns(reading, template)
     template.check_roles(chain(prompt, *responses))
     if not prompt:
@@ -161,7 +160,7 @@ def _pair_of_messages(
     own, prompt = prompt, with_system(record, prompt)
     plain = [{"content": None} | message for message in prompt]
     # A prompt in text has the same key as without a template.
-    of_text = isinstance(reading.prompt, str) and form_of(reading) == PROMPT_AND_RESPONSES
+    of_text = isinstance(reading.prompt, str) and reading.form == PROMPT_AND_RESPONSES
     note(str(reading.prompt) if of_text else json.dumps(plain, sort_keys=True))
     given = given_of(record)
     text, texts, left_out = template.split(prompt, responses, given)
@@ -173,7 +172,7 @@ def _pair_of_messages(
 
     # What of the record did not reach the text.
     read = {"tools", "chat_template_kwargs"} | ({"system"} if prompt is not own else set())
-    unread = [key for key in fields.get("unread", ()) if key not in read]
+    unread = [key for key in fields["unread"] if key not in read]
     for name, value in given.items():
         if value is not None and not template.reads(name):
             unread.append(name if name == "tools" else f"chat_template_kwargs.{name}")
@@ -204,14 +203,13 @@ def _turns(reading: Reading, template: ChatTemplate) -> tuple[list[Message], lis
     def turns(said: Any, role: str) -> list[Message]:
         return said if isinstance(said, list) else [{"role": role, "content": said}]
 
-    responses = {"chosen": reading.chosen, "rejected": reading.rejected}
-    there: dict[str, Any] = {name: response for name, response in responses.items() if response is not None}
-    if form_of(reading) != CONVERSATIONS:
-        return turns(reading.prompt, "user"), [turns(each, "assistant") for each in there.values()]
-    for name, conversation in there.items():
+    responses: list[Any] = [each for each in (reading.chosen, reading.rejected) if each is not None]
+    if reading.form != CONVERSATIONS:
+        return turns(reading.prompt, "user"), [turns(each, "assistant") for each in responses]
+    for name, conversation in zip(("chosen", "rejected"), responses, strict=False):
         if isinstance(conversation, str):
             raise BadRecord(f"{name!r} is no list of messages", "; give one, as under the other keys")
-    first, *others = there.values()
+    first, *others = responses
     own = reading.prompt if isinstance(reading.prompt, list) else []
     if own and own[-1].get("content") not in [message.get("content") for message in first]:
         raise Unusable("chosen does not repeat `prompt`, and begins with another turn")
@@ -219,15 +217,38 @@ def _turns(reading: Reading, template: ChatTemplate) -> tuple[list[Message], lis
         shared = shared_turns(first, others[0], template.reads)
     else:
         shared = [*(message["role"] for message in first), "assistant"].index("assistant")
-    return first[:shared], [conversation[shared:] for conversation in there.values()]
+    return first[:shared], [conversation[shared:] for conversation in responses]
 
 
-def _note(report: DataReport, index: int, file: int, dropped: str, prompt: str) -> None:
-    report.add_prompt(prompt, index, file)
-    if dropped:
-        raise Unusable(dropped)
-
-
-def _check_blank(*responses: str) -> None:
-    if not all(response.strip() for response in responses):
-        raise Unusable(_BLANK)
+def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS) -> Prompt:
+    """The prompt of a record, which needs no responses: a `prompt` in text or messages, or what a record of
+    any shape has for its prompt; of a dialogue, all before its last response."""
+    record = renamed(record, data.columns)
+    record = record | {key: from_json(record, key) for key in as_text(record) if key in ("prompt", "chosen")}
+    if record.get("prompt") is not None:  # Whether it has responses, and what else, is of no interest.
+        conversation = isinstance(record.get("chosen"), list)
+        reading = Reading(said(record, "prompt"), said(record, "chosen") if conversation else "")
+    else:
+        try:
+            reading = shape_of(record, data.columns).readings(record)[0]
+        except BadRecord:  # It has one dialogue alone, or none.
+            if "chosen" in record and record["chosen"] is None:
+                raise
+            reading = Reading(None, said(record, "chosen") if "chosen" in record else "")
+    prompt, chosen, form = reading.prompt, reading.chosen, reading.form
+    if form == CONVERSATIONS and isinstance(chosen, list):
+        prompt = chosen[:-1] if chosen and chosen[-1]["role"] == "assistant" else None
+    elif form == HH_DIALOGUES and isinstance(chosen, str):
+        prompt = "".join(chosen.rpartition(ASSISTANT)[:2])
+    elif form == MESSAGES or data.text == "template":
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if prompt and isinstance(prompt, str):
+        return Prompt(prompt)
+    if not (prompt and isinstance(prompt, list)):
+        raise BadRecord("no prompt", "; give `prompt` as text or messages, or a dialogue as `chosen`")
+    prompt, given = with_system(record, prompt), given_of(record)
+    template.check_roles(prompt)
+    text = template.render(prompt, True, given)
+    if template.kind != "model":
+        return Prompt(text, tail=template.tail)
+    return Prompt(text, prompt, add_special_tokens=False, tail=template.tail, given=given)

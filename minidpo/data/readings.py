@@ -11,7 +11,7 @@ from itertools import combinations, product
 from typing import Any, NamedTuple
 
 from minidpo.data.bad_record import BadRecord, check_characters, printable
-from minidpo.data.messages import Message, messages_of
+from minidpo.data.messages import Message, message_of
 
 Said = str | list[Message]
 At = Mapping[str, str]
@@ -35,16 +35,16 @@ class Reading(NamedTuple):
     label: bool | None = None  # of a single response: desirable or not
     dropped: str = ""  # why it can teach nothing
 
-
-def form_of(reading: Reading) -> str:
-    """Which of the four forms a reading has."""
-    prompt, chosen, rejected = reading[:3]
-    if isinstance(chosen, str) and not isinstance(rejected, list) and not isinstance(prompt, list):
-        return HH_DIALOGUES if prompt is None else PROMPT_AND_RESPONSES
-    turns = [each[0]["role"] for each in (chosen, rejected) if isinstance(each, list) and each]
-    # A prompt beside whole conversations repeats how they begin.
-    whole = prompt is None or (bool(turns) and {"system", "user"}.issuperset(turns))
-    return CONVERSATIONS if whole else MESSAGES
+    @property
+    def form(self) -> str:
+        """Which of the four it has."""
+        prompt, chosen, rejected = self[:3]
+        if isinstance(chosen, str) and not isinstance(rejected, list) and not isinstance(prompt, list):
+            return HH_DIALOGUES if prompt is None else PROMPT_AND_RESPONSES
+        turns = [each[0]["role"] for each in (chosen, rejected) if isinstance(each, list) and each]
+        # A prompt beside whole conversations repeats how they begin.
+        whole = prompt is None or (bool(turns) and {"system", "user"}.issuperset(turns))
+        return CONVERSATIONS if whole else MESSAGES
 
 
 def of_pair(record: dict, at: At, every: bool) -> list[Reading]:
@@ -52,7 +52,7 @@ def of_pair(record: dict, at: At, every: bool) -> list[Reading]:
     prompt, margin = _prompt(record, at), _margin(record)
     if not isinstance(record["chosen"], list) and not isinstance(record["rejected"], list):  # most records
         return [Reading(prompt, said(record, "chosen"), said(record, "rejected"), margin)]
-    lists = ([value] if not _has_texts(value) else value for value in (record["chosen"], record["rejected"]))
+    lists = (value if _has_texts(value) else [value] for value in (record["chosen"], record["rejected"]))
     every_pair = ({"chosen": better, "rejected": worse} for better, worse in product(*lists))
     pairs = [Reading(prompt, said(pair, "chosen"), said(pair, "rejected"), margin) for pair in every_pair]
     return pairs if every else pairs[:1]
@@ -116,7 +116,7 @@ def said(record: dict, key: str) -> Said:
             check_characters(value, repr(key))
         return value
     if isinstance(value, dict | list):
-        return messages_of({key: [value] if isinstance(value, dict) else value}, key)
+        return [message_of(message, key) for message in ([value] if isinstance(value, dict) else value)]
     raise BadRecord(f"{key!r} is of type {type(value).__name__}", "; give a string")
 
 

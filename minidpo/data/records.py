@@ -13,18 +13,24 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from minidpo.data.bad_record import LONGEST_RECORD, BadRecord, printable, too_long
-from minidpo.data.paths import TABLES, data_file, kind_of
+from minidpo.data.paths import TABLES, data_files, kind_of, one_of
 from minidpo.data.tables import read_table
 from minidpo.errors import UserError, one_line
 from minidpo.files import require_no_pointer
 
 _FORM = "a record is an object with chosen and rejected; a file that is one list of objects is named .json"
+_CUT_OFF = "the file seems to be cut off here; fetch it again"
+_LATIN_1 = "text in UTF-8 is read; convert the file if it is, say, Latin-1: iconv -f latin1 -t utf8"
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n"
 
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+# A frame that is skipped. The library takes a torn file for one that ends, unless this follows: as the rest
+# of a torn frame it is spoilt.
+_ZSTD_END = b"\x50\x2a\x4d\x18" + (2**18).to_bytes(4, "little") + b"\xff" * 2**18
 
 Records = Iterator[tuple[int, dict | BadRecord]]
 
@@ -36,7 +42,10 @@ def read_records(path: Path) -> Records:
     line. One record is in memory at a time, of a table a few hundred; only a .json file that does not hold
     lines of JSON is read whole. Raises `UserError` for a file that cannot be read.
     """
-    path = data_file(path)
+    files = data_files([path])
+    if len(files) > 1:
+        raise UserError(f"{path}: stands for {len(files)} files, and one is needed; name {one_of(files)}")
+    path = Path(files[0])
     kind, number = kind_of(path), 0
     if kind in TABLES:
         yield from read_table(path, kind)
@@ -55,8 +64,8 @@ def read_records(path: Path) -> Records:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The bytes of a text file, unpacked if its content is compressed: browsers that unpack a download leave
-    it its name. Raises `UserError` for what is no text in UTF-8; reading spoilt compressed data raises
-    OSError or EOFError. Torn zstd data just ends, usually within a line."""
+    it its name. Raises `UserError` for what is no text in UTF-8; reading torn or spoilt compressed data
+    raises OSError or EOFError."""
     zstd_error: Any = ()
     with path.open("rb") as raw:
         file: Any = raw
@@ -68,7 +77,9 @@ def _opened(path: Path) -> Iterator[Any]:
             except ImportError:
                 raise UserError(f"{path}: compressed with zstd; pip install zstandard") from None
             zstd_error = zstandard.ZstdError
-            unpacked = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+            end = io.BytesIO(_ZSTD_END)
+            source: Any = SimpleNamespace(read=lambda size: raw.read(size) or end.read(size))
+            unpacked = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
             file = io.BufferedReader(unpacked)
         try:
             begin = file.peek(1024)[:1024]
@@ -96,7 +107,7 @@ def _values_of_json(path: Path) -> list | None:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise UserError(f"{path}: unpacks to more than {limit} bytes; give one object per line, in .jsonl.gz")
-    value = _parse(content)
+    value = _parse(content, torn=not content.rstrip().endswith((b"]", b"}")))
     if is_list and isinstance(value, BadRecord):
         raise UserError(f"{path}: {value}")
     if isinstance(value, dict):
@@ -117,7 +128,7 @@ def _records_of_lines(file: io.BufferedIOBase) -> Records:
         if len(line) > LONGEST_RECORD:
             yield number, too_long()
         elif line.strip(_BLANK):
-            yield number, _record(_parse(line))
+            yield number, _record(_parse(line, torn=not line.endswith((b"\n", b"}"))))
 
 
 def _records_of_csv(path: Path, file: io.BufferedIOBase) -> Records:
@@ -134,9 +145,8 @@ def _records_of_csv(path: Path, file: io.BufferedIOBase) -> Records:
                     raise UserError(f"{path}:{begin}: {what}; separate columns by commas, not by {other!r}")
                 names = [name or f"column {place}" for place, name in enumerate(row, 1)]
                 if len(set(names)) < len(names):
-                    raise UserError(
-                        f"{path}:{begin}: two columns have one name ({', '.join(names)}); rename one"
-                    )
+                    what = f"two columns have one name ({', '.join(names)})"
+                    raise UserError(f"{path}:{begin}: {what}; rename one")
             elif names and len(row) == len(names):
                 yield begin, dict(zip(names, row, strict=True))
             elif row and names:
@@ -144,7 +154,8 @@ def _records_of_csv(path: Path, file: io.BufferedIOBase) -> Records:
                 yield begin, BadRecord(f"{len(row)} values under {len(names)} names of columns", right)
             begin = rows.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
-        right = "values with commas, quotes or line breaks stand in quotes, quotes are doubled, text is UTF-8"
+        right = "values with commas, quotes or line breaks stand in quotes, and quotes are doubled"
+        right = _LATIN_1 if isinstance(error, UnicodeDecodeError) else right
         raise UserError(f"{path}:{begin}: not CSV ({one_line(error)}); {right}") from None
 
 
@@ -154,13 +165,14 @@ def _text(line: bytes) -> str:
     return line.removeprefix(codecs.BOM_UTF8).decode()
 
 
-def _parse(text: bytes) -> Any:
-    """The JSON value that `text` spells, or a `BadRecord`."""
+def _parse(text: bytes, torn: bool) -> Any:
+    """The JSON value that `text` spells, or a `BadRecord`. torn: whether its end seems to be missing."""
     try:
         return json.loads(text.decode("utf-8-sig").rstrip())
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, 100,000 brackets
         reason = str(error).replace("line 1 ", "")  # A record of .jsonl is a single line for the decoder.
-        return BadRecord("not JSON in UTF-8", f" ({reason}); {_FORM}")
+        right = _CUT_OFF if torn else _LATIN_1 if isinstance(error, UnicodeDecodeError) else _FORM
+        return BadRecord("not JSON in UTF-8", f" ({reason}); {right}")
 
 
 def _record(value: Any) -> dict | BadRecord:

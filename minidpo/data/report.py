@@ -31,7 +31,7 @@ class FileReport:
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
     unread: set[str] = field(default_factory=set)  # keys of records that hold something
     left_out: Counter[str] = field(default_factory=Counter)  # ends of generation prompts: of how many prompts
-    noted: set[str] = field(default_factory=set)  # keys of records of which `columns` and `unread` know
+    noted: set[str] = field(default_factory=set)  # keys of its pairs' records that hold something
 
     def lines(self) -> Iterator[str]:
         several = f" as {self.pairs} pairs" if self.pairs != self.kept else ""
@@ -57,7 +57,6 @@ class DataReport:
     # Of every record whose prompt could be read, dropped or not: its place, rising, and its prompt's digest.
     places: array = field(default_factory=lambda: array("q"))
     keys: bytearray = field(default_factory=bytearray)  # 16 bytes each
-    tokenized: int = 0  # pairs given to the tokenizing stage
     kept: int = 0
     dropped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))  # reason -> FILE:RECORD
     limits: tuple[int, int] = (0, 0)  # max_length, max_prompt_length
@@ -81,7 +80,6 @@ class DataReport:
 
     def add(self, whole: TokenPair, pair: TokenPair, reason: str) -> None:
         """Count one pair before and after the cut. reason: why it is dropped; empty if it is kept."""
-        self.tokenized += 1
         for part, ids in zip(PARTS, (whole.prompt, *whole.responses), strict=False):
             self.lengths[part].append(len(ids))
         if reason:
@@ -99,10 +97,11 @@ class DataReport:
     def lines(self) -> Iterator[str]:
         for file in self.files:
             yield from file.lines()
-        if not self.tokenized:
+        if not self.lengths:
             return
-        single = not self.lengths["rejected"]
-        yield f"tokenized {self.tokenized} {'responses' if single else 'pairs'}, {self.kept} kept"
+        single = "rejected" not in self.lengths
+        what = "responses" if single else "pairs"
+        yield f"tokenized {len(self.lengths['prompt'])} {what}, {self.kept} kept"
         yield from ("  " + line for line in dropped_lines(self.dropped, "record"))
         if self.own_bos:
             yield f"  {self.own_bos} prompts begin with BOS, and get no second one"
@@ -114,11 +113,10 @@ class DataReport:
             what = f"{self.truncated_messages} prompts of messages lost their beginning, with any system turn"
             yield f"  warning: {what}; raise data.max_prompt_length to keep them whole"
         for part, lengths in self.lengths.items():
-            if lengths:
-                part = "response" if single and part == "chosen" else part
-                median, most = np.percentile(lengths, (50, 95))
-                few = f"median {median:.0f}, 95 % at most {np.ceil(most):.0f}, longest {max(lengths)}"
-                yield f"  {part} tokens before any cut: {few}"
+            part = "response" if single and part == "chosen" else part
+            median, most = np.percentile(lengths, (50, 95))
+            few = f"median {median:.0f}, 95 % at most {np.ceil(most):.0f}, longest {max(lengths)}"
+            yield f"  {part} tokens before any cut: {few}"
         if self.unscored_tokens:
             yield f"  {self.unscored_tokens} tokens in responses are not scored: others wrote them"
 

@@ -69,7 +69,9 @@ def shape_of(record: dict, columns: Mapping[str, str] | None = None) -> Shape:
         if there.issuperset(shape.needs.values()) and named <= shape.keys and not other_prompt:
             in_text = tuple(key for key in as_text(record) if key in shape.keys)
             return replace(shape, in_text=in_text) if in_text else shape
-    raise _missing(record, "rejected" if "chosen" in there else "chosen")
+    nulls = [key for shape in SHAPES for key in shape.needs.values() if record.get(key, "") is None]
+    key = "rejected" if "chosen" in there else "chosen"
+    raise _missing(record, key if key in record else next(iter(nulls), key))
 
 
 def keys_of(record: dict) -> str:
@@ -83,7 +85,7 @@ def keys_of(record: dict) -> str:
 
 def _missing(record: dict, key: str) -> BadRecord:
     if key in record:
-        return BadRecord(f"{key!r} is null", "; give a string")
+        return BadRecord(f"{key!r} is null", "; give a value")
     return BadRecord(f"no key {key!r}", keys_of(record))
 
 

@@ -33,43 +33,33 @@ def read_table(path: Path, kind: str) -> Iterator[tuple[int, dict | BadRecord]]:
             table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
             batches = table.iter_batches(_ROWS, use_threads=False)
         else:
-            batches = _of_arrow(path, begin.startswith(b"ARROW1"))
+            batches = _of_arrow(pyarrow, path, begin.startswith(b"ARROW1"))
         for batch in batches:
             names = batch.schema.names
             if len(set(names)) < len(names):
                 raise UserError(f"{path}: two columns have one name ({', '.join(names)}); rename one")
-            for record in _records(batch):
-                yield number, record
-                number += 1
+            # Where records are long, one at a time is converted.
+            is_long = batch.nbytes > LONGEST_RECORD
+            for some in [batch.slice(row, 1) for row in range(len(batch))] if is_long else [batch]:
+                records = [too_long()] if some.nbytes > LONGEST_RECORD else map(_record, some.to_pylist())
+                for record in records:
+                    yield number, record
+                    number += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         what = f"{path}: cannot be read as {kind} after {number} records ({one_line(error)})"
         raise UserError(f"{what}; fetch the file again") from None
 
 
-def _of_arrow(path: Path, random_access: bool) -> Iterator[Any]:
+def _of_arrow(pyarrow: Any, path: Path, random_access: bool) -> Iterator[Any]:
     """Batches of either of Arrow's two formats: the one for streams, which `datasets` writes, and the one for
     random access. They are checked, because pyarrow trusts the offsets in these files and would crash."""
-    import pyarrow
-
     with pyarrow.OSFile(str(path)) as source:  # A memory map would keep all of the file in this process.
-        reader: Any = pyarrow.ipc.open_file(source) if random_access else pyarrow.ipc.open_stream(source)
+        reader = pyarrow.ipc.open_file(source) if random_access else pyarrow.ipc.open_stream(source)
         whole = map(reader.get_batch, range(reader.num_record_batches)) if random_access else reader
         for batch in whole:
             batch.validate(full=True)
             for start in range(0, len(batch), _ROWS):
                 yield batch.slice(start, _ROWS)
-
-
-def _records(batch: Any) -> Iterator[dict | BadRecord]:
-    """The records of a batch. Where they are long, one at a time is converted."""
-    rows = [batch]
-    if batch.nbytes > LONGEST_RECORD:
-        rows = [batch.slice(row, 1) for row in range(len(batch))]
-    for some in rows:
-        if some.nbytes > LONGEST_RECORD:
-            yield too_long()
-        else:
-            yield from map(_record, some.to_pylist())
 
 
 def _record(values: dict) -> dict | BadRecord:

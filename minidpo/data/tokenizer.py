@@ -13,9 +13,9 @@ from pathlib import Path
 import tokenizers
 
 from minidpo.data.chat_template import ChatTemplate
+from minidpo.data.messages import Prompt
 from minidpo.data.pair_tokens import TokenPair
 from minidpo.data.preferences import PreferencePair
-from minidpo.data.prompts import Prompt, prompt_of_pair
 from minidpo.data.tokenizer_files import GENERATION, add_named_tokens, fields_of, find_eos
 from minidpo.data.turns import others_in_tokens
 from minidpo.errors import UserError, one_line
@@ -25,9 +25,10 @@ from minidpo.files import fingerprint, require_model_file
 class Tokenizer:
     """A `tokenizers.Tokenizer` that knows where text ends.
 
-    eos_id: the token that ends a text. bos_id: the one that `encode` puts before every text, if any.
-    vocab_size: the highest id + 1. rowless: ids of named tokens beyond the model's rows; no text may hold
-    them. rewards: of a reward model, which reads messages to the end of the chat template's text.
+    eos_id: the token that ends a text. bos_id: the one that `encode` puts before every text, if any; bos: it
+    as text, else empty. vocab_size: the highest id + 1. rowless: ids of named tokens beyond the model's rows;
+    no text may hold them. rewards: of a reward model, which reads messages to the end of the chat template's
+    text.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Tokenizer:
         probe = core.encode("a")
         added = probe.special_tokens_mask
         self.bos_id: int | None = probe.ids[0] if added[:1] == [1] else None
+        self.bos = "" if self.bos_id is None else self.piece(self.bos_id)
         # What the post-processor puts behind every text, such as EOS: the number of such tokens.
         self._behind = added[::-1].index(0) if 0 in added else 0
         self.vocab_size = max({*core.get_vocab(with_added_tokens=True).values()} - rowless) + 1
@@ -54,21 +56,17 @@ class Tokenizer:
     def from_pretrained(cls, path: str | Path, rewards: bool = False) -> "Tokenizer":
         """Load tokenizer.json of a Hugging Face directory, and its EOS from the configs beside it. Raises
         `UserError` if tokenizer.json is missing or broken, or no EOS of its vocabulary is named."""
-        file = require_model_file(
-            Path(path), "tokenizer.json", "a model directory with a fast tokenizer has one"
-        )
+        path = Path(path)
+        file = require_model_file(path, "tokenizer.json", "a model directory with a fast tokenizer has one")
         try:
             core = tokenizers.Tokenizer.from_str(file.read_text(encoding="utf-8-sig"))
-            own, rows = (
-                max(core.get_vocab().values()) + 1,
-                fields_of(Path(path) / "config.json").get("vocab_size"),
-            )
-            add_named_tokens(core, Path(path))
+            own, rows = max(core.get_vocab().values()) + 1, fields_of(path / "config.json").get("vocab_size")
+            add_named_tokens(core, path)
             vocabulary = core.get_vocab()
             # Many a pad token is named and never trained: that is no fault until a text holds it.
             rowless = {i for i in vocabulary.values() if type(rows) is int and i >= max(own, rows)}
-            eos_id = find_eos(Path(path), {text: i for text, i in vocabulary.items() if i not in rowless})
-            return cls(core, eos_id, Path(path), frozenset(rowless), rewards)
+            eos_id = find_eos(path, {text: i for text, i in vocabulary.items() if i not in rowless})
+            return cls(core, eos_id, path, frozenset(rowless), rewards)
         except (UserError, KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # The library's panics are no Exception.
@@ -82,11 +80,6 @@ class Tokenizer:
             return self._core.encode(text, add_special_tokens=False).ids
 
         return ChatTemplate(kind, self._directory, eos, self.bos, day, rewards, encode)
-
-    @cached_property
-    def bos(self) -> str:
-        """The token that `encode` puts before every text, as text; empty if it puts none."""
-        return "" if self.bos_id is None else self.piece(self.bos_id)
 
     @cached_property
     def identity(self) -> str:
@@ -191,12 +184,10 @@ class Tokenizer:
             ids = (self._ids(encoding, add_special_tokens) for encoding in encodings)
             for prompt, its in alike:
                 prompt_ids.append(next(ids))
-                drawn = [self._response(prompt_ids[-1], next(ids), text) for text in its]
-                response_ids.append(drawn if prompt.tail is not None else list(map(self._with_eos, drawn)))
+                response_ids.append([self._response(prompt_ids[-1], next(ids), text) for text in its])
+                for response in response_ids[-1] if prompt.tail is None else ():
+                    response += [self.eos_id] if response[-1:] != [self.eos_id] else []
         return prompt_ids, response_ids
-
-    def _with_eos(self, response: list[int]) -> list[int]:
-        return response if response[-1:] == [self.eos_id] else [*response, self.eos_id]
 
     def _response(self, prompt: list[int], joint: list[int], text: str) -> list[int]:
         """The boundary rule. joint: the ids of prompt + response, tokenized as one text. If the tokenizer
@@ -205,18 +196,14 @@ class Tokenizer:
         if joint[: len(prompt)] == prompt:
             return joint[len(prompt) :]
         self.apart += 1
-        return self._alone(text)
-
-    def _alone(self, text: str) -> list[int]:
-        """The ids of `text` without a space before it, which some tokenizers (Llama 2, Mistral) would add."""
-        ids = self.encode(text, add_special_tokens=False)
-        if self.prepends:
-            for neutral in "\n.":  # The space goes before this character, which is then cut off.
-                encoding = self._core.encode(neutral + text, add_special_tokens=False)
-                if all(end <= 1 or start >= 1 for start, end in encoding.offsets):
-                    both = zip(encoding.ids, encoding.offsets, strict=True)
-                    return [token for token, (start, _) in both if start >= 1]
-        return ids
+        # Some tokenizers (Llama 2, Mistral) would put a space before it. That goes before a character here,
+        # which is then cut off.
+        for neutral in "\n." if self.prepends else "":
+            encoding = self._core.encode(neutral + text, add_special_tokens=False)
+            if all(end <= 1 or start >= 1 for start, end in encoding.offsets):
+                both = zip(encoding.ids, encoding.offsets, strict=True)
+                return [token for token, (start, _) in both if start >= 1]
+        return self.encode(text, add_special_tokens=False)
 
     @cached_property
     def prepends(self) -> bool:
@@ -226,7 +213,11 @@ class Tokenizer:
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
         """`encode_responses` of their responses, and which of the tokens others wrote."""
-        encoded = self.encode_responses([*map(prompt_of_pair, pairs)], [pair.responses for pair in pairs])
+        prompts = []
+        for pair in pairs:
+            tail = "" if pair.closed else None  # It is in the responses already.
+            prompts.append(Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens, tail=tail))
+        encoded = self.encode_responses(prompts, [pair.responses for pair in pairs])
         ids = []
         for pair, prompt, its in zip(pairs, *encoded, strict=True):
             both = zip(pair.responses, its, pair.others, strict=False)

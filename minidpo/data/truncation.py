@@ -19,16 +19,15 @@ def tokenize_pairs(
     max_length: int,
     max_prompt_length: int | None = None,
     report: DataReport | None = None,
-    truncate: bool = True,
-    drop_identical: bool = True,
+    whole: bool = False,
 ) -> Iterator[TokenPair]:
     """Yield the pairs as ids, in order, cut to `max_length` tokens for prompt + response with its EOS.
 
     A prompt longer than `max_prompt_length` (None: `max_length`) loses its beginning, BOS excepted. Each
     response then has the rest of `max_length` to itself and loses its end, EOS included: a model must not
     learn to stop where a text was cut. What others said at the end of what is left is cut off too. Pairs that
-    this leaves without a response, or with two equal ones (unless `drop_identical=False`), are dropped and
-    counted in `report`, as are prompts without a token. `truncate=False` drops what would have to be cut.
+    this leaves without a response, or with two equal ones, are dropped and counted in `report`, as are
+    prompts without a token. whole: drop what would have to be cut instead, and no equal responses.
     Raises `UserError` for limits that contradict each other, and if no pair is left.
     """
     limit = max_length if max_prompt_length is None else max_prompt_length
@@ -40,18 +39,18 @@ def tokenize_pairs(
     while chunk := list(islice(source, _CHUNK)):
         # A chat template writes BOS itself, but a text should not.
         report.own_bos += sum(p.add_special_tokens and p.prompt.startswith(bos) for p in chunk if bos)
-        for whole in tokenizer.encode_pairs(chunk):
+        for uncut in tokenizer.encode_pairs(chunk):
             report.apart = tokenizer.apart - apart
-            pair, reason = _cut(whole, limit, max_length, tokenizer.bos_id), ""
+            pair, reason = _cut(uncut, limit, max_length, tokenizer.bos_id), ""
             if not pair.prompt:
                 reason = "the prompt has no token, so nothing predicts the first token of a response"
-            elif pair != whole and not truncate:
+            elif whole and pair != uncut:
                 reason = "longer than max_length"
             elif not all(pair.responses):
                 reason = "truncation left a response empty"
-            elif pair.chosen == pair.rejected and drop_identical:
+            elif pair.chosen == pair.rejected and not whole:
                 reason = "responses identical as tokens or after truncation"
-            report.add(whole, pair, reason)
+            report.add(uncut, pair, reason)
             if not reason:
                 yield pair
     if not report.kept:
@@ -92,16 +91,13 @@ def _cut(pair: TokenPair, prompt_limit: int, max_length: int, bos_id: int | None
     rest = max_length - len(prompt)
     if max(map(len, pair.responses)) <= rest:
         return pair._replace(prompt=prompt)
-    unscored = pair.unscored or ((),) * len(pair.responses)
-    cut = [_cut_response(*each, rest) for each in zip(pair.responses, unscored, strict=True)]
-    responses, left = zip(*cut, strict=True)
-    pair = pair._replace(prompt=prompt, chosen=responses[0], unscored=left if any(left) else ())
-    return pair if pair.rejected is None else pair._replace(rejected=responses[1])
-
-
-def _cut_response(ids: list[int], unscored: Ranges, rest: int) -> tuple[list[int], Ranges]:
-    """At most `rest` tokens of a response, none of them unscored at its end, and what is unscored in them."""
-    for begin, end in reversed(unscored):
-        if begin < rest <= end:
-            rest = begin
-    return ids[:rest], tuple(ranges for ranges in unscored if ranges[1] < rest)
+    responses, unscored = list[Any](), list[Ranges]()
+    for ids, ranges in zip(pair.responses, pair.unscored or ((), ()), strict=False):
+        left = rest
+        for begin, end in reversed(ranges):  # No response ends with what is not scored.
+            if begin < left <= end:
+                left = begin
+        responses.append(ids[:left])
+        unscored.append(tuple(each for each in ranges if each[1] < left))
+    chosen, rejected = [*responses, None][:2]
+    return TokenPair(prompt, chosen, rejected, *pair[3:-1], tuple(unscored) if any(unscored) else ())

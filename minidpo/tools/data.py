@@ -19,16 +19,9 @@ from typing import Any
 import numpy as np
 
 from minidpo.config import load_either_config
-from minidpo.data import (
-    DataReport,
-    PairTokens,
-    Tokenizer,
-    load_pairs,
-    read_records,
-    require_fit,
-)
+from minidpo.data import DataReport, PairTokens, Tokenizer, load_pairs, read_records, require_fit
 from minidpo.data.paths import data_files
-from minidpo.data.preference_files import format_of, read_files
+from minidpo.data.preference_files import read_files
 from minidpo.data.report import PARTS
 from minidpo.errors import UserError
 from minidpo.files import require_place, write_json_lines
@@ -45,8 +38,16 @@ OPTIONS = "max_length max_prompt_length template pairs_per_prompt min_margin lim
 
 
 def main(arguments: list[str]) -> None:
+    outputs = argparse.ArgumentParser(prog="python -m minidpo data", add_help=False, allow_abbrev=False)
+    outputs.add_argument("--out", metavar="FILE", help="write the pairs there, uncut, one JSON line each")
+    about = "write the records that a run would hold out there; goes with its configuration"
+    outputs.add_argument("--held-out", metavar="FILE", help=about)
+    options, others = outputs.parse_known_args(arguments)
     of_run = any(argument.endswith(".toml") for argument in arguments)
-    config, options = _of_run(arguments) if of_run else _of_files(arguments)
+    if options.held_out is not None and not of_run:
+        form = "python -m minidpo data RUN.toml --data.train=FILE --model.path=DIR --held-out=FILE"
+        raise UserError(f"--held-out goes with the configuration of the run that holds them out: {form}")
+    config = load_either_config(others) if of_run else _of_files(arguments, outputs)
     files = [*config.data.train, *config.data.eval]
     for option, path in (("--out", options.out), ("--held-out", options.held_out)):
         if path is not None:
@@ -64,31 +65,19 @@ def main(arguments: list[str]) -> None:
         write_json_lines(Path(options.out), (pair.record for pair in texts))
         print0(f"usable pairs, one per line, written to {options.out}")
     if options.held_out is not None:
-        write_json_lines(Path(options.held_out), held_out_records(held_out, config.data))
+        write_json_lines(Path(options.held_out), held_out_records(held_out))
         print0(f"{len(held_out)} pairs held out, their records written to {options.held_out}")
 
 
-def _of_run(arguments: list[str]) -> tuple[DPOConfig | RewardConfig, argparse.Namespace]:
-    parser = argparse.ArgumentParser(prog="python -m minidpo data", add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", metavar="FILE")
-    parser.add_argument("--held-out", metavar="FILE")
-    options, others = parser.parse_known_args(arguments)
-    return load_either_config(others), options
-
-
-def _of_files(arguments: list[str]) -> tuple[DPOConfig, argparse.Namespace]:
-    parser = argparse.ArgumentParser(
-        prog="python -m minidpo data",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _of_files(arguments: list[str], outputs: argparse.ArgumentParser) -> DPOConfig:
+    as_it_stands = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(outputs.prog, None, __doc__, None, [outputs], as_it_stands)
     add, keys = parser.add_argument, keys_of(DataSection)
     add("files", metavar="FILE", nargs="+", help="preference files, or directories of them")
     add("--model", metavar="DIR", required=True, help="whose tokenizer and chat template to use")
-    add("--out", metavar="FILE", help="write the pairs there, uncut, one JSON line each")
     add_reading_options(add)
     add_settings(add, {name: keys[name] for name in OPTIONS}, "as the key of [data]")
-    options = parser.parse_args(arguments, argparse.Namespace(held_out=None))
+    options = parser.parse_args(arguments)
     given: dict[str, Any] = {name: value for name in OPTIONS if (value := getattr(options, name)) is not None}
     data = reading_section(options, options.model, train=options.files, eval_pairs=0, **given)
     if options.max_prompt_length is None:
@@ -97,34 +86,27 @@ def _of_files(arguments: list[str]) -> tuple[DPOConfig, argparse.Namespace]:
         check_fields("data", data)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return DPOConfig(model=ModelSection(options.model), data=data), options
+    return DPOConfig(model=ModelSection(options.model), data=data)
 
 
 def show_first(pairs: PairTokens, tokenizer: Tokenizer) -> None:
     """Print each file's first pair with its special tokens, each text between quotes, as it was cut."""
-    parts = PARTS if pairs.responses > 1 else ("prompt", "response")
+    single = pairs.responses == 1
+    parts = ("prompt", "response") if single else PARTS
     for row in sorted(np.unique(pairs.columns()["file"], return_index=True)[1].tolist()):
         pair = pairs.pair(row)
-        print0(f"the first pair, {pairs.records(np.array([row]))}, as the model sees it:")
+        what = "response" if single else "pair"
+        print0(f"the first {what}, {pairs.records(np.array([row]))}, as the model sees it:")
         for part, ids in zip(parts, (pair.prompt, *pair.responses), strict=True):
             text = text_after(tokenizer, [] if part == "prompt" else pair.prompt, ids, special_tokens=True)
             shown = repr(text) if len(text) <= 400 else f"{text[:200]!r} ... {text[-200:]!r}"
             print0(f"  {part}, {len(ids)} tokens: {shown}")
 
 
-def held_out_records(pairs: PairTokens, data: DataSection) -> Iterator[dict[str, Any]]:
-    """The records that `pairs` were made of, as their files have them.
-
-    Raises `UserError` for records of two shapes, which no file can have.
-    """
-    shapes = set()
+def held_out_records(pairs: PairTokens) -> Iterator[dict[str, Any]]:
+    """The records that `pairs` were made of, as their files have them."""
     for place, file in enumerate(pairs.files):
         held_out = set(pairs.index[pairs.file == place].tolist())
         for index, (_, record) in enumerate(read_records(Path(file))):
             if index in held_out and isinstance(record, dict):
-                shapes.add(format_of(record, data))
-                if len(shapes) > 1:
-                    raise UserError(
-                        f"--held-out: records of {' and '.join(sorted(shapes))}; a file keeps to one"
-                    )
                 yield record

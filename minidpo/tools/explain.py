@@ -134,7 +134,8 @@ def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: T
             raise record
         data = reading_section(options, options.adapter or options.model)
         record = renamed(record, data.columns)
-        pair = pair_of(record, shape_of(record, data.columns), template, drop_identical=False, data=data)
+        shape = shape_of(record, data.columns)
+        pair = pair_of(record, shape, shape.readings(record)[0], template, data, drop_identical=False)
     except (BadRecord, Unusable) as reason:
         raise UserError(f"{place}: {reason}") from None
     if options.data is not None:
@@ -162,7 +163,7 @@ def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tok
     config = read_config(Path(options.model))
     limit = config.max_length if options.max_length is None else options.max_length
     require_fit("model", config, tokenizer, limit)
-    whole = tokenize_pairs([pair], tokenizer, limit, truncate=False, drop_identical=False)
+    whole = tokenize_pairs([pair], tokenizer, limit, whole=True)
     pairs = PairTokens.from_pairs(whole)
     if options.reference:
         require_reference(

@@ -140,8 +140,7 @@ def _read_whole(options: argparse.Namespace, trained: Path, tokenizer: Tokenizer
     template = tokenizer.chat_template(options.template, data_of_model(trained).date)
     texts = read_preferences(file, report, drop_identical=False, template=template, data=data)
     texts = stop_if_glued(texts, file, tokenizer, template, data.text)
-    whole = tokenize_pairs(texts, tokenizer, limit, report=report, truncate=False, drop_identical=False)
-    pairs = PairTokens.from_pairs(whole)
+    pairs = PairTokens.from_pairs(tokenize_pairs(texts, tokenizer, limit, report=report, whole=True))
     print0("\n".join(report.lines()))
     if warning := trained_on(trained, file):
         print0(warning)

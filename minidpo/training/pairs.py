@@ -10,7 +10,6 @@ from minidpo.data import (
     Tokenizer,
     TokenPair,
     load_pairs,
-    longest_pair,
     require_fit,
     require_margins,
     require_messages,
@@ -74,7 +73,7 @@ def require_usable(
         require_responses(config.loss, ", ".join(pairs.files), pairs.responses, pairs.label is not None)
         if config.loss.margin_from_data:
             require_margins(pairs)
-    longest = longest_pair(train, held_out)
+    longest = max(int(pairs.token_counts().max(initial=0)) for pairs in (train, held_out))
     if longest > config.optim.micro_tokens:
         given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
         raise UserError(f"{given}, but one pair has {longest} tokens; it must be at least that")

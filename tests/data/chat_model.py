@@ -6,6 +6,7 @@ from pathlib import Path
 import tokenizers
 
 from minidpo.data import ChatTemplate, DataReport, PreferencePair, Tokenizer, read_preferences
+from minidpo.sections import DataSection
 from record_files import write
 from tiny import write_tokenizer
 
@@ -58,8 +59,10 @@ def chat_model(directory: Path, template: object, **config: object) -> Tokenizer
     return Tokenizer.from_pretrained(directory)
 
 
-def read(template: ChatTemplate, directory: Path, *records: dict) -> tuple[list[PreferencePair], list[str]]:
-    """The pairs of a file of records, and the lines of its report."""
-    report = DataReport()
-    path = write(directory / "pairs.jsonl", *records)
-    return list(read_preferences(path, report, template=template)), list(report.lines())
+def read(
+    template: ChatTemplate, directory: Path, *records: dict, **settings: object
+) -> tuple[list[PreferencePair], list[str]]:
+    """The pairs of a file of records, read with these settings of [data], and the lines of its report."""
+    report, path = DataReport(), write(directory / "pairs.jsonl", *records)
+    pairs = list(read_preferences(path, report, template=template, data=DataSection(**settings)))
+    return pairs, list(report.lines())

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from minidpo.data import ChatTemplate, DataReport, bad_record, read_preferences
 from minidpo.data import records as module
 from minidpo.errors import UserError
-from record_files import GOOD, QUESTION, refusal, write
+from minidpo.sections import DataSection
+from record_files import GOOD, QUESTION, SKIP_BAD, refusal, write
 
 
 @pytest.mark.parametrize(
@@ -20,24 +21,16 @@ from record_files import GOOD, QUESTION, refusal, write
     [
         ('{"prompt": "p", "chosen": ', "not JSON in UTF-8 (Expecting value: column 26"),
         ('{"chosen": "c"} {"rejected": "r"}', "not JSON in UTF-8 (Extra data: column 17"),
-        ("\x00\x00\x00", "not JSON in UTF-8 (Expecting value: column 1 "),
-        (b'{"chosen": "\xff"}', "not JSON in UTF-8 ('utf-8' codec can't decode"),
-        ("[" * 200_000, "not JSON in UTF-8"),
+        (b'{"chosen": "\xff"}', "text in UTF-8 is read; convert the file if it is, say, Latin-1: iconv -f"),
         ('{"chosen": ' + "9" * 5000 + "}", "not JSON in UTF-8"),
         ("[", "a file that is one list of objects is named .json"),
-        ('["p", "c"]', "a JSON list; a record is an object with chosen and rejected; a file that is one"),
-        ("null", "a JSON NoneType"),
-        ('{"prompt": "p", "chosen": "c"}', "no key 'rejected'"),
         ('{"question": "p", "a\\nb": "c"}', "no key 'chosen'; its keys are question, 'a\\nb'; give chosen"),
         (GOOD | {"chosen": 3}, "'chosen' is of type int; give a string"),
         (GOOD | {"chosen": None}, "'chosen' is null"),
-        (GOOD | {"prompt": None}, "a record of HH dialogues"),
         (GOOD | {"chosen": "\ud83d"}, "'chosen' has half a surrogate pair"),
-        (GOOD | {"chosen": "\ude00"}, "'chosen' has half a surrogate pair"),
         ({"chosen": [[[]]], "rejected": [[[]]]}, "a message in 'chosen' is of type list"),
         ({"chosen": [YES], "rejected": "n"}, "a record of whole conversations"),
         (RECORD | {"chosen": [YES | {"content": None}]}, "in 'chosen' has no text under 'content'"),
-        (RECORD | {"chosen": [YES | {"content": 4}]}, "in 'chosen' has no text under 'content'"),
         (RECORD | {"prompt": [{"from": "human"}]}, "in 'prompt' has no text under 'role'"),
         (RECORD | {"prompt": [ASKED | {"content": "\ud83d"}]}, "'content' of a message in 'prompt' has"),
         (RECORD, "a record of prompt, chosen, rejected as messages in a file of prompt, chosen, rejected"),
@@ -49,7 +42,7 @@ def test_bad_record(tmp_path, line, said):
     path, report = write(tmp_path / "a.jsonl", GOOD, "", line, GOOD | {"prompt": "q"}), DataReport()
     message = refusal(path)
     assert message.startswith(":3: ") and said in message and "; " in message  # what; what would be right
-    pairs = list(read_preferences(path, report, skip_bad=True))
+    pairs = list(read_preferences(path, report, data=SKIP_BAD))
     assert [(pair.prompt, pair.index) for pair in pairs] == [("p", 0), ("q", 2)]
     ((kind, lines),) = report.files[0].dropped.items()
     assert kind in message and lines == [3]
@@ -61,7 +54,7 @@ def test_no_usable_pair(tmp_path):
     assert "no usable pair in 2 records (dropped 1: nothing but blanks in a response (line 1), d" in message
     assert message.endswith("; one at least is needed")  # Other keys would not help.
     with pytest.raises(UserError, match=r"in 1 records \(dropped 1: no key 'chosen' \(line 1\)\).*its keys "):
-        list(read_preferences(write(tmp_path / "b.jsonl", "{}"), skip_bad=True))
+        list(read_preferences(write(tmp_path / "b.jsonl", "{}"), data=SKIP_BAD))
     asked = {"asked": "2+2?", "chosen": "4", "rejected": "5"}  # read as dialogues, of which it is none
     keys = "; its keys are asked, chosen, rejected; give chosen, rejected, and prompt unless they hold it"
     assert keys in refusal(write(tmp_path / "c.jsonl", asked))
@@ -86,7 +79,7 @@ def test_long_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gzip.GzipFile, "readline", watched)
     assert refusal(path).startswith(":2: more than 1000 bytes; ")
-    assert [pair.prompt for pair in read_preferences(path, skip_bad=True)] == ["p", "q"]
+    assert [pair.prompt for pair in read_preferences(path, data=SKIP_BAD)] == ["p", "q"]
     assert max(map(len, held)) == 1001
 
 
@@ -103,14 +96,17 @@ def test_long_list(tmp_path, monkeypatch):
 # Files of which nothing can be read
 
 
-def test_torn_gzip(tmp_path):
-    """Torn or spoilt gzip data is refused after the last whole line, and cannot be skipped."""
+def test_torn(tmp_path):
+    """A torn file is called so. Torn or spoilt gzip data is refused after the last whole line, and cannot be
+    skipped."""
+    (tmp_path / "a.jsonl").write_text(json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:-3])
+    assert refusal(tmp_path / "a.jsonl").endswith("; the file seems to be cut off here; fetch it again")
     path = write(tmp_path / "a.jsonl.gz", *(GOOD | {"chosen": f"{i * 7919 % 1000}" * 9} for i in range(2000)))
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     assert 500 < int(refusal(path).split(":")[1]) < 1500 and "fetch the file again" in refusal(path)
     with pytest.raises(UserError, match="cannot be read"):
-        list(read_preferences(path, skip_bad=True))
+        list(read_preferences(path, data=SKIP_BAD))
     path.write_bytes(whole[:10] + b"\xff" * 9 + whole[19:])  # The header is there, the data is not.
     assert refusal(path).startswith(":1: cannot be read")
     path.write_bytes(whole[:-6] + b"\x00" * 6)  # Every line is there, the checksum is not.
@@ -119,7 +115,6 @@ def test_torn_gzip(tmp_path):
 
 def test_no_file(tmp_path):
     """What is no file, or no file of a known kind, is refused; a pipe is not waited for; a link is read."""
-    assert "No such file" in refusal(tmp_path / "missing.jsonl")
     assert "on the command line a comma separates two" in refusal(tmp_path / "a")
     assert refusal(write(tmp_path / "a.txt", GOOD)).endswith("; convert it to .jsonl")
     os.mkfifo(tmp_path / "pipe.jsonl")
@@ -133,14 +128,16 @@ def test_no_file(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('[\n{"prompt": "p"', ": not JSON in UTF-8 (Expecting ',' delimiter: line 2 column 15"),
+        (
+            '[\n{"prompt": "p"',
+            ": not JSON in UTF-8 (Expecting ',' delimiter: line 2 column 15 (char 16)); the f",
+        ),
         ("[{}]\nmore", ": not JSON in UTF-8 (Extra data: line 2 column 1"),
         (b'[\n\n"\xff"]', ": not JSON in UTF-8 ('utf-8' codec"),
         ("[" * 200_000, ": not JSON in UTF-8 (maximum recursion depth"),
         (json.dumps([GOOD, 7]), ": record 1: a JSON int; a record is an object"),
         ('{"prompt":\n "p"', ":1: not JSON in UTF-8"),
         ("{}".encode("utf-16"), ": text in UTF-16, and UTF-8 is read; convert it: iconv -f utf-16"),
-        ("{}".encode("utf-16-le"), ": text in UTF-16-LE, and UTF-8 is read; convert it: iconv"),
         ("version https://git-lfs.github.com/spec/v1\n", ": a git-lfs pointer"),
         ("\n<!DOCTYPE html>\n<html>", ": a web page, not data; download the file"),
     ],
@@ -171,7 +168,11 @@ def test_anything(tmp_path_factory, lines, is_list, skip_bad):
     path = tmp_path_factory.mktemp("any") / ("a.json" if is_list else "a.jsonl")
     path.write_bytes(b"[" + b",".join(lines) + b"]" if is_list else b"\n".join(lines))
     try:
-        pairs = list(read_preferences(path, template=ChatTemplate("hh", None, "</s>"), skip_bad=skip_bad))
+        pairs = list(
+            read_preferences(
+                path, template=ChatTemplate("hh", None, "</s>"), data=DataSection(skip_bad=skip_bad)
+            )
+        )
     except UserError as error:
         assert str(error).startswith(str(path)) and len(str(error).splitlines()) == 1
     else:

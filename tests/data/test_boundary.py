@@ -138,18 +138,6 @@ def test_long_prompt(bos, prompt, limit, left):
     assert cut == TokenPair(left, [*ids("i"), EOS], [*ids("j"), EOS], 0) and report.truncated_prompts == 1
 
 
-def test_long_messages():
-    """The report warns of prompts of messages that lost their beginning, where a system turn stands."""
-    of_messages, report = PreferencePair("abcdef", "g", "h", 0, messages=True), DataReport()
-    short = PreferencePair("ab", "g", "h", 1, messages=True)
-    list(tokenize_pairs([of_messages, pair("abcdef", "g", "h"), short], Tokenizer(bpe(), EOS), 9, 4, report))
-    assert report.truncated_prompts == 2  # one of messages, one of text
-    said = (
-        "  warning: 1 prompts of messages lost their beginning, with any system turn; raise data.max_prompt"
-    )
-    assert any(line.startswith(said) for line in report.lines())
-
-
 def test_space_after_a_cut():
     """Responses are tokenized before the prompt is cut, so none gets the space of a text's beginning."""
     (cut,) = tokenize_pairs([pair("abcd", "e", "f")], Tokenizer(bpe(prepend=True), EOS), 9, 1)
@@ -162,9 +150,10 @@ def test_space_after_a_cut():
         (("", "f", "g"), {}, "the prompt has no token, so nothing predicts the first token of a response"),
         (("abcde", "f", "g"), {}, EMPTY),
         (("a", "bcde", "bcdf"), {}, IDENTICAL),
-        (("a", "bcde", "bcdf"), {"drop_identical": False}, None),
-        (("a", "bc", "bcd"), {"truncate": False}, "longer than max_length"),  # a, b, c, d, EOS
-        (("a", "bc", "b"), {"truncate": False}, None),
+        (("a", "b", "b"), {}, IDENTICAL),
+        (("a", "b", "b"), {"whole": True}, None),
+        (("a", "bc", "bcd"), {"whole": True}, "longer than max_length"),  # a, b, c, d, EOS
+        (("a", "bc", "b"), {"whole": True}, None),
     ],
 )
 def test_dropped(texts, options, reason):
@@ -191,13 +180,16 @@ def test_limits(max_length, max_prompt_length, said):
 
 
 def test_report():
-    """The report counts tokens before and after the cut."""
-    report, tokenizer = DataReport(), Tokenizer(bpe(), EOS)
-    list(tokenize_pairs([pair("abcd", "e", "fghij"), pair("cd", "e", "f")], tokenizer, 5, 2, report))
+    """The report counts tokens before and after the cut, and warns of messages that lost their beginning,
+    where a system turn stands."""
+    of_messages, report = PreferencePair("bcd", "e", "f", 1, messages=True), DataReport()
+    list(tokenize_pairs([pair("abcd", "e", "fghij"), of_messages], Tokenizer(bpe(), EOS), 5, 2, report))
+    lost = "1 prompts of messages lost their beginning, with any system turn"
     assert list(report.lines()) == [
         "tokenized 2 pairs, 2 kept",
-        "  truncated 1 prompts and 1 responses (max_length 5, max_prompt_length 2)",
-        "  prompt tokens before any cut: median 3, 95 % at most 4, longest 4",
+        "  truncated 2 prompts and 1 responses (max_length 5, max_prompt_length 2)",
+        f"  warning: {lost}; raise data.max_prompt_length to keep them whole",
+        "  prompt tokens before any cut: median 4, 95 % at most 4, longest 4",
         "  chosen tokens before any cut: median 2, 95 % at most 2, longest 2",
         "  rejected tokens before any cut: median 4, 95 % at most 6, longest 6",
     ]

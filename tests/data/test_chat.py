@@ -34,7 +34,9 @@ LAST_USER = """{% set system = messages[0].content if messages[0].role == 'syste
 
 def encode(tokenizer: Tokenizer, prompt: list[dict], kind: str = "model") -> TokenPair:
     record = RECORD | {"prompt": prompt}
-    return tokenizer.encode_pair(pair_of(record, shape_of(record), tokenizer.chat_template(kind), True))
+    shape = shape_of(record)
+    pair = pair_of(record, shape, shape.readings(record)[0], tokenizer.chat_template(kind))
+    return tokenizer.encode_pair(pair)
 
 
 # The same as transformers

@@ -2,13 +2,13 @@
 
 import pytest
 from chat_model import chat_model
-from test_shapes import ASK, BRIEF, TEXTS, A, B, Q, answers, one, pair, read
+from test_shapes import ASK, BRIEF, OF_TWO, TEXTS, A, B, Q, answers, one, pair, read
 
 from minidpo.errors import UserError
 
 # Several pairs of one record
 
-RANKS = answers("answer", "rank", 2, 1, 2)
+RANKS, SCORES = answers("answer", "rank", 2, 1, 2), answers("response", "overall_score", 1, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,7 @@ RANKS = answers("answer", "rank", 2, 1, 2)
         ({"prompt": ASK, "answers": RANKS}, [("No.", "Yes."), ("No.", "Hm.")], 1),
         ({"prompt": ASK, "answers": RANKS[::2]}, [], 1),
         # 3 * 2 / 2 pairs of scores 1 < 2 < 3, the best response first.
-        (
-            {"instruction": ASK, "completions": answers("response", "overall_score", 1, 3, 2)},
-            [("No.", "Hm."), ("No.", "Yes."), ("Hm.", "Yes.")],
-            0,
-        ),
+        ({"instruction": ASK, "completions": SCORES}, [("No.", "Hm."), ("No.", "Yes."), ("Hm.", "Yes.")], 0),
         ({"prompt": ASK, "chosen": ["a", "b"], "rejected": ["c"]}, [("a", "c"), ("b", "c")], 0),
     ],
 )
@@ -35,14 +31,6 @@ def test_all_pairs(tmp_path, record, every, ties):
     assert (f"  dropped {ties}: no answer is better than the other (line 1)" in lines) == bool(ties)
     several = f" as {len(found)} pairs" * (len(found) > 1 + bool(every))
     assert lines[0].endswith(f": 2 records read, {1 + bool(every)} kept{several}")
-
-
-def test_tie(tmp_path):
-    """A preference of zero is dropped and counted."""
-    record = {"prompt": ASK, "preference_strength": 2, "response_1": "No.", "response_2": "Yes."}
-    found, lines = read(chat_model(tmp_path, None), tmp_path, record | {"preference_strength": 0}, record)
-    assert [each.index for each in found] == [1]
-    assert "  dropped 1: no answer is better than the other (line 1)" in lines
 
 
 # Columns
@@ -76,7 +64,9 @@ def test_columns(tmp_path, record, columns, expected):
 
 def test_missing_column(tmp_path):
     """A named column that a record lacks is refused, with the keys that the record has."""
-    said = "a.jsonl:1: no key 'question', which data.columns.prompt names; its keys are q, chosen, rejected"
+    said = (
+        "pairs.jsonl:1: no key 'question', which data.columns.prompt names; its keys are q, chosen, rejected"
+    )
     with pytest.raises(UserError, match=said):
         read(chat_model(tmp_path, None), tmp_path, {"q": ASK, **TEXTS}, columns={"prompt": "question"})
 
@@ -88,22 +78,32 @@ def test_optional_column(tmp_path, there):
     model, columns = chat_model(tmp_path, None), {"system": "who"}
     found, _ = read(model, tmp_path, *records, columns=columns)
     assert [each.record for each in found] == [pair(), pair(BRIEF, Q)]
-    with pytest.raises(
-        UserError, match="a.jsonl: no record has the key of data.columns.system = 'how'; its "
-    ):
+    with pytest.raises(UserError, match="no record has the key of data.columns.system = 'how'; its keys are"):
         read(model, tmp_path, *records, columns={"system": "how"})
 
 
 @pytest.mark.parametrize(
-    ("record", "why"),
+    ("record", "good", "why"),
     [
-        ({"messages": [A, Q, A]}, "no prompt: nothing stands before the assistant's first turn"),
-        ({"prompt": [BRIEF], "chosen": [Q, A], "rejected": [Q, B]}, "chosen does not repeat `prompt`, and"),
+        (
+            {"messages": [A, Q, A]},
+            {"messages": [Q, A]},
+            "no prompt: nothing stands before the assistant's fir",
+        ),
+        (
+            {"prompt": [BRIEF], "chosen": [Q, A], "rejected": [Q, B]},
+            {"prompt": [Q]},
+            "chosen does not repeat",
+        ),
+        (
+            {"prompt": ASK, "preference_strength": 0, **OF_TWO},
+            {"preference_strength": 1},
+            "no answer is bett",
+        ),
     ],
 )
-def test_dropped(tmp_path, record, why):
-    """A conversation without a prompt is dropped, and one that would lose a part of it."""
-    good = record | ({"messages": [Q, A]} if "messages" in record else {"prompt": [Q]})
-    found, lines = read(chat_model(tmp_path, None), tmp_path, good, record)
+def test_dropped(tmp_path, record, good, why):
+    """A conversation without a prompt is dropped, one that would lose a part, and a preference of zero."""
+    found, lines = read(chat_model(tmp_path, None), tmp_path, record | good, record)
     assert [each.index for each in found] == [0]
     assert any(line.startswith(f"  dropped 1: {why}") for line in lines)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from minidpo.data import PairTokens, TokenPair, longest_pair, require_margins
+from minidpo.data import PairTokens, TokenPair, require_margins
 from minidpo.errors import UserError
 
 
@@ -16,7 +16,6 @@ def test_responses():
     assert pairs.lengths.tolist() == [[2, 1, 2, 1], [1, 2, 1, 1]]
     assert pairs.token_counts().tolist() == [6, 5]  # 2 + 1 + 2 + 1 and 1 + 2 + 1 + 1
     assert pairs.token_counts(1).tolist() == [3, 3]  # the prompt and its first response: 2 + 1 and 1 + 2
-    assert longest_pair(pairs.select(np.array([1])), pairs) == 6
     pairs.ref_logps = np.array([[1.0, 2.0], [3.0, 4.0]], dtype=np.float32)
     second = pairs.select(np.array([1]))
     assert second.ref_logps.tolist() == [[3, 4]] and second.token_counts(2).tolist() == [4]

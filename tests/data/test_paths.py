@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from minidpo.data import read_records
-from minidpo.data.paths import data_file, data_files
+from minidpo.data.paths import data_files
 from minidpo.errors import UserError
 from record_files import GOOD, write
 
@@ -29,6 +29,11 @@ ABOUT = ["README.md", ".gitattributes", "dataset_info.json", "state.json", ".cac
         (["test.jsonl.zst"], ["test.jsonl.zst"]),
         (["0001.parquet", "0000.parquet"], ["0000.parquet", "0001.parquet"]),
         (["data/default/a.parquet", *ABOUT], ["data/default/a.parquet"]),
+        # As the package `datasets` saves a split.
+        (
+            [f"data-0000{i}-of-00002.arrow" for i in (1, 0)] + ABOUT,
+            [f"data-0000{i}-of-00002.arrow" for i in (0, 1)],
+        ),
         (["a.jsonl", "old/b.jsonl"], ["a.jsonl"]),
     ],
 )
@@ -41,7 +46,6 @@ def test_directory(tmp_path, names, files):
     ("names", "said"),
     [
         (["a.jsonl", "b.parquet"], "name one of 'D/a.jsonl', 'D/b.parquet'"),
-        (["a.jsonl", "a.jsonl.gz"], "name one of 'D/a.jsonl', 'D/a.jsonl.gz'"),
         (["train.jsonl", "test.jsonl"], "several splits or kinds of files; name one of 'D/test.jsonl', 'D/t"),
         (["a.jsonl", "a_EVAL.jsonl"], "several splits or kinds of files; name one of 'D/a.jsonl', 'D/a_EVAL"),
         (["a-00000-of-00001.arrow", "b-00000-of-00002.arrow"], "name one of 'D/a-*.arrow', 'D/b-*.arrow'"),
@@ -77,10 +81,8 @@ def test_one_file(tmp_path):
     write(make(tmp_path, "README.md") / "a.jsonl", GOOD)
     assert [*read_records(tmp_path)] == [(1, GOOD)]
     make(tmp_path, "b.jsonl")
-    with pytest.raises(
-        UserError, match=": stands for 2 files, and one is needed; name one of '.*/a.jsonl', '"
-    ):
-        data_file(tmp_path)
+    with pytest.raises(UserError, match="stands for 2 files, and one is needed; name one of '.*/a.jsonl', '"):
+        next(read_records(tmp_path))
 
 
 @pytest.mark.parametrize("begin", ["", "hf://datasets/", "https://huggingface.co/datasets/"])

@@ -3,11 +3,11 @@
 import json
 
 import pytest
-from chat_model import SMOLLM2, chat_model, turn
+from chat_model import chat_model, turn
+from chat_model import read as read_pairs
 
-from minidpo.data import DataReport, Tokenizer, read_preferences
+from minidpo.data import Tokenizer
 from minidpo.errors import UserError
-from minidpo.sections import DataSection
 from record_files import refusal, write
 
 Q, A, B, C = turn("user", "Is it?"), *(turn("assistant", text) for text in ("Yes.", "No.", "Hm."))
@@ -35,12 +35,7 @@ def answers(key: str, worth: str, *numbers: float) -> list[dict]:
 HUMAN, GPT, WORSE = says("human", Q), says("gpt", A), says("gpt", B)
 ASK, TEXTS = "Is it?", {"chosen": "Yes.", "rejected": "No."}
 OF_TWO = {"response_1": "No.", "response_2": "Yes."}
-STEER3 = {
-    "context": [Q, A, Q],
-    "response1": "Yes.",
-    "response2": "No.",
-    "individual_preference": [{"score": 1}],
-}
+STEER3 = {"context": [Q, A, Q], "response1": "Yes.", "response2": "No.", "individual_preference": [3]}
 SHP = {"history": ASK, "human_ref_A": "No.", "human_ref_B": "Yes.", "score_A": 2, "score_B": 9}
 SWAPPED, SCORES = pair(chosen=B, rejected=A), answers("response", "overall_score", 8.5, 2, 5)
 SHAPES = {
@@ -100,12 +95,9 @@ SHAPES = {
 }
 
 
-def read(tokenizer: Tokenizer, path, *records: dict, kind: str = "chatml", **settings: object):
+def read(tokenizer: Tokenizer, path, *records: dict, **settings: object):
     """The pairs of a file of records, text put through the template, and the report's lines."""
-    report, data = DataReport(), DataSection(**{"text": "template"} | settings)
-    file = write(path / "a.jsonl", *records)
-    pairs = list(read_preferences(file, report, template=tokenizer.chat_template(kind), data=data))
-    return pairs, list(report.lines())
+    return read_pairs(tokenizer.chat_template("chatml"), path, *records, **{"text": "template"} | settings)
 
 
 def chatml(messages: list[dict]) -> str:
@@ -126,23 +118,6 @@ def test_shapes(tmp_path, name):
     for key, response in zip(("chosen", "rejected"), ids.responses, strict=False):
         (message,) = expected.get(key) or expected["completion"]
         assert response == tokenizer.encode(message["content"] + "<|im_end|>", add_special_tokens=False)
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_as_transformers(tmp_path, name):
-    """The ids of each shape are those that transformers makes of the same messages."""
-    record, expected = SHAPES[name]
-    ours = chat_model(tmp_path, SMOLLM2, eos_token="<|im_end|>")
-    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
-    ((found,), _) = read(ours, tmp_path, record, kind="model")
-    ids = ours.encode_pair(found)
-    asked = theirs.apply_chat_template(expected["prompt"], add_generation_prompt=True, return_dict=False)
-    assert ids.prompt == asked
-    for key, response in zip(("chosen", "rejected"), ids.responses, strict=False):
-        answer = expected.get(key) or expected["completion"]
-        whole = theirs.apply_chat_template(expected["prompt"] + answer, return_dict=False)
-        assert ids.prompt + response == whole[: len(ids.prompt + response)]
-        assert not theirs.decode(whole[len(ids.prompt + response) :]).strip()  # the template's newline
 
 
 # What is told
@@ -182,7 +157,7 @@ def test_json_text(tmp_path):
     in_json = text | {"chosen": json.dumps([A])}
     found, _ = read(chat_model(tmp_path, None), tmp_path, text, in_json, text="raw")
     assert [each.chosen for each in found] == ["Yes.", json.dumps([A])]
-    with pytest.raises(UserError, match=r"a.jsonl:2: 'chosen' is not JSON \(Expecting value"):
+    with pytest.raises(UserError, match=r"pairs.jsonl:2: 'chosen' is not JSON \(Expecting value"):
         read(chat_model(tmp_path, None), tmp_path, in_json, text)
 
 
@@ -199,7 +174,8 @@ def test_json_text(tmp_path):
         ({"prompt": ASK, "answers": answers("answer", "rank", "best")}, "'rank' is no number ('best'); give"),
         ({"prompt": ASK, "answers": [{"rank": 1}]}, "an answer in 'answers' has no 'answer'; give each its"),
         ({"prompt": ASK, "answers": {"a": 1}}, "'answers' is no list of objects; give one object per answer"),
-        ({"prompt": ASK, "preference_strength": None, **OF_TWO}, "no key 'chosen'"),
+        ({"prompt": ASK, "preference_strength": None, **OF_TWO}, "'preference_strength' is null; give a val"),
+        ({"prompt": ASK, "chosen": None}, "'chosen' is null; give a value"),
         ({"prompt": ASK, "preference_strength": True, **OF_TWO}, "'preference_strength' is no number (True)"),
     ],
 )
@@ -207,4 +183,4 @@ def test_refused(tmp_path, record, said):
     """A value of another kind is refused in one line with file, line, key, and what would be right."""
     with pytest.raises(UserError) as caught:
         read(chat_model(tmp_path, None), tmp_path, record)
-    assert str(caught.value).startswith(f"{tmp_path}/a.jsonl:1: {said}") and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path}/pairs.jsonl:1: {said}") and "\n" not in str(caught.value)

@@ -3,15 +3,12 @@
 import datetime
 import decimal
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
 from minidpo.data import DataReport, bad_record, read_preferences, read_records, tables
-from minidpo.data.paths import data_files
-from minidpo.errors import UserError
-from record_files import GOOD, refusal
+from record_files import GOOD, SKIP_BAD, refusal
 
 USER, ASSISTANT = {"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "It is."}
 
@@ -90,7 +87,7 @@ def test_bad_record(pa, tmp_path, name, monkeypatch):
     records[3] |= {"image": b"\x89PNG"}
     path, report = write(pa, tmp_path / name, records), DataReport()
     assert refusal(path).startswith(": record 3: column 'image' is no text ('utf-8' codec can't decode byte")
-    assert len([*read_preferences(path, report, skip_bad=True)]) == 4
+    assert len([*read_preferences(path, report, data=SKIP_BAD)]) == 4
     assert report.files[0].dropped == {"column 'image' is no text": [3]}
     monkeypatch.setattr(tables, "LONGEST_RECORD", 1000)
     monkeypatch.setattr(bad_record, "LONGEST_RECORD", 1000)
@@ -139,28 +136,3 @@ def test_memory(pa, tmp_path, name, rows):
         if number % 1000 == 0:
             held.append(pa.total_allocated_bytes() - before)
     assert max(held) < size / 4 and size > 16e6
-
-
-def test_no_pyarrow(tmp_path, monkeypatch):
-    """Without pyarrow, the extra that helps is named."""
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    for name in ("a.parquet", "a.arrow"):
-        (tmp_path / name).touch()
-        with pytest.raises(UserError, match=r"needs the extra `parquet`: pip install -e '.\[parquet\]'$"):
-            next(read_records(tmp_path / name))
-
-
-@pytest.mark.parametrize("shards", [1, 3])
-def test_save_to_disk(tmp_path, shards):
-    """What the package `datasets` saves is read as a directory; of several splits one must be named."""
-    datasets = pytest.importorskip("datasets")
-    records = [{"prompt": [USER], "chosen": [ASSISTANT], "rejected": [ASSISTANT], "n": i} for i in range(9)]
-    sets = {"train": records, "test": records[:3]}
-    both = datasets.DatasetDict({name: datasets.Dataset.from_list(some) for name, some in sets.items()})
-    both.save_to_disk(tmp_path / "both", num_shards={"train": shards, "test": 1})
-    files = data_files([tmp_path / "both" / "train"])
-    assert len(files) == shards and [record for file in files for record in read(Path(file))] == records
-    with pytest.raises(
-        UserError, match="both: has its data in several directories; name one of .*both/test'"
-    ):
-        data_files([tmp_path / "both"])

@@ -3,7 +3,7 @@
 import pytest
 from chat_model import SMOLLM2, chat_model, turn
 
-from minidpo.data import PairTokens, Prompt, Tokenizer, load_pairs, prompt_of
+from minidpo.data import BadRecord, PairTokens, Prompt, Tokenizer, load_pairs, prompt_of
 from minidpo.errors import UserError
 from minidpo.sections import DataSection
 from record_files import QUESTION, write
@@ -28,17 +28,6 @@ def texts(tokenizer: Tokenizer, pairs: PairTokens) -> list[str]:
     return [tokenizer.decode(ids, special_tokens=True) for ids in (pair.prompt, *pair.responses)]
 
 
-def test_template(chat, tmp_path):
-    """With data.text = template a prompt in text is a user's turn, and `system` a system turn before it."""
-    pairs = load(chat, tmp_path, GLUED | {"system": "Be brief."}, text="template")
-    asked = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nIs 2 + 2 four?<|im_end|>\n"
-    assert texts(chat, pairs) == [asked + "<|im_start|>assistant\n", "Yes, it is.<|im_end|>", "No.<|im_end|>"]
-    assert pairs.on_messages
-    messages = {"prompt": [turn("system", "Be brief."), turn("user", GLUED["prompt"])]}
-    messages |= {key: [turn("assistant", GLUED[key])] for key in ("chosen", "rejected")}
-    assert load(chat, tmp_path, messages).ids.tolist() == pairs.ids.tolist()
-
-
 SPACED = GLUED | {"prompt": "Is 2 + 2 four? "}
 
 
@@ -48,11 +37,9 @@ SPACED = GLUED | {"prompt": "Is 2 + 2 four? "}
         ([GLUED], True),
         ([GLUED, GLUED, SPACED], True),  # most are glued
         ([GLUED, SPACED], False),
-        ([SPACED], False),
         ([GLUED | {"chosen": "\nYes"}], False),
         ([GLUED, GLUED | {"prompt": "<|im_start|>user\nIs it?<|im_end|>"}], False),  # a special token
         ([GLUED, GLUED | {"prompt": QUESTION}], False),  # HH's turns in a prompt
-        ([{"chosen": QUESTION + "Yes", "rejected": QUESTION + "No"}], False),
         ([{"prompt": "Is it?", "completion": "Yes."}], True),
         ([GLUED | {"prompt": [turn("user", "Is it?")]}], False),  # messages
     ],
@@ -102,3 +89,12 @@ def test_prompts_to_sample(chat, record, text, begin):
     columns = {"prompt": "q"} if "q" in record else {}
     prompt = prompt_of(record, chat.chat_template(), DataSection(text=text, columns=columns))
     assert begin in prompt.text and (prompt == Prompt(begin)) == (begin == "Is it?")
+
+
+@pytest.mark.parametrize(
+    ("record", "said"), [({"chosen": None}, "'chosen' is null"), ({"x": 1}, "no prompt; ")]
+)
+def test_no_prompt(chat, record, said):
+    """A record without a prompt is told what is missing."""
+    with pytest.raises(BadRecord, match=said):
+        prompt_of(record, chat.chat_template())

@@ -10,16 +10,7 @@ import pytest
 from chat_model import DATED, RECORD, chat_model
 
 import train_dpo
-from minidpo.data import (
-    DataReport,
-    PairTokens,
-    PreferencePair,
-    Tokenizer,
-    chat_template,
-    dataset,
-    load_pairs,
-    preference_files,
-)
+from minidpo.data import PairTokens, Tokenizer, chat_template, dataset, load_pairs
 from minidpo.errors import UserError
 from minidpo.model import save_model
 from minidpo.sections import DataSection
@@ -156,20 +147,16 @@ def test_run(config, tmp_path, monkeypatch, capsys):
         train_dpo.main([*run, "--data.date=tomorrow"])
 
 
-@pytest.mark.parametrize("one", [False, True])
-def test_turns_and_labels(tokenizer, files, tmp_path, monkeypatch, one):
+def test_turns_and_labels(tokenizer, tmp_path):
     """Labels, and which tokens are scored, are kept with the ids."""
-
-    def records(_: str, report: DataReport, **__: object):
-        for index in range(6):
-            report.add_prompt(f"cat {index}", index, 0)
-            rejected, label = (None, index % 2 == 0) if one else (" no", None)
-            others = (((1, 4),), ()) if index == 3 else ()
-            yield PreferencePair(f"cat {index}", " a cat", rejected, index, label=label, others=others)
-
-    monkeypatch.setattr(preference_files, "read_preferences", records)
-    first = load(tokenizer, tmp_path / "tokens", files[1:])
-    second = load(tokenizer, tmp_path / "tokens", files[1:])
+    turns = RECORD | {"completion": [*RECORD["chosen"], *RECORD["prompt"], *RECORD["chosen"]]}
+    labelled = [
+        {"prompt": RECORD["prompt"], "completion": turns["completion"], "label": i < 2} for i in range(3)
+    ]
+    files = [str(write(tmp_path / "a.jsonl", *labelled))]
+    first, second = (
+        load(tokenizer, tmp_path / "tokens", files, template="chatml", max_length=400) for _ in range(2)
+    )
     assert isinstance(second.ids.base, np.memmap) and equal(first, second)
     assert second.unscored.sum() > 0 and np.array_equal(first.unscored, second.unscored)
-    assert (second.label is None) == (not one) and second.responses == 2 - one
+    assert second.label.tolist() == [True, True, False] and second.responses == 1

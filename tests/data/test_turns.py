@@ -10,15 +10,7 @@ from test_chat import LAST_USER, THINK
 from test_messages import PLAIN, call
 
 from characters import BOS, EOS, LETTERS, bpe, ids
-from minidpo.data import (
-    ChatTemplate,
-    DataReport,
-    PreferencePair,
-    Tokenizer,
-    TokenPair,
-    describe_pair,
-    tokenize_pairs,
-)
+from minidpo.data import DataReport, PreferencePair, Tokenizer, TokenPair, describe_pair, tokenize_pairs
 from minidpo.data.messages import shared_turns
 from minidpo.errors import UserError
 
@@ -48,14 +40,12 @@ def braced(text: str, ranges: tuple[tuple[int, int], ...]) -> str:
     return text
 
 
-def first(template: ChatTemplate, directory, response: list[dict], prompt=(ASKED,)) -> PreferencePair:
+def first(template, directory, response: list[dict], prompt=(ASKED,)) -> PreferencePair:
     record = {"prompt": list(prompt), "chosen": response, "rejected": [NO]}
-    ((pair,), _) = read(template, directory, record)
-    return pair
+    return read(template, directory, record)[0][0]
 
 
 # Characters
-
 
 REASONED = call("Rome", reasoning_content="r")
 
@@ -71,12 +61,7 @@ REASONED = call("Rome", reasoning_content="r")
         (THINK, "</s>", [YES, SURE, NO], "Yes, it is.</s>{<user>Sure?<assistant>}No."),
         (QWEN3, "<|im_end|>", [call("Rome"), WET, YES], "call<|im_end|>{\n<|im_start|>tool\nwet<|im_end|>\n"),
         # Qwen3 leaves out the reasoning of a turn once the user asks again, which no prompt before it shows.
-        (
-            QWEN3,
-            "<|im_end|>",
-            [REASONED, WET, YES, SURE, NO],
-            "\n<|im_start|>assistant\n}Yes, it is.<|im_end",
-        ),
+        (QWEN3, "<|im_end|>", [REASONED, WET, YES, SURE, NO], "\n<|im_start|>assistant\n}Yes, it is.<|im_e"),
         # The template closes a turn with another token than EOS: all that it writes belongs to the turn.
         (MARKED, "</s>", [YES, SURE, NO], "Yes, it is.<|im_end|>\n{<|im_start|>user\nSure?<|im_end|>\n"),
         # EOS in the content is no end.
@@ -176,10 +161,8 @@ U, V, A, B, C = (turn(*said) for said in (("user", "u"), ("user", "v"), *(("assi
         ([U, A], [U, B], 1),
         ([U, A, V, B], [U, A, V, C], 3),
         ([U, A, U, B], [U, A, V, B], 1),  # Users said different things after the same answer.
-        ([U, A], [U, A, V, B], 1),
         ([U, A, B], [U, A, C], 2),
         ([U, V], [U, A], 1),  # No assistant's turn in both: this pair is dropped.
-        ([A, B], [A, C], 1),
         ([U], [V], 0),
     ],
 )
@@ -187,21 +170,6 @@ def test_shared_turns(chosen, rejected, shared):
     """The prompt is all that both begin with, but an assistant's turn is next in both."""
     assert shared_turns(chosen, rejected, lambda name: True) == shared
     assert shared_turns(rejected, chosen, lambda name: True) == shared
-
-
-@pytest.mark.parametrize(
-    ("turns", "kept"),
-    [
-        ([turn("assistant", " "), SURE, turn("assistant", "")], False),
-        ([turn("assistant", " "), SURE, YES], True),
-        ([call("Rome"), WET, turn("assistant", "")], True),
-    ],
-)
-def test_blank(tmp_path, turns, kept):
-    """A response is blank if all turns of the assistant are, whatever others said."""
-    records = [{"prompt": [ASKED], "chosen": chosen, "rejected": [NO]} for chosen in (turns, [YES])]
-    pairs, _ = read(chat_model(tmp_path, PLAIN).chat_template(), tmp_path, *records)
-    assert len(pairs) == 1 + kept
 
 
 # Limits
@@ -213,9 +181,7 @@ def test_blank(tmp_path, turns, kept):
         (8, [*ids("bcdefg"), EOS], ((1, 3), (4, 5))),
         (7, ids("bcdefg"), ((1, 3), (4, 5))),
         (6, ids("bcde"), ((1, 3),)),  # Nothing of the assistant would follow f.
-        (5, ids("bcde"), ((1, 3),)),
         (4, ids("b"), ()),
-        (3, ids("b"), ()),
     ],
 )
 def test_cut(max_length, chosen, unscored):

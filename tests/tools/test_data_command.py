@@ -1,6 +1,5 @@
 """`python -m minidpo data` says what a run would say of its data, and writes what it would hold out."""
 
-import datetime
 import gzip
 import json
 
@@ -37,24 +36,19 @@ def test_of_a_run(config, capsys):
     assert "(max_length 40, max_prompt_length 9)" in report and report in said and "rejected, " in pair
 
 
-def test_first_pair(world, tmp_path, capsys):
-    """It shows the first pair, as it was cut, with its special tokens and where each text begins and ends."""
-    file = write(tmp_path / "a.jsonl", record("cat", chosen=" yes\n", rejected=" no" + " and" * 20))
-    data_command([str(file), "--model", str(world / "model"), "--max-length", "9"])
-    prompt, chosen, rejected = capsys.readouterr().out.splitlines()[-3:]
-    assert prompt.endswith(" tokens: '<s>cat'") and chosen.endswith(" tokens: ' yes\\n</s>'")
-    assert rejected.endswith(" tokens: ' no and and and and'")
-
-
 def test_every_file(world, tmp_path, capsys):
-    """It shows the first pair of each file, and of records with one response that response."""
-    files = [str(write(tmp_path / f"{name}.jsonl", record(name), record("x"))) for name in ("cat", "dog")]
-    data_command([*files, "--model", str(world / "model")])
-    out = capsys.readouterr().out
-    assert [line.split("'")[1] for line in out.splitlines() if "  prompt, " in line] == ["<s>cat", "<s>dog"]
+    """It shows the first pair of each file as it was cut, with special tokens, or its one response."""
+    long = record("dog", chosen=" yes\n", rejected=" no" + " and" * 20)
+    files = [str(write(tmp_path / f"{i}.jsonl", it, long)) for i, it in enumerate([record("cat"), long])]
+    data_command([*files, "--model", str(world / "model"), "--max-length", "9"])
+    lines = capsys.readouterr().out.splitlines()
+    shown = [line.partition(" tokens: ")[2] for line in lines if " tokens: " in line]
+    assert shown[::3] == ["'<s>cat'", "'<s>dog'"]
+    assert shown[4:] == [r"' yes\n</s>'", "' no and and and and and'"]
     data_command([str(write(tmp_path / "a.jsonl", SINGLE)), "--model", str(world / "model")])
     out = capsys.readouterr().out
-    assert "tokenized 1 responses, 1 kept" in out and out.endswith(" tokens: ' yes</s>'\n")
+    assert "tokenized 1 responses, 1 kept" in out and "the first response, records [0]" in out
+    assert out.endswith(" tokens: ' yes</s>'\n")
 
 
 def said(**turns: str) -> list[dict]:
@@ -65,6 +59,9 @@ SINGLE = {"prompt": "cat", "completion": " yes"}
 HH = {"chosen": "\n\nHuman: cat?\n\nAssistant: yes", "rejected": "\n\nHuman: cat?\n\nAssistant: no"}
 MINE = {"q": "cat", "good": "yes", "bad": "no", "by": 3}
 COLUMNS = "--column prompt=q --column chosen=good --column rejected=bad --column margin=by"
+BESIDE = {"system": "Be brief.", "tools": [{"name": "f"}]}
+IN_MESSAGES = {"prompt": said(system="Be brief.", user="cat"), "chosen": said(assistant="yes")}
+IN_MESSAGES |= {"rejected": said(assistant="no"), "margin": 3.0, "tools": [{"name": "f"}]}
 RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, text in enumerate("abc", 1)]}
 
 
@@ -75,19 +72,12 @@ RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, 
         (HH, "", [{"prompt": "\n\nHuman: cat?\n\nAssistant:", "chosen": " yes", "rejected": " no"}]),
         (SINGLE, "", [SINGLE]),
         (SINGLE | {"label": "false"}, "", [SINGLE | {"label": False}]),
-        (MINE, COLUMNS, [{"prompt": "cat", "chosen": "yes", "rejected": "no", "margin": 3.0}]),
-        (
-            MINE | {"system": "Be brief.", "tools": [{"name": "f"}]},
-            f"{COLUMNS} --text template --template chatml",
-            [
-                {"prompt": said(system="Be brief.", user="cat"), "chosen": said(assistant="yes")}
-                | {"rejected": said(assistant="no"), "margin": 3.0, "tools": [{"name": "f"}]}
-            ],
-        ),
+        (MINE, COLUMNS, [record("cat", chosen="yes", rejected="no", margin=3.0)]),
+        (MINE | BESIDE, f"{COLUMNS} --text template --template chatml", [IN_MESSAGES]),
         (
             RANKED,
             "--pairs-per-prompt all --min-margin 2",
-            [{"prompt": "cat", "chosen": "a", "rejected": "c", "margin": 2.0}],
+            [record("cat", chosen="a", rejected="c", margin=2.0)],
         ),
     ],
 )
@@ -110,6 +100,10 @@ def test_out_refused(world, tmp_path):
         (["--column", "question"], "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
         (["--column", "question=q"], "--column question=q: give NAME=KEY"),
         (["--limit", "-1"], "data: limit is -1; it must be >= 0"),
+        (
+            ["--held-out=a"],
+            "goes with the configuration of the run .*: python -m minidpo data RUN.toml --data",
+        ),
     ):
         with pytest.raises(UserError, match=says):
             data_command([file, "--model", str(world / "model"), *options])
@@ -129,34 +123,17 @@ def test_held_out(config, world, tokenizer, tmp_path):
     assert len(expected) == 16 and len(set(held_out.file)) == 2
 
 
-def test_held_out_of_parquet(config, tmp_path):
-    """Records of a table are held out as lines of JSON, whatever other columns they have."""
-    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    when = datetime.datetime(2026, 11, 26)
-    rows = [record(f"a dog {i}", time=when, note=None, votes=[1, None]) for i in range(9)]
-    (tmp_path / "data").mkdir()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data" / "a.parquet")
-    arguments = config(data__train=f'["{tmp_path}/data"]', data__eval_pairs=2)
-    with pytest.raises(UserError, match="--held-out .*: is read here, or in a directory"):
-        data_command([*arguments, "--held-out", f"{tmp_path}/data/held_out.jsonl"])
-    data_command([*arguments, "--held-out", f"{tmp_path}/held_out.jsonl"])
-    expected = [record(f"a dog {i}", time="2026-11-26T00:00:00", votes=[1, None]) for i in range(9)]
-    held_out = read(tmp_path / "held_out.jsonl")
-    assert len(held_out) == 2 and all(row in expected for row in held_out)
-
-
 @pytest.mark.parametrize(
     ("option", "says"),
     [
         ("--held-out={tmp}/nowhere/a.jsonl", "--held-out .*: a file in a directory that exists is needed"),
         ("--held-out={tmp}/./texts.jsonl", "--held-out .*texts.jsonl: is read here"),
-        ("--held-out={tmp}/a.jsonl", "records of HH dialogues .* and prompt, chosen, rejected; a file keeps"),
         ("--loss.margn=1", r"no key loss.margn; \[loss\] .*has lm_weight"),  # a reward model's configuration
         ("--data.max_length=4000", "texts of up to 4000 tokens .*, but the model takes"),
     ],
 )
 def test_refused(config, world, tmp_path, option, says):
-    """No file of the data is overwritten, and none is written where records have two shapes."""
+    """No file of the data is overwritten, and what a run would refuse is refused."""
     texts = write(tmp_path / "texts.jsonl", *(record(f"a dog {i}") for i in range(30)))
     files = f'["{world / "pairs.jsonl.gz"}", "{texts}"]'
     arguments = config(data__train=files, data__eval_pairs=20, loss__lm_weight=0.5)
