@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> None:
     run = Run(config)  # device and processes, the directory run.out, its log, checkpoints and stop signal
 
     # --------------------------------------------------------------------------------------------------------
-    # Data: the token ids of every pair, and the order in which steps draw them. The order is drawn
-    # from the seed alone, whatever happened before, so a resumed run goes on with the pairs that were due.
+    # Data: the token ids of every pair, and the order in which steps draw them. The order depends on the seed
+    # alone, so a resumed run goes on with the pairs that the interrupted one would have drawn next.
     tokenizer = Tokenizer.from_pretrained(config.model.path)
     train, held_out = load_run_pairs(config, tokenizer)
     # Tokens of each pair in a packed row, (n,): micro-batches are cut by tokens and not by pairs.
@@ -49,15 +49,17 @@ def main(arguments: list[str]) -> None:
     total_steps = len(order)
 
     # --------------------------------------------------------------------------------------------------------
-    # Policy and reference start with the same weights, unless reference.path is set. The reference is frozen,
-    # so its log-probs are computed once, before training, and become a column of the data. With lora.rank > 0
-    # only adapters are trained (minidpo/model/lora.py), and the reference is the policy with them off.
+    # Policy and reference start with the same weights, unless reference.path is set. With lora.rank > 0 only
+    # adapters are trained (minidpo/model/lora.py). run.prepare adds them, shards the model over processes and
+    # compiles its layers.
     policy = load_model(config.model.path, device=run.device, prepare=run.prepare)
     optimizer = adamw(policy, optim)
     step = run.resume(policy, optimizer, tokenizer, train, held_out, total_steps)  # 0, or the last one saved
     if step == total_steps:
         return run.finish(step, policy, optimizer)
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
+    # The reference is frozen: its log-probs are computed once, for all pairs that some step draws, and become a
+    # column of the data. It is read from disk, after a resume too; with adapters it is `policy` without them.
     if loss.needs_reference:
         train, held_out = with_reference_logps(config, run, train, order.drawn(), held_out, policy)
     # KTO's z0; the other losses have none.
@@ -88,14 +90,13 @@ def main(arguments: list[str]) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # KTO only: a pass without gradients over responses to other prompts. Their mean log-ratio over
-            # the whole batch is a constant of this step's loss, so it has to be there before the first
-            # micro-batch.
+            # KTO only: a pass without gradients over mismatched prompts and responses. Their mean log-ratio
+            # over the whole batch is a constant of the loss, so it is computed before the first micro-batch.
             z0 = reference_point.of_step(policy, step) if reference_point else None
 
             # Forward and backward pass, one micro-batch after the other. backward() adds to the gradients,
             # and each micro-batch divides by the size of the whole batch. So the sum is the gradient of the
-            # batch's mean loss, however the batch is cut. Several processes add up their gradients.
+            # batch's mean loss, however the batch is cut. With several processes, backward() sums theirs.
             batch, totals = order[step], Means()  # batch: the numbers of the pairs that this step draws
             for indices in run.micro_batches(train_token_counts, batch):
                 logps = pair_logps(policy, train, indices, loss, run.device, run.dtype, z0)
@@ -106,7 +107,7 @@ def main(arguments: list[str]) -> None:
             metrics = totals.means()
 
             # Clip, check, update. The norm that is logged is the one before clipping. A NaN must not reach
-            # the weights, where no later step could remove it.
+            # the weights, where no later step could remove it; the error names the records of the batch.
             norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)  # 0: no clipping
             grad_norm = full_tensor(norm).item()  # With one process, full_tensor changes nothing.
             run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))

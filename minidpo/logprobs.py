@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Logits are computed in chunks of this many bytes at most. Each chunk costs a product and a sum as large as
-# the output matrix, so that fewer and larger ones are faster, where there is memory for them.
+# Logits are computed in chunks of this many bytes at most. In the backward pass each chunk adds a matrix as
+# large as the output matrix to its gradient, so fewer and larger chunks are faster where memory allows.
 CHUNK_BYTES = {"cuda": 2**30, "cpu": 2**28}
-# Of a chunk so many logits at a time are turned to float32: on a CPU 8 MiB, which stay in its cache; on a
-# GPU 256 MiB, because few large calls are faster there.
+# Within a chunk, this many logits at a time are converted to float32: on a CPU 8 MiB, which stay in its
+# cache; on a GPU 256 MiB, because few large calls are faster there.
 FLOAT32_LOGITS = {"cuda": 2**26, "cpu": 2**21}
 
 
 def sequence_logps(logits: Tensor, tokens: Tensor, response_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: summed log-probs of the scored tokens of each row, and how many there are.
+    """The definition, for tests: summed log-probs of the scored tokens of each row, and their number.
 
         sums[r] = sum over t with response_mask[r, t] of log softmax(logits[r, t-1])[tokens[r, t]]
 
@@ -69,7 +69,7 @@ def token_logps(
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     most = chunk_size or tokens_per_chunk(len(output_weight), hidden.dtype, hidden.device.type)
     # Chunks of equal size: the logits of the last one are kept for the backward pass, which computes those of
-    # the others again. The larger the last chunk is, the more this saves.
+    # the others again. The larger the last chunk, the more this saves.
     chunks = max(1, ceil(len(hidden) / most))
     return _ChunkedTokenLogps.apply(hidden, output_weight, targets, max(1, ceil(len(hidden) / chunks)))
 
@@ -113,9 +113,9 @@ class _ChunkedTokenLogps(torch.autograd.Function):
         weight = output_weight.to(hidden.dtype)
         for h, chunk_targets in zip(hidden.split(chunk_size), targets.split(chunk_size), strict=True):
             logits = h @ weight.T  # (chunk, V)
-            of_rows = _compiled(_logps_of) if logits.is_cuda else _logps_of
+            logps_of = _compiled(_logps_of) if logits.is_cuda else _logps_of
             for rows in _few_rows(logits):
-                rows_logps, rows_normalizers = of_rows(logits[rows], chunk_targets[rows, None])
+                rows_logps, rows_normalizers = logps_of(logits[rows], chunk_targets[rows, None])
                 logps.append(rows_logps)
                 normalizers.append(rows_normalizers)
         # Keep one number per token instead of V: softmax = exp(logits - normalizer). The logits of the last
@@ -160,9 +160,9 @@ class _ChunkedTokenLogps(torch.autograd.Function):
 
 def _logps_of(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """logits (rows, V), targets (rows, 1) -> log-probs of the targets, and normalizers: (rows,) each."""
-    few = at_least_float32(logits)
-    normalizers = few.logsumexp(dim=-1)
-    return few.gather(-1, targets).squeeze(-1) - normalizers, normalizers
+    logits = at_least_float32(logits)
+    normalizers = logits.logsumexp(dim=-1)
+    return logits.gather(-1, targets).squeeze(-1) - normalizers, normalizers
 
 
 def _to_gradient(logits: Tensor, normalizers: Tensor, targets: Tensor, grads: Tensor) -> None:

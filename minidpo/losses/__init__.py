@@ -1,5 +1,5 @@
-"""The losses. Start with preference.py, then log_ratios.py, whose first is DPO. reward.py has the reward
-model's loss, inputs.py the tensors that losses read."""
+"""The losses. Start with preference.py, then log_ratios.py, where DPO is. reward.py has the reward model's
+loss, inputs.py the tensors that losses read."""
 
 from minidpo.losses.inputs import PairLogps, Rewards
 from minidpo.losses.kto import KTO

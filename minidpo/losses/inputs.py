@@ -16,7 +16,7 @@ class _PairFields(NamedTuple):
     # |y|: how many tokens were summed, integers >= 1.
     chosen_length: Tensor | None = None
     rejected_length: Tensor | None = None
-    # What single losses read besides.
+    # What only some losses read.
     # By how much the chosen response is better, according to the record. The margin of a loss is another one,
     # r(x, y_w) - r(x, y_l), and so is a target margin, a setting by which that one must be larger (gamma).
     margin: Tensor | None = None

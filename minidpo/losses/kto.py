@@ -18,10 +18,11 @@ class KTO(PreferenceLoss):
         z = beta (g - z0), lambda = lambda_d    of a desirable response
         z = beta (z0 - g), lambda = lambda_u    of an undesirable one
 
-    z0, the reference point, estimates KL(pi || pi_ref): the mean log-ratio of *mismatched* responses, each
-    that of the record before in the batch, and 0 if that is negative. It is a number that the loss is given
-    (logps.z0): training/reference_point.py computes it, over the whole batch and without gradient. A loss of
-    lambda / 2 means that a response's log-ratio equals z0, as at the start. A pair is read as two records.
+    z0, the reference point, estimates KL(pi || pi_ref): each prompt of the batch is paired with the response
+    of the record before it (*mismatched*), and z0 is the mean log-ratio of these, or 0 if that is negative.
+    The loss is given this number (logps.z0): training/reference_point.py computes it, over the whole batch
+    and without gradient. A loss of lambda / 2 means that a response's log-ratio equals z0, as at the start. A
+    pair is read as two records.
 
     `chosen` is here the one response of a record, whatever its label.
     """
@@ -39,6 +40,7 @@ class KTO(PreferenceLoss):
         return self.beta * (logps.chosen - given("ref_chosen", logps.ref_chosen))
 
     def z(self, logps: PairLogps) -> Tensor:
+        # Both labels in one batch: an undesirable response gains by falling below z0.
         gain = self.reward(logps) - self.beta * given("z0", logps.z0)
         return torch.where(given("label", logps.label), gain, -gain)
 
@@ -49,11 +51,12 @@ class KTO(PreferenceLoss):
     def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Metric]:
         """rewards/chosen is the mean over desirable responses alone, rewards/rejected over the others."""
         label, reward = given("label", logps.label), self.reward(logps)
+        # A pair of a tensor and a mask is averaged where the mask is true.
         return {
             "loss": losses,
             "rewards/chosen": (reward, label),
             "rewards/rejected": (reward, ~label),
-            # On the side of z0 on which its label wants it. Strictly: at the start none is.
+            # Whether the log-ratio is above z0 (desirable) or below it (undesirable): at the start neither.
             "accuracy": self.z(logps) > 0,
             "z0": given("z0", logps.z0),
             "logps/chosen": logps.chosen,

@@ -33,8 +33,8 @@ class DPO(LogRatioLoss):
 
     At the start policy and reference are equal, so z = 0 and the loss is ln 2 = 0.6931. The loss depends only
     on the difference, so both log-probs may fall while it improves: watch logps/chosen. With label_smoothing
-    it is conservative DPO (Mitchell 2023). With margin_from_data it is ODPO (Amini et al. 2024): z loses
-    the record's margin, so that a response that is much better must become much likelier.
+    it is conservative DPO (Mitchell 2023). With margin_from_data it is ODPO (Amini et al. 2024): the record's
+    margin is subtracted from z, so that a response that is much better must become much likelier.
     """
 
     name, trl, saturates, z_is_logit = "dpo", "sigmoid", True, True
@@ -43,7 +43,7 @@ class DPO(LogRatioLoss):
     label_smoothing: float = setting(0.0, "assumed share of swapped labels", smoothing)
     length_normalize: bool = setting(False, "log-ratios per token instead of summed")
     margin_from_data: bool = setting(
-        False, "take each record's margin (or score_chosen - score_rejected) from z"
+        False, "subtract each record's margin (or score_chosen - score_rejected) from z"
     )
 
     def z(self, logps: PairLogps) -> Tensor:
@@ -72,8 +72,8 @@ class IPO(LogRatioLoss):
     length_normalize: bool = setting(False, "log-ratios per token instead of summed")
 
     def z(self, logps: PairLogps) -> Tensor:
-        # h. In the paper's equation beta is in the target and not in front of the log-ratios. It defines no
-        # reward; those of DPO are what is logged, so that they compare.
+        # h. In the paper's equation beta is in the target and not in front of the log-ratios. The paper
+        # defines no reward. DPO's rewards are logged, so that runs of both losses can be compared.
         chosen, rejected = logps.log_ratios(per_token=self.length_normalize)
         return chosen - rejected
 
@@ -98,6 +98,7 @@ class RobustDPO(LogRatioLoss):
     flip_rate: float = setting(0.1, "share of swapped labels", smoothing)
 
     def preference(self, logps: PairLogps) -> Tensor:
+        # Unbiased under swapped labels: (1-e) times this plus e times the same of -z is -log sigma(z).
         z, e = self.z(logps), self.flip_rate
         return ((1 - e) * logistic(z) - e * logistic(-z)) / (1 - 2 * e)
 
@@ -109,7 +110,7 @@ class Hinge(LogRatioLoss):
         loss = max(0, 1 - z),    z as in DPO
 
     A pair whose margin has reached 1 has loss and gradient 0. SLiC itself compares log-probs without a
-    reference. RSO calls beta gamma.
+    reference. RSO writes gamma for beta.
     """
 
     name, trl, saturates = "hinge", "hinge", True

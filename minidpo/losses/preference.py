@@ -48,9 +48,9 @@ class PreferenceLoss:
     also prints the first line of the docstring, and the equation, which is the docstring's second paragraph.
     """
 
-    # How it is called in a configuration, and its equation and gradient weight in short. The gradient weight
-    # is minus the derivative, -d loss / d log pi(y_w|x), at the default settings: how hard y_w is pushed up.
-    # For y_l its sign changes and |y| is |y_l|.
+    # Its name in a configuration, and its equation and gradient weight in short. The gradient weight is minus
+    # the derivative, -d loss / d log pi(y_w|x), at the default settings: how hard y_w is pushed up. That of y_l
+    # has the other sign, and |y_l| for |y|.
     name = equation = gradient = ""
     # What it reads of a pair.
     needs_reference = False
@@ -61,7 +61,7 @@ class PreferenceLoss:
     # What its values mean.
     unit = "nats"
     z_is_logit = False  # whether sigma(z) is the modelled probability that y_w is preferred (Bradley & Terry)
-    saturates = False  # whether its gradient vanishes for large z (without label smoothing)
+    saturates = False  # whether the share of pairs with almost no gradient (SATURATED) is logged
     # How others train with it.
     trl = ""  # its loss_type in TRL, for bench and the parity tests; empty if TRL has none
     usual_lr = (5e-7, 1e-5)  # lowest and highest published for models of a billion parameters and more
@@ -110,7 +110,8 @@ class PreferenceLoss:
         # Leaves of their own, so that no gradient flows on into the model.
         read = [logps.chosen, given("rejected", logps.rejected)] if self.responses == 2 else [logps.chosen]
         leaves = [value.detach().requires_grad_() for value in read]
-        # Each loss depends on its own pair alone, so the gradient of the sum holds all B gradients.
+        # The other fields follow as they are. Each loss depends on its own pair alone, so the gradient of the
+        # sum holds all B gradients.
         losses = self(PairLogps(*leaves, *logps[self.responses :]))
         return tuple(-gradient for gradient in torch.autograd.grad(losses.sum(), leaves))
 

@@ -80,7 +80,7 @@ class BradleyTerry:
             "preference_loss": self.preference(rewards),
             # Strictly greater: equal rewards are no win.
             "accuracy": chosen > rejected,
-            "margin": chosen - rejected,
+            "margin": chosen - rejected,  # The difference of rewards, not the target margin.
             # Only the centring term keeps this one from drifting.
             "mean_reward": (chosen + rejected) / 2,
         }

@@ -9,8 +9,8 @@ from minidpo.losses.inputs import PairLogps, given
 from minidpo.losses.preference import Metric, PairLoss, PreferenceLoss, logistic
 from minidpo.settings import not_negative, positive, setting, smoothing
 
-# The probability of one token is never closer to 1 than this: at 1 the odds would be infinite. It is the
-# smallest normal float32, so every other log-prob is taken as it is.
+# -log P is taken to be at least this, because at P = 1 the odds would be infinite. It is the smallest normal
+# float32, so it changes no log-prob but 0 (and subnormal ones).
 LEAST_DISTANCE = torch.finfo(torch.float32).tiny
 
 
@@ -53,10 +53,10 @@ class ORPO(PairLoss):
         loss = -sft_weight log P(y_w|x) - lambda_or log sigma(z),    z = log odds(y_w) - log odds(y_l)
         log P(y|x) = log pi(y|x) / |y|,    odds = P / (1 - P)
 
-    P is the geometric mean of the probabilities of a response's tokens, so odds lie between those of a token.
-    There is no reference and no SFT run before: the first term, whose weight in the paper is 1, is that run.
-    With sums in place of means 1 - P would be 1 and z a difference of sums (docs/derivation.md has the
-    numbers).
+    P is the geometric mean of the probabilities of a response's tokens, so its odds lie between those of its
+    least and its most likely token. There is no reference and no SFT run before: the first term, whose weight
+    in the paper is 1, takes its place. With sums in place of means, 1 - P would be 1, and z a difference of
+    sums (docs/derivation.md has the numbers).
     """
 
     name, usual_lr, z_is_logit = "orpo", (1e-6, 1e-5), True

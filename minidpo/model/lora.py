@@ -43,10 +43,12 @@ class LoRALinear(FrozenLinear):
     def __init__(self, linear: nn.Linear, rank: int, scale: float) -> None:
         super().__init__(linear)
         (width_out, width_in), device = linear.weight.shape, linear.weight.device
+        # Adapters in float32 even if W is bf16: a bf16 weight would round most updates of AdamW away.
         dtype = torch.promote_types(linear.weight.dtype, torch.float32)
         self.scale, self.on = scale, True
         self.lora_A = nn.Parameter(torch.empty(rank, width_in, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(width_out, rank, dtype=dtype, device=device))
+        # On the meta device there are no numbers yet; the checkpoint's are loaded later.
         if not self.weight.is_meta:
             self.lora_A.data.copy_(fresh_adapter("lora_A", self.lora_A))
             self.lora_B.data.copy_(fresh_adapter("lora_B", self.lora_B))
@@ -81,6 +83,7 @@ def add_adapters(model: Transformer, lora: LoRASection) -> None:
             part.requires_grad_(False)
             if lora.base_dtype == "bf16":
                 part.to(torch.bfloat16)
+    # Replace each linear layer of the decoder; those that are not adapted stay frozen.
     scale = lora.alpha / (lora.rank**0.5 if lora.rank_scaled else lora.rank)
     for name, linear in linears.items():
         parent, _, kind = name.rpartition(".")

@@ -28,6 +28,7 @@ def response_logps(model: Transformer, batch: PackedBatch, hidden: Tensor | None
     padded rows."""
     # log pi(y|x) = sum over t of log pi(y_t | x, y_<t). Scored tokens lie response after response: (S,).
     logps = response_token_logps(model, batch, hidden)
-    # In this order: prompt 0's responses, prompt 1's, ... So the sums, one after the other, are (P, scored).
+    # The responses lie in the order of prompts: those of prompt 0, of prompt 1, ... So their sums reshape to
+    # (P, scored).
     lengths = batch.lengths[:, : batch.scored_responses]
     return sum_by_response(logps, lengths.flatten()).view(lengths.shape)

@@ -16,6 +16,7 @@ def rotary_frequencies(
     size: int, theta: float, scaling: "RopeScaling | None", device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """theta^(-2i/D) for i < D/2: radians per position, (D/2,); `size` is D."""
+    # The first coordinates turn by one radian per position, the last ones by nearly 1 / theta.
     exponents = torch.arange(0, size, 2, device=device, dtype=dtype) / size
     frequencies = 1.0 / theta**exponents
     return frequencies if scaling is None else scaling.stretch(frequencies, theta)
@@ -79,9 +80,11 @@ class Llama3Rope(RopeScaling):
     original_max_position_embeddings: int
 
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        # How often each pair of coordinates turns around over the whole original context
         turns = self.original_max_position_embeddings * frequencies / (2 * torch.pi)
         keep = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        keep = keep.clamp(0, 1)  # the share of the frequency that is kept
+        # The share of the frequency that is kept: linear between the two limits.
+        keep = keep.clamp(0, 1)
         return keep * frequencies + (1 - keep) * frequencies / self.factor
 
 
@@ -104,6 +107,7 @@ class YarnRope(RopeScaling):
             radians_per_position = 2 * math.pi * turns / self.original_max_position_embeddings
             return -size * math.log(radians_per_position) / (2 * math.log(theta))
 
+        # Whole indices at both ends of the ramp, as in the authors' code
         first = max(math.floor(index(self.beta_fast)), 0)
         last = min(math.ceil(index(self.beta_slow)), size - 1)
         indices = torch.arange(len(frequencies), device=frequencies.device, dtype=frequencies.dtype)

@@ -68,8 +68,8 @@ def table(world: World) -> list[Row]:
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m minidpo exact",
-        description="Train with each loss that has an optimum to be reached (not KTO, APO-zero and hinge), in"
-        " a world small enough to list; compare with the derivation.",
+        description="Train with each loss that has an optimum with gradient 0 (`verify NAME` says why one has"
+        " none), in a world small enough to list; compare with the derivation.",
     )
     draws = "draws the reference, the rewards and the sampler"
     parser.add_argument("--seed", type=int, default=0, help=draws)

@@ -41,7 +41,7 @@ def pair_logps(
             # Without them the loss would compare with nothing, which is another loss.
             raise ValueError(f"{loss.name} compares with a reference, and the pairs have no ref_logps")
         reference = columns(to_device(torch.from_numpy(pairs.ref_logps[indices]), device))
-    return PairLogps(
+    return PairLogps(  # The first six by position: log-probs, those of the reference, lengths.
         *columns(logps),
         *reference,
         *columns(batch.lengths),

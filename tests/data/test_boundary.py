@@ -1,4 +1,4 @@
-"""Where prompt and response meet, and what limits leave: what was meant is scored, and cuts are counted."""
+"""Prompt and response are tokenized apart, the response's tokens are scored, and limits cut and count."""
 
 import weakref
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_boundary(core, texts, expected):
 @pytest.mark.parametrize(
     ("single", "last"), [("$A </s>", "</s>"), ("<s> $A </s>", "</s>"), ("<s> $A j", "j")]
 )
-def test_tokens_behind(single, last):
+def test_post_processor(single, last):
     """A post-processor that ends every text with EOS, or another token, ends neither prompt nor response."""
     core = bpe([("b", "c")])
     special = [("<s>", BOS), (last, core.token_to_id(last))]

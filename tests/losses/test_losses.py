@@ -14,7 +14,7 @@ from minidpo.verify.report import HOLDS, NOT_ASKED, verify
 
 EVERY = every_loss()
 each_loss = pytest.mark.parametrize("loss", EVERY.values(), ids=EVERY)
-NEVER = {"beta": [0.0, -0.1], "label_smoothing": [-0.1, 0.5, 1.0], "flip_rate": [0.5]}
+OUT_OF_RANGE = {"beta": [0.0, -0.1], "label_smoothing": [-0.1, 0.5, 1.0], "flip_rate": [0.5]}
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -32,6 +32,7 @@ def test_described(loss):
     claims = claims_of(loss)
     assert {name for settings, _, _ in claims.points for name in settings} == set(vars(loss()))
     assert claims.points and claims.optimum and claims.twin and claims.gradient
+    # The optimum is a text (the reason why there is none), or a function, with settings to check it at.
     assert isinstance(claims.optimum, str) != bool(claims.optima)
     assert loss.equation and loss.__doc__ and (loss.name not in LOSSES or LOSSES[loss.name] is loss)
 
@@ -60,6 +61,6 @@ def test_gradient_weights(loss):
 def test_settings(loss):
     """A number out of its range is refused in words that name it, its value and what it must be."""
     for name in (name for name, value in vars(loss()).items() if isinstance(value, float)):
-        for value in (*NEVER.get(name, [-1.0]), math.inf, math.nan):
+        for value in (*OUT_OF_RANGE.get(name, [-1.0]), math.inf, math.nan):
             with pytest.raises(ValueError, match=f"{name} is {value}; it must be "):
                 loss(**{name: value})

@@ -21,7 +21,7 @@ processes.set_forkserver_preload(["pytest", "train_dpo", "train_rm"])
 
 
 def half_done(out: Path, process: int | str = "*") -> bool:
-    """Whether something stands in `out` that a process (any) was about to rename."""
+    """Whether `out` holds what a process (by default any) has written or moved aside and not finished."""
     return any(path for kind in ("tmp", "old") for path in out.rglob(f".*.{process}.{kind}"))
 
 
@@ -44,7 +44,7 @@ def test_random_kills(script, config, tmp_path):
         return [line | {"tokens_per_s": 0} for line in metrics(out)]
 
     whole = tmp_path / "whole"
-    run(whole)  # and the server
+    run(whole)  # This starts the server too, so that its start is not timed below.
     began = time.monotonic()
     run(tmp_path / "timed")
     duration = time.monotonic() - began

@@ -47,7 +47,7 @@ def pair(world):
 
 
 def test_sums_of_score(world, explained, text, pair, tmp_path):
-    """The sums are those of `score`: of a pair alone to the last bit, among others to the last digit."""
+    """The sums are those of `score`: bit for bit if the file has one pair, up to rounding if it has more."""
     one = ["--data", str(write(tmp_path / "one.jsonl", GOOD)), "--reference", str(world / "other")]
     for data, index, tolerance in ((one, 0, 0), ([*pair[:2], *pair[4:]], 7, 5e-5)):
         out = tmp_path / "scores.jsonl"

@@ -1,4 +1,4 @@
-"""In a world small enough to list, each loss that has an optimum to be reached leads to it."""
+"""In a world whose responses can be listed, each loss that has an optimum with gradient 0 leads to it."""
 
 import math
 from dataclasses import replace
