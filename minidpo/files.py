@@ -145,6 +145,8 @@ def require_model_file(directory: Path, name: str, hint: str = "") -> Path:
         hint = ADAPTER
     elif (directory / "final" / name).is_file():  # the directory of a run
         hint += f"; {directory / 'final'} is one"
+    elif directory.name == "final" and (saved := directory.parent / "checkpoints").is_dir():
+        hint = f"the run is not finished: its command goes on with it; {saved} has what it has saved so far"
     elif hub := hub_name(directory):
         download = f"hf download {hub} --local-dir models/{directory.name}"
         hint += f"; if it is a model of the Hugging Face hub, download it first: {download}"

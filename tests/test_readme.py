@@ -3,17 +3,15 @@ code."""
 
 import gzip
 import importlib
-import json
 import math
 import re
 import shlex
 import shutil
 import sys
-from contextlib import nullcontext
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -26,6 +24,7 @@ from minidpo.tools.exact import table
 from minidpo.tools.verify import main as verify_command
 from minidpo.training import advice
 from minidpo.verify.exact_world import make_world
+from runs import metrics
 
 ROOT = Path(__file__).parents[1]
 FILES = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
@@ -43,9 +42,7 @@ def blocks(text: str, language: str) -> list[str]:
 # The pages whose commands are run, in the order in which a reader would.
 GUIDES = ("README.md", "running.md", "lesson.md")
 # Not run here: installing and downloading, and what has tests of its own.
-ELSEWHERE = (
-    r"pip install|hf download|pytest -n 2|torchrun|python -m minidpo (demo|exact|verify|frontier|bench)"
-)
+ELSEWHERE = r"pip|hf download|pytest -n 2|torchrun|python -m minidpo (demo|exact|verify|frontier|bench)"
 TEXTS = " --data.max_length=64 --data.max_prompt_length=40 --data.eval_pairs=8"
 STEPS = " --optim.max_steps=2 --optim.warmup_steps=0 --optim.micro_tokens=256 --run.device=cpu"
 # Added to a command so that it takes seconds. A later --section.key=value overrides an earlier one.
@@ -90,16 +87,14 @@ def test_commands(world, tmp_path, monkeypatch):
     for line in commands.splitlines():
         if line and not re.match(ELSEWHERE, line) and (find_spec("matplotlib") or " plot " not in line):
             run(line)
-    for file in ("final/model.safetensors", "config.toml", "samples/step-2.jsonl"):
-        assert Path("runs/hh_dpo", file).is_file()
-    assert Path("best_of_8.jsonl").is_file() and Path("scores.jsonl").is_file()
-    first = json.loads(Path("runs/hh_dpo/metrics.jsonl").read_text().splitlines()[0])
-    assert first["eval/loss"] == pytest.approx(math.log(2))
+    promised = ("config.toml", "final/model.safetensors", "samples/step-2.jsonl")
+    for file in ("best_of_8.jsonl", "scores.jsonl", *(f"runs/hh_dpo/{name}" for name in promised)):
+        assert Path(file).is_file()
+    # The first losses that README and lesson expect.
+    first = {"hh_dpo": math.log(2), "lesson/one_step": math.log(2), "lesson/ipo": 25.0, "lesson/kto": 0.625}
+    for name, loss in first.items():
+        assert metrics(Path("runs", name))[0]["eval/loss"] == pytest.approx(loss, rel=1e-6)
     assert "loss is **0.6931** = ln 2" in README
-    # The first losses that the lesson expects.
-    for name, loss in (("one_step", math.log(2)), ("ipo", 25.0), ("kto", 0.625)):
-        metrics = Path("runs/lesson", name, "metrics.jsonl").read_text().splitlines()
-        assert json.loads(metrics[0])["eval/loss"] == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("command", sorted(COMMANDS))
@@ -121,9 +116,8 @@ assert len(EQUATIONS) == 14
 def test_equations(equation, code):
     """An equation of docs/methods.md and the code beside it have the same value."""
     torch.manual_seed(0)
-    names = {
-        name: -9 * torch.rand(5, dtype=torch.float64) for name in "pi_w pi_l ref_w ref_l r_w r_l".split()
-    }
+    drawn = -9 * torch.rand(6, 5, dtype=torch.float64)
+    names: dict = dict(zip("pi_w pi_l ref_w ref_l r_w r_l".split(), drawn, strict=True))
     names |= {"n_w": torch.arange(3, 8), "n_l": torch.arange(9, 4, -1), "beta": 0.3, "gamma": 0.7, "e": 0.1}
     names |= {"weight": 0.4, "z0": torch.full((5,), 0.2, dtype=torch.float64)}
     for y in "wl":
@@ -179,25 +173,18 @@ def test_own_claims(tmp_path, monkeypatch, capsys):
 
 def test_recipes(tmp_path, monkeypatch):
     """The recipes for Weights & Biases and TensorBoard send every number of metrics.jsonl, at its step."""
-    sent, shown = [], []
-    fake = SimpleNamespace(
-        init=lambda **options: sent.append(options),
-        log=lambda values, step: sent.append((step, values)),
-        finish=lambda: sent.append("end"),
-    )
-    writer = nullcontext(SimpleNamespace(add_scalar=lambda *point: shown.append(point)))
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setitem(
-        sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=lambda run: writer)
-    )
+    wandb, tensorboard = MagicMock(), MagicMock()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", tensorboard)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/loss": 0.7}\n{"step": 1, "loss": 0.6}\n')
     names: dict = {}
     exec("".join(blocks(PAGES["final.md"], "python")), names)
     names["send"](str(tmp_path))
-    start = {"project": "minidpo", "name": str(tmp_path)}
-    assert sent == [start, (0, {"eval/loss": 0.7}), (1, {"loss": 0.6}), "end"]
+    logged = [call.log({"eval/loss": 0.7}, step=0), call.log({"loss": 0.6}, step=1)]
+    assert wandb.mock_calls == [call.init(project="minidpo", name=str(tmp_path)), *logged, call.finish()]
     names["show"](str(tmp_path))
-    assert shown == [("eval/loss", 0.7, 0), ("loss", 0.6, 1)]
+    writer = tensorboard.SummaryWriter(str(tmp_path)).__enter__()
+    assert writer.add_scalar.mock_calls == [call("eval/loss", 0.7, 0), call("loss", 0.6, 1)]
 
 
 # --- names and numbers --------------------------------------------------------------------------------------
@@ -208,10 +195,8 @@ def test_paths(page):
     """Every path that a page names exists."""
     named = set(re.findall(r"(?<![\w/])(?:minidpo|tests|configs|docs)/[\w./-]*\w", PAGES[page]))
     named |= set(re.findall(r"\]\((?!http)([^)#]+)[^)]*\)", PAGES[page]))
-    assert named
-    assert [
-        path for path in named if not (ROOT / path).exists() and not (ROOT / "docs" / path).exists()
-    ] == []
+    missing = [path for path in named if not any((ROOT / folder / path).exists() for folder in ("", "docs"))]
+    assert named and not missing
 
 
 def test_runs():

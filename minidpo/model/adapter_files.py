@@ -58,6 +58,8 @@ def adapter_settings(directory: Path) -> LoRASection:
     """What adapter_config.json says, also PEFT's. Raises UserError for what is not known here, unless it has
     tensors of its own, which `load_adapter` refuses."""
     hint = "an adapter is needed, such as the final/adapter of a run with lora.rank"
+    for inside in ("adapter", "final/adapter"):
+        hint += f"; {directory / inside} is one" * (directory / inside / CONFIG).is_file()
     fields = read_object(file := require_file(directory / CONFIG, hint))
     rank, alpha, targets = (fields.get(name) or 0 for name in ("r", "lora_alpha", "target_modules"))
     numbers = type(rank) is int and rank > 0 and isinstance(alpha, int | float)

@@ -57,7 +57,9 @@ def require_reward_model(directory: Path) -> None:
     """Raises UserError unless the directory holds the weights of a reward model, judging by their names."""
     read_config(directory)
     if "score.weight" not in tensor_files(directory):
-        hint = "a reward model is needed, such as the final/ of a run of train_rm.py"
+        hint = (
+            "a reward model is needed, such as the final/ of a run of train_rm.py (score: give it as --model)"
+        )
         raise UserError(f"{directory}: no score.weight among its tensors: a language model; {hint}")
 
 
@@ -155,7 +157,7 @@ def _load(
     unused = {HEAD} if model.lm_head is None else set()
     extra = {name for name in files if not name.endswith("rotary_emb.inv_freq")} - expected.keys() - unused
     if extra:
-        hint = "it is a reward model's, or config.json is another model's"
+        hint = "it is a reward model's (score: --reward-model), or config.json is another model's"
         raise UserError(f"{directory}: tensor {min(extra)!r} has no place in this model; {hint}")
     tensors = dict(read_tensors(directory, expected, device))
     if other_name:

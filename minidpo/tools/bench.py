@@ -37,9 +37,8 @@ from minidpo.tools.bench_steps import (
     make_case,
     matmul_peak,
     seconds,
-    settings_of_device,
 )
-from minidpo.tools.bench_trl import MODES, require_trl, train_trl
+from minidpo.tools.bench_trl import NAMES, require_trl, train_trl
 from minidpo.training.device import choose_device, describe
 
 RM = "rm"  # the name of train_rm.py's loss on the command line
@@ -52,24 +51,20 @@ def main(arguments: list[str]) -> None:
     options = parse(arguments)
     with tempfile.TemporaryDirectory() as temporary:
         config = config_of(options, Path(temporary))
+        optim, passes = config.optim, options.their_passes
         if config.loss.needs_z0 or config.loss.margin_from_data:
             raise UserError(f"bench has neither z0 nor margins, which {config.loss} reads")
-        if options.against in MODES:
-            require_trl(options.against, config.loss)
+        if options.against in NAMES:
+            require_trl(config.loss)
         elif options.against and config.loss != DPO(beta=getattr(config.loss, "beta", 0.1)):
             raise UserError(
                 f"--against textbook: minidpo/textbook.py has plain DPO alone, and this is {config.loss}"
             )
-        if options.their_passes < 1 or config.optim.batch_size % options.their_passes:
-            given, pairs = options.their_passes, config.optim.batch_size
-            raise UserError(f"--their-passes {given} must divide the {pairs} pairs of a step")
+        if passes < 1 or optim.batch_size % passes:
+            raise UserError(f"--their-passes {passes} must divide the {optim.batch_size} pairs of a step")
         case = make_case(options, config, Path(temporary))
-        result = {
-            "model": options.shape or config.model.path,
-            "loss": str(config.loss),
-            "steps": options.steps,
-        }
-        result |= {name: vars(config.optim)[name] for name in ("batch_size", "micro_tokens")}
+        result = {"model": options.shape or config.model.path, "loss": str(config.loss)}
+        result |= {"steps": options.steps, "batch_size": optim.batch_size, "micro_tokens": optim.micro_tokens}
         result |= {"device": describe(case.device, config.run), "torch": torch.__version__}
         result |= measure(case, options.against)
     show(result)
@@ -91,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         "--loss", choices=(*(n for n in LOSSES if not LOSSES[n].needs_z0), RM), help=f"default {DPO.name}"
     )
     parser.add_argument("--steps", type=int, default=10, help="steps measured (default 10)")
-    parser.add_argument("--against", choices=("textbook", *MODES), help="another's steps in turn with ours")
+    parser.add_argument("--against", choices=("textbook", *NAMES), help="another's steps in turn with ours")
     parser.add_argument(
         "--their-passes", type=int, default=1, help="TRL: passes of a step whose pairs do not fit at once"
     )
@@ -130,7 +125,7 @@ def measure(case: Case, opponent: str | None = None) -> dict[str, Any]:
     times, batches, peaks = take_steps(case, opponent)
     torch.cuda.empty_cache()  # The processes that measure memory share the GPU.
     theirs, own = np.array(times[1:]).T  # The first step warms up.
-    tokens = case.pairs.token_counts(case.responses)[np.concatenate(batches[1:])]
+    tokens = case.pairs.token_counts(case.config.loss.responses)[np.concatenate(batches[1:])]
     flops = np.array([necessary_flops(case, batch) for batch in batches[1:]])
     result: dict[str, Any] = {
         "step_seconds": spread(own),
@@ -145,12 +140,8 @@ def measure(case: Case, opponent: str | None = None) -> dict[str, Any]:
         result["utilisation_of_data_sheet"] = spread(flops / own / on_paper)
     result["peak_mib"] = peak_mib(case, "ours")
     if opponent:
-        result |= {
-            "against": opponent,
-            "their_step_seconds": spread(theirs),
-            "time_ratio": spread(theirs / own),
-        }
-        result["their_peak_mib"] = peak_mib(case, opponent)
+        result |= {"against": opponent, "their_step_seconds": spread(theirs)}
+        result |= {"time_ratio": spread(theirs / own), "their_peak_mib": peak_mib(case, opponent)}
         result["memory_ratio"] = result["their_peak_mib"] / result["peak_mib"]
     return result
 
@@ -165,8 +156,8 @@ def take_steps(case: Case, opponent: str | None) -> tuple[list[tuple[float, floa
         return seconds(step, batch, case.device)
 
     batches = [case.batches()[0], *case.batches()]
-    if opponent in MODES:
-        times, batches = train_trl(opponent, case, len(batches), ours)
+    if opponent in NAMES:
+        times, batches = train_trl(case, len(batches), ours)
     elif opponent:
         textbook = TextbookStep(case)
         times = [(seconds(textbook, batch, case.device), ours(batch)) for batch in batches]
@@ -192,10 +183,11 @@ def peak_mib(case: Case, who: str) -> float:
 
 def _peak_mib(case: Case, who: str) -> float:
     """Allocated by PyTorch on CUDA, resident elsewhere."""
-    choose_device(*settings_of_device(case.config.run))
+    run = case.config.run
+    choose_device(run.device, run.threads, run.dtype, run.attention)
     batches = case.batches()[:4]
-    if who in MODES:
-        train_trl(who, case, len(batches))
+    if who in NAMES:
+        train_trl(case, len(batches))
     else:
         step = Step(case) if who == "ours" else TextbookStep(case)
         for batch in batches:
@@ -217,7 +209,8 @@ def necessary_flops(case: Case, rows: np.ndarray) -> int:
     rectangles of queries and keys, although half of each is masked. What backward computes a second time
     (logits in chunks, activation checkpointing) does not count.
     """
-    batch = pack(case.pairs, rows, case.responses, scored=0 if case.rewards else case.responses)
+    count = case.config.loss.responses
+    batch = pack(case.pairs, rows, count, scored=0 if case.rewards else count)
     config = read_config(case.directory)
     with torch.device("meta"):  # shapes without memory
         layers = Transformer(config).model.layers

@@ -19,7 +19,7 @@ from minidpo.data import PairTokens, Tokenizer, load_pairs, micro_batches, requi
 from minidpo.errors import UserError
 from minidpo.losses import BradleyTerry
 from minidpo.model import ModelConfig, Transformer, pretrained, read_config
-from minidpo.sections import DPOConfig, RewardConfig, RunSection
+from minidpo.sections import DPOConfig, RewardConfig
 from minidpo.textbook import dpo_step, pad
 from minidpo.training.device import autocast, choose_device, compiles_layers
 from minidpo.training.optim import adamw
@@ -54,11 +54,6 @@ class Case:
     def rewards(self) -> bool:
         return isinstance(self.config.loss, BradleyTerry)
 
-    @property
-    def responses(self) -> int:
-        """How many responses of each pair the loss reads."""
-        return self.config.loss.responses
-
     def batches(self) -> list[np.ndarray]:
         """Row numbers of the pairs of each step."""
         return np.split(np.arange(len(self.pairs)), len(self.pairs) // self.config.optim.batch_size)
@@ -71,7 +66,8 @@ class Case:
 
 def make_case(options: Namespace, config: DPOConfig | RewardConfig, temporary: Path) -> Case:
     """Model and pairs as files and arrays, from which several steps and processes can start."""
-    device = choose_device(*settings_of_device(config.run))
+    run = config.run
+    device = choose_device(run.device, run.threads, run.dtype, run.attention)
     directory, count = Path(config.model.path), options.steps * config.optim.batch_size
     torch.manual_seed(0)
     if options.shape:
@@ -82,7 +78,7 @@ def make_case(options: Namespace, config: DPOConfig | RewardConfig, temporary: P
     if options.data or options.config:
         tokenizer = Tokenizer.from_pretrained(directory)
         require_fit("model", read_config(directory), tokenizer, config.data.max_length)
-        pairs, _ = load_pairs(config.data, tokenizer, config.run.seed)
+        pairs, _ = load_pairs(config.data, tokenizer, run.seed)
     else:
         pairs = random_pairs(read_config(directory), count)
     if len(pairs) < count:
@@ -109,11 +105,6 @@ def random_pairs(config: ModelConfig, count: int) -> PairTokens:
     return PairTokens.from_responses([ids(length) for length in prompts[:, 0]], both)
 
 
-def settings_of_device(run: RunSection) -> tuple[str, int, str, str]:
-    """The arguments of `choose_device`."""
-    return run.device, run.threads, run.dtype, run.attention
-
-
 class Step:
     """One optimizer step over a batch of pairs, as train_dpo.py and train_rm.py take it."""
 
@@ -125,7 +116,7 @@ class Step:
         if compiles_layers(run.compile, case.device):
             self.model.compile_layers()
         self.optimizer = adamw(self.model, optim)
-        self.token_counts = case.pairs.token_counts(case.responses)  # that each pair lays out
+        self.token_counts = case.pairs.token_counts(case.config.loss.responses)  # that each pair lays out
         if case.config.loss.needs_reference:
             logps = all_logps(self.model, case.pairs, optim.micro_tokens, case.device, run.dtype)
             self.pairs = replace(case.pairs, ref_logps=logps)

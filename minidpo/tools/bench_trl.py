@@ -1,13 +1,9 @@
-"""`bench --against trl`: TRL's own trainers on the same weights and the same pairs, in turn with our step.
+"""`bench --against trl:best`: TRL's own trainers on the same weights and pairs, in turn with our step.
 
 What is timed is TRL's own training loop (`trainer.train()`), from `on_step_begin` to `on_step_end`: forward,
 backward, clipping and AdamW, but not its collation, which happens before. Ours then takes the same pairs.
-
-    trl:best      reference precomputed, no gradient checkpointing, batches grouped by length. padding_free is
-                  switched off inside TRL 1.16, and Liger's kernels need a GPU. Its output layer
-                  (trl/kernels/chunked_logprob.py) is tiled in any case; on CPU it covers every position.
-    trl:fused     trl:best, and its output layer covers scored positions only, as it does on CUDA: we tell
-                  `trl.trainer.utils` that there is a Triton device, and leave the tiles themselves in torch
+Its settings are the fastest: reference precomputed, no gradient checkpointing, batches grouped by length.
+padding_free is switched off inside TRL 1.16, and Liger's kernels need a GPU.
 """
 
 import os
@@ -24,13 +20,13 @@ from minidpo.errors import UserError
 from minidpo.losses import BradleyTerry, PreferenceLoss
 from minidpo.tools.bench_steps import PAD, Case, now
 
-MODES = ("trl", "trl:best", "trl:fused")  # trl is trl:best
+NAMES = ("trl", "trl:best")  # one thing, of the command line
 
 
-def require_trl(mode: str, loss: PreferenceLoss | BradleyTerry) -> None:
+def require_trl(loss: PreferenceLoss | BradleyTerry) -> None:
     """Raises UserError where TRL is not installed or has no trainer of this loss."""
     if not isinstance(loss, BradleyTerry) and not loss.needs_reference:
-        raise UserError(f"--against {mode}: --loss {loss.name} has no counterpart in TRL's DPOTrainer")
+        raise UserError(f"--against trl: --loss {loss.name} has no counterpart in TRL's DPOTrainer")
     os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
     try:
         import trl  # noqa: F401
@@ -38,7 +34,7 @@ def require_trl(mode: str, loss: PreferenceLoss | BradleyTerry) -> None:
         raise UserError("--against trl needs the extra `peers`: pip install -e '.[peers]'") from None
 
 
-def make_trainer(mode: str, case: Case, out: Path, steps: int):
+def make_trainer(case: Case, out: Path, steps: int):
     """A TRL trainer of `steps` steps; what it writes goes to `out`."""
     import datasets
     import transformers
@@ -57,8 +53,6 @@ def make_trainer(mode: str, case: Case, out: Path, steps: int):
     settings |= dict(report_to="none", disable_tqdm=True, save_strategy="no", logging_strategy="no")
     settings |= dict(remove_unused_columns=False)  # keeps "row" and "length"
     settings |= dict(gradient_checkpointing=False, train_sampling_strategy="group_by_length")
-    if mode == "trl:fused":
-        trl.trainer.utils._use_triton = lambda device: True
     base: Any = trl.RewardTrainer if case.rewards else trl.DPOTrainer
     config = trl.RewardConfig if case.rewards else trl.DPOConfig
     if not case.rewards:
@@ -79,22 +73,16 @@ def make_trainer(mode: str, case: Case, out: Path, steps: int):
             prompt, chosen, rejected = [], prompt + chosen, prompt + rejected
         ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
         rows.append({"row": row, "length": len(prompt) + max(len(chosen), len(rejected))} | ids)
-    args = config(**settings)
-    trainer = Trainer(
-        model=str(case.directory),
-        args=args,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
-    )
+    rows, args = datasets.Dataset.from_list(rows), config(**settings)
+    trainer = Trainer(str(case.directory), args=args, train_dataset=rows, processing_class=tokenizer)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
 
 def train_trl(
-    mode: str, case: Case, steps: int, ours: Callable[[np.ndarray], float] = lambda batch: 0.0
+    case: Case, steps: int, ours: Callable[[np.ndarray], float] = lambda batch: 0.0
 ) -> tuple[list[tuple[float, float]], list[np.ndarray]]:
     """Seconds of each step, TRL's and what `ours(the same pairs)` returns, and the rows of those pairs."""
-    require_trl(mode, case.config.loss)
     from transformers import TrainerCallback
 
     times: list[tuple[float, float]] = []
@@ -115,7 +103,7 @@ def train_trl(
             times.append((theirs, ours(batches[-1])))
 
     with tempfile.TemporaryDirectory() as out:
-        trainer = make_trainer(mode, case, Path(out), steps)
+        trainer = make_trainer(case, Path(out), steps)
         collate, trainer.data_collator = trainer.data_collator, remember
         trainer.add_callback(Turns())
         trainer.train()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minidpo.data import Message, Prompt
+from minidpo.data import Prompt
 from minidpo.errors import UserError
 from minidpo.files import write_json_lines
 from minidpo.log import print0
@@ -42,13 +42,13 @@ def best_and_worst(samples: Sequence[Sample]) -> tuple[Sample, Sample] | None:
 
 def write_samples(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
     """One JSON line per sample. prompt_index is the record's number in its file, prompt text or messages."""
-    rows: list[dict[str, Any]] = []
+    rows = []
     for samples in prompts:
-        for k, sample in enumerate(samples):
-            row: dict[str, Any] = {"prompt_index": sample.prompt.index, "sample": k}
-            row |= {"prompt": _prompt(sample), "text": sample.text, "ended": sample.ended}
-            if not math.isnan(sample.reward):
-                row |= {"reward": sample.reward, "best": sample is _best(samples)}
+        for k, (prompt, text, ended, reward) in enumerate(samples):
+            row: dict[str, Any] = {"prompt_index": prompt.index, "sample": k}
+            row |= {"prompt": prompt.messages or prompt.text, "text": text, "ended": ended}
+            if not math.isnan(reward):
+                row |= {"reward": reward, "best": samples[k] is _best(samples)}
             rows.append(row)
     write_json_lines(path, rows)
     print0(f"{len(rows)} samples written to {path}")
@@ -61,15 +61,15 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
         raise UserError(f"--pairs-out {path}: no prompt has two samples of different reward; raise --n")
     rows = []
     for pair in pairs:
-        row: dict[str, Any] = {"prompt": _prompt(pair[0])}
-        others = dict(pair[0].prompt.given)
+        prompt, others = pair[0].prompt, dict(pair[0].prompt.given)
+        row: dict[str, Any] = {"prompt": prompt.messages or prompt.text}
         if tools := others.pop("tools", None):
             row["tools"] = tools
         if others:
             row["chat_template_kwargs"] = others
         for name, sample in zip(("chosen", "rejected"), pair, strict=True):
             turn = [{"role": "assistant", "content": sample.text}]
-            row |= {name: turn if sample.prompt.messages else sample.text, f"score_{name}": sample.reward}
+            row |= {name: turn if prompt.messages else sample.text, f"score_{name}": sample.reward}
         rows.append(row)
     write_json_lines(path, rows)
     skipped = f"{len(prompts) - len(pairs)} prompts skipped, whose samples are all equal, tied or blank"
@@ -111,10 +111,6 @@ def _named(prompt: Prompt) -> str:
     """Its record's number in the file, and the end of what was asked."""
     asked = prompt.messages[-1].get("content") or "" if prompt.messages else prompt.text
     return f"prompt {prompt.index} ({'...' * (len(asked) > 60)}{asked[-60:]!r})"
-
-
-def _prompt(sample: Sample) -> str | list[Message]:
-    return sample.prompt.messages or sample.prompt.text
 
 
 def _best(samples: Sequence[Sample]) -> Sample:

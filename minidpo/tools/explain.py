@@ -1,15 +1,14 @@
 """`python -m minidpo explain`: one pair from tokens to loss, a table to check with a calculator.
 
-Printed are every token (of long texts the ends, unless --every-token is given) with its role and its
-log-prob under policy and reference, the sums, the log-ratios, and what the loss and its gradient make of
-them; then the same pair under every loss. The numbers are those of `score`, and of the first logged step of a
-run with batch_size 1, by the same functions. Nothing is truncated; where training did, that is said.
---html: as in `report`.
+Printed are every token (of long texts the ends) with its role and its log-prob under policy and reference,
+the sums, the log-ratios, and what the loss and its gradient make of them; then the same pair under every
+loss. The numbers are those of `score`, and of the first logged step of a run with batch_size 1. Nothing is
+truncated; where training did, that is said.
 """
 
 import argparse
 import json
-from dataclasses import Field, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from minidpo.data import (
     require_messages,
     shape_of,
     stop_if_glued,
-    tokenize_pairs,
 )
 from minidpo.data.report import PARTS
 from minidpo.errors import UserError
@@ -66,7 +64,9 @@ def main(arguments: list[str]) -> None:
         add(f"--{name}", metavar="TEXT", help="instead of --data (\\n is a line break)")
     default = "default: that of the run that made --model, else"
     add("--loss", choices=LOSSES, metavar="NAME", help=f"{', '.join(LOSSES)} ({default} {DPO.name})")
-    add_settings(add, _settings(), f"{default} the loss's own")
+    # Of all losses. Where several have a setting, the first one's text is shown.
+    settings = {name: key for loss in reversed(LOSSES.values()) for name, key in keys_of(loss).items()}
+    add_settings(add, settings, f"{default} the loss's own")
     add("--max-length", type=int, help="longest prompt + response (default: the model's)")
     add("--template", default="model", choices=TEMPLATES, help="how messages become text")
     add_reading_options(add)
@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
     if options.html:
         require_place("--html", options.html, options.data)
 
-    given = {name: value for name in _settings() if (value := getattr(options, name)) is not None}
+    given = {name: value for name in settings if (value := getattr(options, name)) is not None}
     if options.loss and LOSSES[options.loss].needs_z0:
         why = "it compares with z0, a mean over a whole batch; one pair does not explain it"
         raise UserError(f"--loss {options.loss}: {why}")
@@ -121,11 +121,6 @@ def explain(options: argparse.Namespace, trained: Path, loss: PreferenceLoss) ->
     return numbers | given | {name: getattr(pair, name) for name in PARTS}
 
 
-def _settings() -> dict[str, Field]:
-    """The settings of all losses by name. Where several losses have a name, the first one's text is shown."""
-    return {name: key for loss in reversed(LOSSES.values()) for name, key in keys_of(loss).items()}
-
-
 def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: Tokenizer) -> PreferencePair:
     """The pair that --data and --index name, or that --prompt, --chosen and --rejected spell out."""
     place, record = _record(options)
@@ -163,10 +158,12 @@ def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tok
     config = read_config(Path(options.model))
     limit = config.max_length if options.max_length is None else options.max_length
     require_fit("model", config, tokenizer, limit)
-    whole = tokenize_pairs([pair], tokenizer, limit, whole=True)
-    pairs = PairTokens.from_pairs(whole)
+    pairs = PairTokens.from_pairs(tokenizer.encode_pairs([pair]))
+    if not pairs.lengths[0, 0]:
+        raise UserError("the prompt has no token, so nothing predicts the first token of a response")
+    if (longest := int(pairs.lengths[0, 0] + pairs.lengths[0, 1:].max())) > limit:
+        remedy = "raise it" if longest <= config.max_length else "the model takes no longer one"
+        raise UserError(f"the pair has {longest} tokens, more than max_length = {limit}; {remedy}")
     if options.reference:
-        require_reference(
-            Path(options.reference), tokenizer, int(pairs.lengths[0, 0] + pairs.lengths[0, 1:].max())
-        )
+        require_reference(Path(options.reference), tokenizer, longest)
     return pairs

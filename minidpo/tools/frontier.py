@@ -21,9 +21,8 @@ from minidpo.losses import DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO
 from minidpo.model import load_model, model_fingerprint
 from minidpo.settings import keys_of, toml
 from minidpo.tools.demo.command import OUT, REPOSITORY, fit_reference, from_sft, run_script
-from minidpo.tools.demo.samples import UnseenPrompts
+from minidpo.tools.demo.samples import Point, UnseenPrompts, best_of_reference, measure
 from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, require_matplotlib
-from minidpo.tools.frontier_points import Point, best_of_reference, measure
 
 
 class Scale(NamedTuple):
@@ -56,6 +55,7 @@ QUICK = Scale(
     best_samples=4,
     sizes={"sft_records": 300, "train_pairs": 64, "test_pairs": 16, "test_prompts": 8},
 )
+CONFIG = "configs/demo_{}.toml"
 NUMBERS = ("beta", "gamma", "lambda_or")
 # Where the numbers of a run stand beside its end, by the kind of its loss, in points.
 PLACES = ((0, -17), (0, 10), (14, -3), (-14, -3), (0, -26))
@@ -107,7 +107,7 @@ def measure_all(out: Path, world: Path, scale: Scale) -> dict[str, Any]:
     unseen, file = UnseenPrompts(world), out / "frontier.json"
     # What the numbers depend on; points of another reference, or of other settings, are measured again.
     settings = from_sft(world) | SAME_FOR_ALL | {"run.save_every": str(scale.every)}
-    configs = sorted({REPOSITORY / config_of(loss) for loss in scale.losses})
+    configs = sorted({REPOSITORY / CONFIG.format(loss.name) for loss in scale.losses})
     reference = model_fingerprint(from_sft(world)["model.path"])
     identity = fingerprint(reference, *unseen.prompts, repr((settings, scale)), *configs)
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -129,16 +129,12 @@ def measure_all(out: Path, world: Path, scale: Scale) -> dict[str, Any]:
     return found
 
 
-def config_of(loss: PreferenceLoss) -> str:
-    return f"configs/demo_{loss.name}.toml"
-
-
 def train(loss: PreferenceLoss, directory: Path, settings: dict[str, str]) -> dict[int, Path]:
     """Train with one loss by the ordinary script; returns its checkpoints by step."""
     of_loss = {f"loss.{name}": toml(getattr(loss, name)) for name in keys_of(loss)}
     if loss.unpaired:  # A pair is two of its records.
         of_loss["optim.batch_size"] = str(2 * int(SAME_FOR_ALL["optim.batch_size"]))
-    run_script("train_dpo.py", config_of(loss), settings | of_loss | {"run.out": str(directory)})
+    run_script("train_dpo.py", CONFIG.format(loss.name), settings | of_loss | {"run.out": str(directory)})
     paths = (directory / "checkpoints").glob("step-*")
     return dict(sorted((int(path.name.removeprefix("step-")), path) for path in paths))
 

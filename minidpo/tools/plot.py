@@ -93,7 +93,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
         raise UserError(f"{len(paths)} runs; at most {len(COLOURS)} can be told apart")
     names = [path.resolve().name for path in paths]
     names = names if len(set(names)) == len(names) else list(map(str, paths))
-    hint = "give directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ in it"
+    hint = "give directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ or a file in it"
     runs = []
     for path, name in zip(paths, names, strict=True):
         lines = read_metrics(file := require_file(path / "metrics.jsonl", hint))

@@ -76,8 +76,7 @@ def chosen_loss(
     """The loss of that name, or that of the run which made the model if it is usable, or DPO; and the file
     that its settings are from, None for the defaults. given: settings that take the place of those."""
     of_run = loss_of_run(model)
-    of_run = of_run if of_run and usable(of_run) else None
-    name = name or (of_run.name if of_run else DPO.name)
+    name = name or (of_run.name if of_run and usable(of_run) else DPO.name)
     begin: Any = of_run if of_run and of_run.name == name else LOSSES[name]()
     if foreign := given.keys() - keys_of(begin).keys():
         has = ", ".join(map(option_of, keys_of(begin))) or "no settings"

@@ -17,7 +17,7 @@ from minidpo.files import require_file, require_place
 from minidpo.log import Progress, print0
 from minidpo.model import Sampling, generate, load_model
 from minidpo.model.adapter_files import HELP, with_tokenizer
-from minidpo.sections import TEMPLATES, DataSection
+from minidpo.sections import TEMPLATES
 from minidpo.tools.best_of_n import Sample, show_all, show_best, write_pairs, write_samples
 from minidpo.tools.reading import add_reading_options, reading_section
 from minidpo.training.device import choose_device
@@ -113,7 +113,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
     if options.prompt == "":
         return [Prompt("")]  # The model begins after its BOS.
-    data = reading_section(options, options.adapter or options.model) if options.data else DataSection()
+    data = reading_section(options, options.adapter or options.model)
     prompts = []
     for index, (place, record) in enumerate(_records(options)):
         try:
@@ -154,12 +154,9 @@ def _that_fit(
     prompts: list[Prompt], new_tokens: int, limit: int, tokenizer: Tokenizer, scorer: RewardScorer | None
 ) -> list[Prompt]:
     """The prompts that leave room for `new_tokens` in the model, and with EOS in the reward model."""
-
-    def fits(prompt: Prompt) -> bool:
-        in_model = len(tokenizer.prompt_ids(prompt)) + new_tokens <= limit
-        return in_model and (scorer is None or scorer.room(prompt) > new_tokens)
-
-    fit = [prompt for prompt in prompts if fits(prompt)]
+    fit = [prompt for prompt in prompts if len(tokenizer.prompt_ids(prompt)) + new_tokens <= limit]
+    if scorer:
+        fit = [prompt for prompt in fit if scorer.room(prompt) > new_tokens]
     if not fit:
         too_long = f"no prompt leaves room for --max-new-tokens {new_tokens}: the model takes {limit} tokens"
         raise UserError(too_long + (f", the reward model {scorer.max_length}" if scorer else ""))

@@ -10,13 +10,13 @@ import pytest
 from minidpo.errors import UserError
 from minidpo.log import console_line
 from minidpo.losses import DPO, LOSSES
-from minidpo.model import save_model
 from minidpo.settings import positive, setting
 from minidpo.tools import explain as command
+from minidpo.tools.report_page import Markup, tag
 from minidpo.tools.score import main as score
+from page import SCRIPT, Page
 from record_files import GOOD, read, write
 from runs import run_dpo
-from tiny import tiny_model, write_tokenizer
 
 OF_ONE_PAIR = [name for name, loss in LOSSES.items() if not loss.needs_z0]
 TEXTS = ["--prompt", "\\n\\nHuman: a cat\\n\\nAssistant:", "--chosen", " yes", "--rejected", " no\\nno"]
@@ -77,17 +77,13 @@ def test_first_step(config, explained, text, tmp_path, name, world):
         assert re.search(rf" {number}[ \n]", table)
 
 
-def test_every_loss(explained, pair):
-    """The table has the pair under its own loss, and under every other one at its defaults."""
+def test_every_loss(explained, text, pair):
+    """The table has the pair under its own loss, and under every other one at its defaults. APO-zero and SFT
+    are functions of no difference z, so none is shown."""
     losses = explained(*pair, "--beta", "0.3")["losses"]
     assert [loss["name"] for loss in losses] == ["dpo", *OF_ONE_PAIR]
     assert [loss.get("beta") for loss in losses[:2]] == [0.3, 0.1]
-
-
-def test_no_z(explained, text, pair):
-    """APO-zero and SFT are functions of no difference z, so none is shown."""
-    losses = {loss["name"]: loss for loss in explained(*pair)["losses"]}
-    assert {name for name in losses if "argument" not in losses[name]} == {"apo_zero", "sft"}
+    assert {loss["name"] for loss in losses if "argument" not in loss} == {"apo_zero", "sft"}
     assert "z or h of" not in text(*pair, "--loss", "apo_zero")
 
 
@@ -95,24 +91,20 @@ def test_settings_of_a_run(config, explained, text, pair, tmp_path):
     """The settings are those of the run that made the model, unless others are given."""
     run_dpo(config(optim__max_steps=1), "--loss.beta=0.37", "--loss.label_smoothing=0.2")
     out = tmp_path / "out"
-    for model in ("checkpoints/step-1", "final"):
-        of_run = ["--model", str(out / model), *pair]
-        loss = explained(*of_run)["loss"]
-        assert (loss["name"], loss["beta"], loss["label_smoothing"]) == ("dpo", 0.37, 0.2)
-        assert f"as {out / 'config.toml'} says" in text(*of_run)
-        assert "training cuts" not in text(*of_run)
+    of_run = ["--model", str(out / "final"), *pair]
+    loss, table = explained(*of_run)["loss"], text(*of_run)
+    assert (loss["name"], loss["beta"], loss["label_smoothing"]) == ("dpo", 0.37, 0.2)
+    assert f"as {out / 'config.toml'} says" in table and "training cuts" not in table
     long = ["--prompt", " cat" * 41, "--chosen", " yes", "--rejected", " no"]
     limits = "data.max_length = 64, data.max_prompt_length = 40"
     assert f"(training cuts this pair: {limits})" in text("--model", str(out / "final"), *long)
-    assert explained(*of_run, "--beta", "0.5")["loss"]["beta"] == 0.5
-    assert explained(*of_run, "--loss", "ipo")["loss"]["beta"] == 0.1
-    assert explained(*pair)["loss"]["beta"] == 0.1
+    for others, beta in ((["--beta", "0.5"], 0.5), (["--loss", "ipo"], 0.1)):
+        assert explained(*of_run, *others)["loss"]["beta"] == beta
 
 
 def test_without_a_reference(explained, text, pair):
     """Every log-ratio is 0, and the output says so."""
     mine, itself = explained(*pair[:4]), "the policy itself (no --reference): every log-ratio is 0"
-    assert mine["reference"] is None
     assert {token["difference"] for token in mine["tokens"] if token["scored"]} == {0.0}
     assert mine["loss"]["loss"] == pytest.approx(math.log(2), abs=1e-7)
     assert itself in text(*pair[:4]) and itself not in text(*pair)
@@ -169,8 +161,7 @@ def test_own_loss(explained, text, pair, monkeypatch):
     loss, table = explained(*arguments)["loss"], text(*arguments)
     assert loss["loss"] == pytest.approx(loss["margin"] ** 2 / 2) and "sigmoid" not in loss
     assert loss["chosen_weight"] == pytest.approx(-0.3 * loss["margin"], rel=1e-6)
-    equation = "scale 2\nloss = z^2 / scale,    z as in DPO\nloss = "
-    assert f"squared: The margin, squared.\nbeta 0.3, {equation}" in table
+    assert "The margin, squared.\nbeta 0.3, scale 2\nloss = z^2 / scale,    z as in DPO\nloss = " in table
     assert "gradient weight = -2 beta z / scale\n" in table
 
 
@@ -178,48 +169,14 @@ def test_long_texts(explained, text):
     """Long texts are abbreviated unless all tokens are asked for, and lines fit 100 columns."""
     arguments = ["--prompt", "a cat " * 15, "--chosen", " and" * 48, "--rejected", " " + "no" * 45]
     mine, short, whole = explained(*arguments), text(*arguments), text(*arguments, "--every-token")
-    prompt = sum(not token["scored"] for token in mine["tokens"])
-    assert f" ... prompt   {prompt - 8} left out" in short and "left out" not in whole
-    for role in ("chosen", "rejected"):
-        left_out = mine[f"{role}_length"] - 40
-        assert left_out > 2 and f" ... {role:<8} {left_out} left out" in short
+    lengths = {"prompt": sum(not token["scored"] for token in mine["tokens"])}
+    lengths |= {role: mine[f"{role}_length"] for role in ("chosen", "rejected")}
+    for role, length in lengths.items():
+        assert f" ... {role:<8} {length - (8 if role == 'prompt' else 40)} left out" in short
+    assert "left out" not in whole
     assert set(short.splitlines()) - set(whole.splitlines()) == set(re.findall(r".* left out.*", short))
     for loss in OF_ONE_PAIR:
         assert not [line for line in text(*arguments, "--loss", loss).splitlines() if len(line) > 100]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ([], "give a pair either as --data"),
-        (["--data", "DATA", "--index", "1", "--prompt", "a"], "give a pair either as --data"),
-        (["--data", "DATA", "--index", "-1"], "K from 0 on"),
-        (["--data", "DATA", "--index", "40"], "has 40 records; the last is 39"),
-        (["--data", "nowhere.jsonl", "--index", "0"], "nowhere.jsonl: No such file"),
-        (["--data", "BAD", "--index", "0"], "bad.jsonl:1: no key 'rejected'"),
-        (["--data", "BAD", "--index", "1"], "bad.jsonl:3: nothing but blanks"),
-        ([*TEXTS, "--index", "0"], "all three and no --index"),
-        (["--prompt", "a", "--chosen", "b", "--rejected", " "], "nothing but blanks"),
-        ([*TEXTS, "--max-length", "5"], "max_length = 5"),
-        ([*TEXTS, "--max-length", "999"], "the model takes 256"),
-        ([*TEXTS, "--reference", "nowhere"], "nowhere"),
-        ([*TEXTS, "--reference", "FOREIGN"], "other ids than the model's"),
-        ([*TEXTS, "--beta", "0"], "dpo: beta is 0.0; it must be > 0"),
-        ([*TEXTS, "--loss", "kto"], "--loss kto: it compares with z0, a mean over a whole batch"),
-        ([*TEXTS, "--margin-from-data"], "reads the record's margin, and this pair has none"),
-        ([*TEXTS, "--gamma", "2"], "the loss dpo has no such setting; it has --beta, --label-smoothing"),
-        ([*TEXTS, "--loss", "sft", "--beta", "2"], "the loss sft has no such setting; it has no settings"),
-    ],
-)
-def test_refused(explained, world, tmp_path, arguments, says):
-    """What cannot be explained is refused in one line."""
-    places = {"DATA": world / "pairs.jsonl.gz", "FOREIGN": tmp_path}
-    places["BAD"] = write(tmp_path / "bad.jsonl", {"chosen": 1}, "", {**GOOD, "chosen": " "})
-    write_tokenizer(tmp_path, ["Human: a cat"], vocabulary=290)
-    save_model(tiny_model(vocab_size=300), tmp_path)
-    with pytest.raises(UserError, match=re.escape(says)) as error:
-        explained(*[str(places.get(argument, argument)) for argument in arguments])
-    assert "\n" not in str(error.value)
 
 
 def test_turns(explained, text, tmp_path):
@@ -232,8 +189,7 @@ def test_turns(explained, text, tmp_path):
     every = [token for token in mine["tokens"] if token["response"] == "chosen"]
     others = [token for token in every if token["role"] == "other"]
     assert "".join(token["text"] for token in others) == "\n\nHuman: no\n\nAssistant:"
-    for token in mine["tokens"]:
-        assert token["scored"] == (token["role"] not in ("other", "prompt")) == ("policy_logp" in token)
+    assert all(token["scored"] == ("policy_logp" in token) for token in mine["tokens"])
     scored = [token["policy_logp"] for token in every if token["scored"]]
     assert mine["chosen_length"] == len(scored) == len(every) - len(others)
     assert mine["chosen_logps"] == every[-1]["policy_sum"] == pytest.approx(sum(scored), rel=1e-5)
@@ -252,3 +208,51 @@ def test_one_response(explained, text, tmp_path):
     assert {loss["name"] for loss in mine["losses"]} == {"sft"}
     with pytest.raises(UserError, match="dpo compares 2 responses, and the record has 1; give --loss sft"):
         text(*one, "dpo")
+
+
+@pytest.fixture
+def typed(text, world, tmp_path):
+    """The page of `explain --html` for a typed pair."""
+
+    def written(chosen: str, prompt: str = "a cat") -> Page:
+        out, both = tmp_path / "pair.html", ["--prompt", prompt, "--chosen", chosen, "--rejected", " no"]
+        text(*both, "--reference", str(world / "other"), "--html", str(out))
+        return Page(out)
+
+    return written
+
+
+def test_equation(typed):
+    """The equation is shown with the numbers of the pair in it, and they give the loss."""
+    lines = re.findall(r"loss = (.*)", typed(" yes").text)
+    log_ratios = re.findall(r"0\.1 \[ \(?(-?[\d.]+)\)? - \(?(-?[\d.]+)\)? \]", lines[1])[0]
+    z = 0.1 * (float(log_ratios[0]) - float(log_ratios[1]))
+    assert lines[0].startswith("-log sigma(z),    z = beta [ log pi(y_w|x)/pi_ref(y_w|x)")
+    assert float(re.search(r"sigma\((-?[\d.]+)\)", lines[1])[1]) == pytest.approx(z, abs=1e-3)
+    assert float(lines[2].split()[0]) == pytest.approx(math.log1p(math.exp(-z)), abs=1e-3)
+
+
+def test_escaped(typed):
+    """A response that contains <script>, or a prompt, is shown as text."""
+    typed(f" {SCRIPT}").require_text(SCRIPT)
+    typed(" yes", prompt=f"Say {SCRIPT}").require_text(SCRIPT)
+    assert tag("p", "<", Markup("<b>"), title='"<') == '<p title="&quot;&lt;">&lt;<b></p>'
+
+
+# No letter of the first two is a token of the tests' tokenizer.
+@pytest.mark.parametrize("response", [" 👩‍👧 日本", " שלום עולם", " a\nb"])
+def test_characters(typed, response):
+    """A character that is several tokens is shown once, whole, with its last token; the others are dots."""
+    shown = typed(response)
+    spans = re.findall(r'<span title="[^>]*>([^<]*)</span>', shown.source)
+    ours = "".join(spans).partition("&lt;/s&gt;")[0].replace("·", "").replace("↵", "")
+    assert ours == response
+    assert [attributes["dir"] for name, attributes in shown.tags if "dir" in attributes] == ["auto"] * 3
+
+
+def test_long(typed, monkeypatch):
+    """Of a long text both ends are shown."""
+    monkeypatch.setattr("minidpo.tools.report_page.MOST", 40)
+    shown = typed(" yes" * 100 + " no")
+    assert len(shown.titles) < 50
+    assert " 62 left out " in shown.text  # 101 words and EOS, of which 40 are shown

@@ -5,25 +5,30 @@ import math
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 import train_dpo
-from minidpo.errors import UserError
 from minidpo.tools import frontier
 from minidpo.tools.demo import command as demo
-from minidpo.tools.frontier_points import best_reachable, over_prompts
+from minidpo.tools.demo.samples import best_reachable, measure
 
 RUNS = [frontier.run_name(loss) for loss in frontier.QUICK.losses]
 
 
-def test_standard_error():
+@pytest.mark.parametrize("samples", [1, 2])
+def test_standard_error(samples):
     """Two samples of one prompt that always agree are one observation, not two."""
-    once = np.array([[1.0, 2.0, 4.0, 5.0]])  # variance (4 + 1 + 1 + 4) / 3, of the mean a quarter
-    assert over_prompts(once) == pytest.approx((3.0, math.sqrt(10 / 3 / 4)))
-    assert over_prompts(once.repeat(2, axis=0)) == pytest.approx(over_prompts(once))
+    judged = [SimpleNamespace(reward=reward, length=3) for reward in (1.0, 2.0, 4.0, 5.0)]
+    drawn = SimpleNamespace(judgements=judged)
+    unseen: Any = SimpleNamespace(sample=lambda model, seed: drawn, kl=lambda model, one: np.ones(4))
+    point = measure(unseen, None, 7, samples)
+    # The variance is (4 + 1 + 1 + 4) / 3, that of the mean a quarter.
+    assert point == pytest.approx((7, 3.0, math.sqrt(10 / 3 / 4), 1.0, 0.0, 3.0))
 
 
 def test_best_reachable():
@@ -86,16 +91,6 @@ def test_figure_and_numbers(quick):
 
 
 @pytest.mark.slow
-def test_demo_judges(quick, capsys):
-    """`demo --judge` has a column for every run that started from its reference."""
-    demo.main(["--out", str(quick / "world"), "--judge", *(str(quick / name) for name in RUNS[:2])])
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["SFT", "DPO-0.1", "IPO-0.2"] in lines
-    (kl,) = (line[-3:] for line in lines if line[:4] == ["KL", "from", "the", "SFT"])
-    assert kl[0] == "0.0" and min(map(float, kl)) >= 0  # After four small steps, rounded, hardly more.
-
-
-@pytest.mark.slow
 def test_work_is_done_once(quick, monkeypatch):
     """Only what is missing, or was measured from another reference, is trained, and to the same points."""
     ran, file, command = run_here(monkeypatch), quick / "frontier.json", ["--quick", "--out", str(quick)]
@@ -112,19 +107,3 @@ def test_work_is_done_once(quick, monkeypatch):
     file.write_text(json.dumps(json.loads(before) | {"identity": "of another reference"}))
     frontier.main(command)
     assert len(ran) == len(RUNS) and file.read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        ("--quick --demo runs/demo", "leave out --demo"),
-        ("--demo {tmp}", "prompts.test.jsonl: no such file; .* the demo has written"),
-    ],
-)
-def test_refused(world, tmp_path, arguments, says):
-    """A demo beside --quick, and a directory that the demo has not written."""
-    pytest.importorskip("matplotlib")
-    (tmp_path / "sft").mkdir()
-    (tmp_path / "sft" / "final").symlink_to(world / "model")
-    with pytest.raises(UserError, match=says):
-        frontier.main([*arguments.format(tmp=tmp_path).split(), "--out", str(tmp_path / "out")])

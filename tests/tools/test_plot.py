@@ -55,19 +55,17 @@ def test_files(tmp_path, capsys):
     assert {p.name for p in run.iterdir()} == {"metrics.jsonl", "config.toml", "curves.png", "curves.svg"}
     assert f"wrote {run / 'curves'}.png" in capsys.readouterr().out
     command.main([str(run), "--out", str(tmp_path / "again")])
-    for kind, begin in (("png", b"\x89PNG"), ("svg", b"<?xml")):
-        content = (run / f"curves.{kind}").read_bytes()
-        assert content.startswith(begin) and content == (tmp_path / f"again.{kind}").read_bytes()
+    for kind in ("png", "svg"):
+        assert (run / f"curves.{kind}").read_bytes() == (tmp_path / f"again.{kind}").read_bytes()
 
 
 def test_curves(drawn, tmp_path):
     """The curves are the values in metrics.jsonl; chosen and rejected differ in colour, line and mark."""
     _, panels = drawn(write_run(tmp_path / "run"))
     training, held_out = panels["Margin of rewards, nats"].lines
-    assert held_out.get_xdata().tolist() == [0, 5, 10]
-    assert held_out.get_ydata().tolist() == pytest.approx([4, 4.05, 4.1])
-    assert training.get_xdata().tolist() == list(range(1, 11))
-    assert training.get_ydata().tolist() == pytest.approx([4 + s / 100 for s in range(1, 11)])
+    for line, steps in ((held_out, [0, 5, 10]), (training, range(1, 11))):
+        assert line.get_xdata().tolist() == list(steps)
+        assert line.get_ydata().tolist() == pytest.approx([4 + step / 100 for step in steps])
     assert training.get_linewidth() < held_out.get_linewidth() and training.get_marker() == "None"
     _, chosen, _, rejected = panels["Reward, nats"].lines
     for look in ("get_color", "get_linestyle", "get_marker"):
@@ -112,6 +110,7 @@ def test_keys(config, tmp_path):
 
 def test_compared(drawn, tmp_path):
     """Compared runs differ in colour and mark, and one legend names them."""
+    assert len(set(COLOURS)) == len(set(MARKS)) == len(MARKS) == 9
     runs = [write_run(tmp_path / name) for name in ("slow", "fast", "other/fast")]
     figure, panels = drawn(*runs, "--out", tmp_path / "all.png")
     assert (tmp_path / "all.png").exists() and (tmp_path / "all.svg").exists()
@@ -152,32 +151,6 @@ def test_name_with_a_dot():
     """A dot in a name stays, but for the suffixes of the two files."""
     assert png_and_svg("runs/dpo-0.1") == [Path("runs/dpo-0.1.png"), Path("runs/dpo-0.1.svg")]
     assert png_and_svg("a/b.svg") == png_and_svg("a/b.png") == png_and_svg(Path("a/b"))
-
-
-@pytest.mark.parametrize(
-    ("written", "says"),
-    [
-        (None, "no such file; give directories of runs"),
-        ('{"step": 1', "no step in it yet"),
-        ('{"step": 1, "other": 2}\n', "nothing that plot draws"),
-        ('{"step": 1, "loss": 1' + "0" * 400 + "}\n", "nothing that plot draws"),
-        ('{"step": 1}\n{"step": 2, "loss": 0.\n{"step": 3}\n', "metrics.jsonl:2: "),
-    ],
-)
-def test_no_metrics(tmp_path, written, says):
-    """A run without metrics, or with none that can be drawn, is one line."""
-    if written is not None:
-        (tmp_path / "metrics.jsonl").write_text(written)
-    with pytest.raises(UserError, match=says) as error:
-        command.main([str(tmp_path)])
-    assert "\n" not in str(error.value)
-
-
-def test_too_many_runs():
-    """More runs than colours are refused."""
-    assert len(set(COLOURS)) == len(set(MARKS)) == len(MARKS) == 9
-    with pytest.raises(UserError, match="10 runs; at most 9"):
-        command.main(["x"] * 10)
 
 
 @pytest.mark.parametrize(("main", "arguments"), [(command.main, []), (frontier.main, ["--quick", "--out"])])

@@ -13,13 +13,13 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from minidpo.data import read_preferences
-from minidpo.errors import STOPPED, UserError
+from minidpo.errors import STOPPED, UNREAD, UserError
 from minidpo.files import writing
 from minidpo.log import read_metrics
 from minidpo.model import load_model
@@ -28,12 +28,10 @@ from minidpo.tools.demo.samples import Samples, UnseenPrompts
 from minidpo.tools.demo.world import Judgement, ceiling_accuracy
 from minidpo.tools.report import main as write_page
 from minidpo.tools.tables import aligned
-from minidpo.training.advice import APART
 
 REPOSITORY = Path(__file__).resolve().parents[3]  # The scripts and configs lie there.
 OUT = Path("runs/demo")  # the directory that the configs name
 EXAMPLES = 3
-_said: set[str] = set()  # the lines that the scripts have printed: nobody reads the report of a file twice
 
 
 def main(arguments: list[str]) -> None:
@@ -58,9 +56,6 @@ def main(arguments: list[str]) -> None:
     write_page([*(f"{out}/{name}" for name in ("dpo", "rm", "sft")), "--out", f"{out}/report.html"])
     print(f"\n{time.monotonic() - started:.0f} s in all; everything lies in {out}.")
     print(f"See what changed, token by token: open {out}/report.html in a browser.")
-    if out == OUT:
-        print("Next: python train_dpo.py configs/demo_ipo.toml")
-        print("and:  python -m minidpo demo --judge runs/demo/dpo runs/demo/ipo")
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -74,8 +69,7 @@ def fit_reference(out: Path, seed: int, **sizes: int) -> None:
     if not (REPOSITORY / "configs").exists():
         raise UserError(f"{REPOSITORY / 'configs'} is missing; run this from a clone, after pip install -e .")
     seed_file = out / "seed"
-    if seed_file.exists() and seed_file.read_text().strip() != str(seed):
-        written = seed_file.read_text().strip()
+    if seed_file.exists() and (written := seed_file.read_text().strip()) != str(seed):
         raise UserError(
             f"--seed {seed}: {out} has the world of seed {written}; give another --out, or delete it"
         )
@@ -107,29 +101,15 @@ def run_script(script: str, config: str, settings: dict[str, str]) -> None:
     overrides = [f"--{key}={value}" for key, value in settings.items()]
     command = shlex.join(["python", script, config, *overrides])
     print(f"\n$ {command}", flush=True)
-    typed = [sys.executable, str(REPOSITORY / script), str(REPOSITORY / config), *overrides]
-    with subprocess.Popen(typed, stdout=subprocess.PIPE, text=True, errors="replace") as process:
-        try:
-            print_new_lines(process.stdout or ())
-        except KeyboardInterrupt:
-            # The script received Ctrl-C as well, and needs a moment to save.
-            print_new_lines(process.stdout or ())
-    status = process.returncode
-    if status == STOPPED:
-        sys.exit(STOPPED)
+    process = subprocess.Popen([sys.executable, REPOSITORY / script, REPOSITORY / config, *overrides])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        status = process.wait()  # The script received Ctrl-C as well, and needs a moment to save.
+    if status in (STOPPED, UNREAD):
+        sys.exit(status)
     if status:
         raise UserError(f"{command} ended with exit status {status}, see above")
-
-
-def print_new_lines(lines: Iterable[str]) -> None:
-    """Print `lines` but for those that were printed before, and the indented lines below such a one."""
-    known = False
-    for line in lines:
-        if not line.startswith("  "):
-            known = line in _said and not line.startswith(("step", "eval"))
-        if not known:
-            print(line, end="", flush=True)
-        _said.add(line)
 
 
 # --- what came of it ----------------------------------------------------------------------------------------
@@ -176,12 +156,6 @@ def compare(unseen: UnseenPrompts, runs: Sequence[Path]) -> list[Samples]:
     cells = [[label, *(f"{value:.1f}" for value in values)] for label, values in rows.items()]
     print(f"\nOn {len(unseen.prompts)} unseen prompts, one response sampled for each:\n")
     print(aligned([header, *cells]))
-    for run, kl in zip(runs, kls[1:], strict=True):
-        if apart := int((kl > APART).sum()):
-            print(
-                f"  {run}: {apart} of the responses are broken text (a KL of more than {APART:g} nats);"
-                " a lower optim.lr or a higher loss.beta prevents that"
-            )
     return samples
 
 

@@ -11,6 +11,7 @@ import torch
 from tokenizers import decoders, pre_tokenizers, trainers
 
 from minidpo.data import read_preferences
+from minidpo.files import write_json_lines
 from minidpo.model import ModelConfig, Transformer, save_model
 from minidpo.tools.demo.world import Question, sample_prompt, sample_record, split_questions
 
@@ -39,7 +40,8 @@ def write_world(
     train, test = split_questions(rng)
 
     def write_records(name: str, pool: list[Question], count: int, labelled: bool) -> None:
-        lines = json_lines(sample_record(rng, pool, train, labelled) for _ in range(count))
+        records = (sample_record(rng, pool, train, labelled) for _ in range(count))
+        lines = "".join(json.dumps(record) + "\n" for record in records)
         # mtime=0 keeps the time of writing out of the bytes.
         (directory / name).write_bytes(gzip.compress(lines.encode(), mtime=0))
 
@@ -49,11 +51,7 @@ def write_world(
     prompts: dict[str, None] = {}
     while len(prompts) < test_prompts:
         prompts[sample_prompt(rng, test, train)[0]] = None
-    (directory / "prompts.test.jsonl").write_text(json_lines({"prompt": prompt} for prompt in prompts))
-
-
-def json_lines(records: Iterable[dict[str, str]]) -> str:
-    return "".join(json.dumps(record) + "\n" for record in records)
+    write_json_lines(directory / "prompts.test.jsonl", ({"prompt": prompt} for prompt in prompts))
 
 
 def write_model(directory: Path, world: Path, seed: int = 0) -> None:
