@@ -38,8 +38,8 @@ def main(arguments: list[str]) -> None:
     run = Run(config)  # device and processes, the directory run.out, its log, checkpoints and stop signal
 
     # --------------------------------------------------------------------------------------------------------
-    # Data: the token ids of every pair, and the order in which steps draw them. The order depends on the seed
-    # alone, so a resumed run goes on with the pairs that the interrupted one would have drawn next.
+    # Data: the token ids of every pair, and the order in which steps draw them. It follows from PairOrder's
+    # arguments alone, so a resumed run goes on with the pairs that the interrupted one would have drawn next.
     tokenizer = Tokenizer.from_pretrained(config.model.path)
     train, held_out = load_run_pairs(config, tokenizer)
     # Tokens of each pair in a packed row, (n,): micro-batches are cut by tokens and not by pairs.
@@ -54,12 +54,12 @@ def main(arguments: list[str]) -> None:
     # compiles its layers.
     policy = load_model(config.model.path, device=run.device, prepare=run.prepare)
     optimizer = adamw(policy, optim)
-    step = run.resume(policy, optimizer, tokenizer, train, held_out, total_steps)  # 0, or the last one saved
+    step = run.resume(policy, optimizer, tokenizer, train, held_out, total_steps)  # 0, or the last step saved
     if step == total_steps:
         return run.finish(step, policy, optimizer)
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
-    # The reference is frozen: its log-probs are computed once, for all pairs that some step draws, and become a
-    # column of the data. It is read from disk, after a resume too; with adapters it is `policy` without them.
+    # The reference is frozen: its log-probs are computed once, for all pairs that are drawn or held out, and
+    # become a column of the data, kept in run.out. With adapters, it is by default `policy` without them.
     if loss.needs_reference:
         train, held_out = with_reference_logps(config, run, train, order.drawn(), held_out, policy)
     # KTO's z0; the other losses have none.
@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     # Training loop
     if step == 0:
         evaluate()
-    # In this block, Ctrl-C only asks the loop to stop after its step.
+    # In this block, Ctrl-C only asks the loop to stop after the current step.
     with run.stop_on_signals():
         while step < total_steps and not run.stop_requested():
             lr = learning_rate(step, total_steps, optim)
@@ -109,7 +109,7 @@ def main(arguments: list[str]) -> None:
             # Clip, check, update. The norm that is logged is the one before clipping. A NaN must not reach
             # the weights, where no later step could remove it; the error names the records of the batch.
             norm = clip_grad_norm_(policy.parameters(), optim.grad_clip or torch.inf)  # 0: no clipping
-            grad_norm = full_tensor(norm).item()  # With one process, full_tensor changes nothing.
+            grad_norm = full_tensor(norm).item()  # With several processes, full_tensor gathers it.
             run.require_finite(step + 1, metrics["loss"], grad_norm, train.select(batch))
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
 
     # --------------------------------------------------------------------------------------------------------
     # Data: the token ids of every pair, and the order in which steps draw them.
-    # rewards=True: chat messages are read to the end of the template's text, where the reward is read.
+    # rewards=True: a chat response keeps what the template writes after its EOS; r is read at its last token.
     tokenizer = Tokenizer.from_pretrained(config.model.path, rewards=True)
     train, held_out = load_run_pairs(config, tokenizer)
     # Tokens of each pair in a packed row, (n,): micro-batches are cut by tokens and not by pairs.

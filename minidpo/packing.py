@@ -26,7 +26,7 @@ BLOCK = 128  # FlexAttention's block size: rows on a GPU are whole blocks
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """One packed row. An index of this class is one into its `tokens`."""
+    """One packed row. All indices below are positions in its `tokens`."""
 
     tokens: Tensor  # (N,) int64
     position: Tensor  # (N,) place of a token in its own text, by which queries and keys are rotated
@@ -69,12 +69,12 @@ def pack(
     scored = responses if scored is None else scored
     if responses > pairs.responses:
         raise ValueError(f"{responses} responses of each prompt are needed, the data has {pairs.responses}")
-    # A row of bounds is (prompt start, prompt end = response 1 start, response 1 end, response 2 end, ...).
+    # Bounds as indices into pairs.ids: prompt start, prompt end = response 1 start, response 1 end, ...
     in_ids = (pairs.bounds if indices is None else pairs.bounds[indices])[:, : 2 + responses]
-    # A prompt and its responses are already neighbours in pairs.ids, so one slice holds them all.
+    # A prompt and its responses are neighbours in pairs.ids, so a slice holds them; ids[:0] if there is none.
     slices = [slice(start, end) for start, *_, end in in_ids.tolist()]
     tokens = np.concatenate([pairs.ids[:0], *(pairs.ids[its] for its in slices)])
-    # In the row, the prompts with their responses follow one another.
+    # The same as indices into the row, where one prompt with its responses follows another.
     totals = in_ids[:, -1] - in_ids[:, 0]  # (P,) tokens of each prompt with its responses
     bounds = in_ids - in_ids[:, :1] + (np.cumsum(totals) - totals)[:, None]  # (P, K + 2)
     sizes = np.diff(bounds, axis=1)  # (P, K + 1): tokens of each prompt and of its responses

@@ -1,7 +1,7 @@
 """DPO on one page: padded rows, all logits, two models. Nothing is made fast.
 
 train_dpo.py computes the same losses and gradients in less time and memory. README.md shows this file,
-tests/model/test_textbook.py compares the two, and `bench --against textbook` times them.
+tests/model/test_textbook.py compares the two, and `python -m minidpo bench --against textbook` times them.
 Dimensions: B pairs, R = 2B padded rows, T tokens per row, V vocabulary.
 """
 

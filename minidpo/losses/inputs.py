@@ -17,8 +17,8 @@ class _PairFields(NamedTuple):
     chosen_length: Tensor | None = None
     rejected_length: Tensor | None = None
     # What only some losses read.
-    # By how much the chosen response is better, according to the record. The margin of a loss is another one,
-    # r(x, y_w) - r(x, y_l), and so is a target margin, a setting by which that one must be larger (gamma).
+    # By how much the chosen response is better, according to the record. Two other numbers are called margin:
+    # that of a loss, r(x, y_w) - r(x, y_l), and the target margin (gamma), a setting that it should exceed.
     margin: Tensor | None = None
     label: Tensor | None = None  # bool: whether a single response is desirable (KTO)
     z0: Tensor | None = None  # the reference point, nats: one number, given for every pair (KTO)

@@ -18,11 +18,11 @@ class KTO(PreferenceLoss):
         z = beta (g - z0), lambda = lambda_d    of a desirable response
         z = beta (z0 - g), lambda = lambda_u    of an undesirable one
 
-    z0, the reference point, estimates KL(pi || pi_ref): each prompt of the batch is paired with the response
-    of the record before it (*mismatched*), and z0 is the mean log-ratio of these, or 0 if that is negative.
-    The loss is given this number (logps.z0): training/reference_point.py computes it, over the whole batch
-    and without gradient. A loss of lambda / 2 means that a response's log-ratio equals z0, as at the start. A
-    pair is read as two records.
+    z0, the reference point, says how much likelier than pi_ref the policy finds responses; in the paper it
+    estimates KL(pi || pi_ref). Each prompt of the batch is paired with the response of the record before it
+    (*mismatched*), and z0 is the mean log-ratio of these, or 0 if that is negative (computed in
+    training/reference_point.py, over the whole batch and without gradient). A loss of lambda / 2 means that a
+    response's log-ratio equals z0, as at the start. A pair is read as two records.
 
     `chosen` is here the one response of a record, whatever its label.
     """
@@ -51,7 +51,7 @@ class KTO(PreferenceLoss):
     def metrics(self, logps: PairLogps, losses: Tensor) -> dict[str, Metric]:
         """rewards/chosen is the mean over desirable responses alone, rewards/rejected over the others."""
         label, reward = given("label", logps.label), self.reward(logps)
-        # A pair of a tensor and a mask is averaged where the mask is true.
+        # (numbers, mask): the mean is over the responses where the mask is true.
         return {
             "loss": losses,
             "rewards/chosen": (reward, label),

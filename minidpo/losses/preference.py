@@ -1,5 +1,5 @@
-"""What every preference loss has. The losses themselves: log_ratios.py (DPO, IPO and others that compare with
-a reference), without_reference.py (SimPO, ORPO, SFT) and kto.py; __init__.py has their table, LOSSES.
+"""Base classes of the preference losses. The losses are in log_ratios.py (DPO, IPO and others that compare
+with a reference), without_reference.py (SimPO, ORPO, SFT) and kto.py; __init__.py has their table, LOSSES.
 
 Notation (paper symbol -> here), everything in nats:
     x, y_w, y_l          prompt, chosen response, rejected response
@@ -13,7 +13,7 @@ Calling it on the log-probs of B pairs returns B losses and not their mean: a ba
 of unequal size, so only the training loop can divide by the size of the whole batch.
 
 To add a loss of pairs, write a subclass of PairLoss with `rewards` and `preference`, put it into LOSSES in
-__init__.py, and write what you claim of it into minidpo/verify/claims/NAME.py, where the tests find it.
+__init__.py, and add minidpo/verify/claims/NAME.py, from which the tests take what to check (docs/verify.md).
 """
 
 from dataclasses import KW_ONLY, dataclass
@@ -42,20 +42,20 @@ def logistic(z: Tensor, label_smoothing: float = 0.0) -> Tensor:
 
 
 class PreferenceLoss:
-    """What every loss has. DPO, in log_ratios.py, is an example.
+    """Base class of every loss but the reward model's. DPO, in log_ratios.py, is an example.
 
     The class attributes say what training computes for the loss, and describe it to the commands. `explain`
-    also prints the first line of the docstring, and the equation, which is the docstring's second paragraph.
+    also prints the first two paragraphs of the docstring: what the loss is, and its equation in full.
     """
 
-    # Its name in a configuration, and its equation and gradient weight in short. The gradient weight is minus
-    # the derivative, -d loss / d log pi(y_w|x), at the default settings: how hard y_w is pushed up. That of y_l
-    # has the other sign, and |y_l| for |y|.
+    # Its name in a configuration, and its equation and gradient weight in short. The gradient weight of y_w,
+    # at the default settings, is -d loss / d log pi(y_w|x): how hard y_w is pushed up. That of y_l is
+    # the same formula with the opposite sign and with the |y|, r and P of y_l.
     name = equation = gradient = ""
     # What it reads of a pair.
     needs_reference = False
     responses = 2  # 1: only the chosen response
-    margin_from_data = False  # whether it reads the record's margin; a setting where a loss can do either
+    margin_from_data = False  # whether it reads the record's margin; a setting of DPO
     unpaired = False  # whether it reads labelled responses one by one; a pair is then two of them
     needs_z0 = False  # whether it reads z0, a mean over mismatched responses (see kto.py)
     # What its values mean.
@@ -126,7 +126,7 @@ class PairLoss(PreferenceLoss):
     up. Pang et al. 2024 and RPO, Liu et al. 2024, add it to DPO, and ORPO has it by definition.
     """
 
-    _: KW_ONLY  # so that it comes after the settings of the losses
+    _: KW_ONLY  # so that DPO(0.1) sets beta: fields of a base class come first
     sft_weight: float = setting(0.0, "weight of the SFT loss on the chosen response", not_negative)
 
     def preference(self, logps: PairLogps) -> Tensor:

@@ -27,9 +27,9 @@ class BradleyTerry:
         loss = -log sigma(r_w - r_l - margin) + lm_weight * NLL per token of y_w
                                               + center_weight * (r_w + r_l)^2
 
-    NLL: the negative log-likelihood -log pi(y_w|x). Its term keeps the model below the head a language model.
-    Bradley-Terry depends only on differences of rewards, so all rewards may drift together; the centring term
-    (Eisenstein et al. 2023) keeps their sum near 0.
+    NLL: the negative log-likelihood -log pi(y_w|x). With its term, the network below the reward head
+    remains a language model. Bradley-Terry depends only on differences of rewards, so all rewards may drift
+    together; the centring term (Eisenstein et al. 2023) keeps their sum near 0.
     """
 
     # As in preference.py. The warnings of a run read name, usual_lr and needs_reference.

@@ -55,8 +55,8 @@ class ORPO(PairLoss):
 
     P is the geometric mean of the probabilities of a response's tokens, so its odds lie between those of its
     least and its most likely token. There is no reference and no SFT run before: the first term, whose weight
-    in the paper is 1, takes its place. With sums in place of means, 1 - P would be 1, and z a difference of
-    sums (docs/derivation.md has the numbers).
+    in the paper is 1, takes its place. With sums in place of means P would be nearly 0, so 1 - P nearly 1,
+    and z a difference of sums (docs/derivation.md has the numbers).
     """
 
     name, usual_lr, z_is_logit = "orpo", (1e-6, 1e-5), True
@@ -83,7 +83,7 @@ def log_odds(logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SFT(PreferenceLoss):
-    """Supervised fine-tuning on the chosen response: the reference that the other losses start from.
+    """Supervised fine-tuning on the chosen response. It makes the model from which most other losses start.
 
         loss = -log pi(y_w|x) / |y_w|
 

@@ -52,7 +52,7 @@ def pair_logps(
 
 
 def _margins(pairs: PairTokens, indices: np.ndarray, device: torch.device) -> Tensor | None:
-    """(B,): the target margins that the records of `indices` give; None if they give none."""
+    """(B,): the margins that the records of `indices` give; None if they give none."""
     margins = pairs.margins(indices)
     return None if margins is None else to_device(margins, device)
 

@@ -1,4 +1,4 @@
-"""From files to the pairs of a run: no prompt is on both sides, and its record decides on which one it is."""
+"""From files to training and held-out pairs: no prompt is in both, and its record decides where it is."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -80,7 +80,7 @@ def test_dropped_records(tmp_path):
     records[8] |= {"rejected": [turn("assistant", " ")]}
     file = write(tmp_path / "a.jsonl", *records)
     sides = []
-    # The second time, the short ones are mapped from the cache.
+    # The third call reads the token ids of the second from the cache.
     for template, limit in ((DATED, 500), (DATED, 80), (DATED, 80), (no_system, 500)):
         settings = {"eval_pairs": 12, "max_length": limit, "max_prompt_length": 60, "skip_bad": True}
         sets = load(chat_model(tmp_path, template), file, **settings, cache=str(tmp_path / "tokens"))
@@ -122,7 +122,7 @@ def test_limit(tokenizer, tmp_path):
 
 
 def test_limit_holds_out(tokenizer, tmp_path):
-    """What all records hold out, a limited run holds out, too, as far as it reads it."""
+    """A run with data.limit holds out each record it reads that a run over all records holds out."""
     file = write(tmp_path / "a.jsonl", *(record(f"cat {i}") for i in range(60)))
     _, of_all = load(tokenizer, file, eval_pairs=12)
     train, held_out = load(tokenizer, file, eval_pairs=12, limit=40)
@@ -149,7 +149,7 @@ def test_nothing_survives():
 
 
 def test_fit(tokenizer):
-    """A model that takes fewer tokens, or has fewer ids, is refused by its role."""
+    """A model that takes fewer tokens, or has fewer ids, is refused, and the error names its role."""
     model = SimpleNamespace(max_length=64, vocab_size=tokenizer.vocab_size)
     require_fit("model", model, tokenizer, 64)
     with pytest.raises(UserError, match=r"texts of up to 65 tokens \(max_length\), but the policy takes 64"):

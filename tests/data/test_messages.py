@@ -8,7 +8,7 @@ from chat_model import ASKED, NO, RECORD, YES, chat_model, read, turn
 from minidpo.data import BadRecord, Prompt, pair_of, prompt_of, shape_of
 from minidpo.errors import UserError
 
-# It prints what it is not guarded against: a null name as "None", and it cannot loop over null tool calls.
+# It has no guard against nulls: it prints a null name as "None", and cannot loop over null tool calls.
 PLAIN = """{% if effort %}({{ effort }}){% endif %}{% if tools %}({{ tools | tojson }}){% endif %}
 {%- for m in messages %}<{{ m.role }}>{% if 'name' in m %}({{ m.name }}){% endif %}
 {%- if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}
@@ -80,7 +80,7 @@ def test_as_transformers(tmp_path, changed):
     ],
 )
 def test_as_rendered(tmp_path, chosen, rejected, dropped):
-    """Responses are blank, or alike, if their texts are; not if only their contents are."""
+    """Responses are blank, or alike, if the template writes them so, whatever their `content` is."""
     chat = chat_model(tmp_path, PLAIN).chat_template()
     pairs, lines = read(chat, tmp_path, RECORD, RECORD | {"chosen": chosen, "rejected": rejected})
     assert len(pairs) == (1 if dropped else 2)
@@ -138,7 +138,7 @@ def test_refused(tmp_path, changed, kind, said):
 
 
 def test_roles(tmp_path, capsys):
-    """A role that the template names is its own; of any other, unless it is another's name, is told once."""
+    """A role that the template does not name is told once, or refused if it means a usual one."""
     record = RECORD | {"prompt": [turn("critic", "Hm."), turn("bot", "Hi."), ASKED]}
     chat = chat_model(tmp_path, PLAIN + "{# 'bot' #}").chat_template()
     assert len(read(chat, tmp_path, record, record)[0]) == 2

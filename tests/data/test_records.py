@@ -30,7 +30,7 @@ def zstd(content: bytes) -> bytes:
     return pytest.importorskip("zstandard").ZstdCompressor(write_checksum=True).compress(content)
 
 
-# Of several frames, as programs write them that work in parallel.
+# The .zst files have two frames, like those of programs that compress in parallel.
 PACKED = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: zstd(content[:9]) + zstd(content[9:])}
 
 
@@ -102,7 +102,7 @@ def test_bad_row(tmp_path, row):
     ],
 )
 def test_broken_csv(tmp_path, monkeypatch, text, said):
-    """A table of which it cannot be told where a row ends is refused as a whole, and never held."""
+    """A table whose rows or columns are unclear is refused as a whole, and never held in memory."""
     monkeypatch.setattr(module, "LONGEST_RECORD", 1000)
     (tmp_path / "a.csv").write_text(text, errors="surrogateescape")
     assert refusal(tmp_path / "a.csv").startswith(said)
@@ -123,7 +123,7 @@ def test_torn_zstd(tmp_path):
 
 
 def test_zstd_bomb(tmp_path):
-    """A small zstd file that unpacks to gigabytes is refused after a line's limit, and never held."""
+    """A small zstd file that unpacks to gigabytes is refused after a line's limit, not held in memory."""
     pytest.importorskip("zstandard")
     block = (2**17 << 3 | 0b010).to_bytes(3, "little") + b"c"  # 128 KiB of "c", and not the last block
     path = tmp_path / "a.jsonl.zst"
@@ -143,7 +143,7 @@ def test_zstd_bomb(tmp_path):
     ],
 )
 def test_without(tmp_path, monkeypatch, module, name, said):
-    """Without a module, what helps is named."""
+    """Without the module that a file needs, the message names what to install."""
     monkeypatch.setitem(sys.modules, module, None)
     (tmp_path / name).write_bytes(b"\x28\xb5\x2f\xfd")
     assert refusal(tmp_path / name) == f": {said}"

@@ -27,8 +27,8 @@ def test_claims(loss, check):
 
 @each_loss
 def test_described(loss):
-    """Every loss has points computed by hand that use all its settings, a twin, a gradient, an optimum or the
-    reason why none is known, and its texts."""
+    """Every loss has points computed by hand that use all its settings, a twin (the same loss in NumPy), a
+    gradient, an optimum or the reason why none is known, and its texts."""
     claims = claims_of(loss)
     assert {name for settings, _, _ in claims.points for name in settings} == set(vars(loss()))
     assert claims.points and claims.optimum and claims.twin and claims.gradient

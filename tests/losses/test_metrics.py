@@ -28,7 +28,7 @@ REWARDS = Rewards(column(1.5, -3), column(0.5, -3), None, column(-10, -8), torch
 
 
 def of_pairs(chosen, rejected, tie=0, **more):
-    """All that is logged of PAIRS. The rewards are those of the first pair, and of both responses in the second."""
+    """All that is logged of PAIRS. chosen, rejected: rewards in the first pair; tie: both in the second."""
     return more | {
         "rewards/chosen": (chosen, tie),
         "rewards/rejected": (rejected, tie),
@@ -90,7 +90,7 @@ def test_metrics(loss, given, expected):
 
 
 def test_means():
-    """The means are over all pairs or those of the mask, however cut; what no pair has is left out."""
+    """Means are over all pairs or those of the mask, however the batch is cut; without any there is none."""
     totals = Means()
     for part in (slice(0, 1), slice(1, 4)):  # the first part has no undesirable response
         values, label = column(1, 2, 3, 6)[part], RECORDS.label[part]

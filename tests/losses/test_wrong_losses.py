@@ -1,6 +1,7 @@
 """Mistakes that real projects made in these losses, each with the check that refutes it.
 
-Checks prove something only if they refute what is wrong. A form stands in place of one method of its loss.
+Checks (minidpo/verify/checks.py) prove something only if they refute what is wrong. A form replaces one
+attribute of its loss, mostly a method of the loss s, which reads p (`PairLogps`) or r (`Rewards`).
 """
 
 from dataclasses import replace

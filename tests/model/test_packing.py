@@ -1,6 +1,6 @@
 """The packed row equals the textbook: two padded rows per pair, every logit, a full log-softmax.
 
-So these do not matter: the other pairs of the batch, and their order.
+So a pair's log-probs do not depend on the other pairs of the batch, nor on their order.
 """
 
 import numpy as np
@@ -55,7 +55,7 @@ def test_row():
         packed(pairs, responses=3)
 
 
-# Two prompts whose responses have tokens that others wrote: 13 and 14, and 41.
+# Two prompts with tokens in their responses that the assistant did not write: 13 and 14, and 41.
 TURNS = [
     TokenPair([10, 11], [12, 13, 14, EOS], [20, EOS], 0, unscored=(((1, 3),), ())),
     TokenPair([30], [31, EOS], [41, 42, EOS], 1, unscored=((), ((0, 1),))),
@@ -63,11 +63,11 @@ TURNS = [
 
 
 def test_row_of_turns():
-    """What others said in a response stands in the row, and no token of it is a target or counted."""
+    """A user's turn inside a response is in the row, but none of its tokens is a target or counted."""
     row = packed(TURNS)
     assert row.tokens.tolist() == [10, 11, 12, 13, 14, EOS, 20, EOS, 30, 31, EOS, 41, 42, EOS]
     assert row.position.tolist() == [0, 1, 2, 3, 4, 5, 2, 3, 0, 1, 2, 1, 2, 3]
-    # Token 4, the last that others said, predicts the EOS at 5; nothing predicts 41, at 11.
+    # Token 4, the last of the user's turn, predicts the EOS at 5; nothing predicts 41, at 11.
     assert row.predictor.tolist() == [1, 4] + [1, 6] + [8, 9] + [11, 12]
     assert row.targets.tolist() == [12, EOS] + [20, EOS] + [31, EOS] + [42, EOS]
     assert row.lengths.tolist() == [[2, 2], [2, 2]] and row.last.tolist() == [[5, 7], [10, 13]]
@@ -89,7 +89,7 @@ def test_padding():
 
 
 def test_three_pairs(form=packed):
-    """Log-probs of both responses, chosen first, are the textbook's (test_wrong_logps.py hands in others)."""
+    """Log-probs of both responses, chosen first, are the textbook's (test_wrong_logps.py has wrong forms)."""
     model = tiny_model(dtype=torch.float64)
     assert_close(response_logps(model, form(THREE_PAIRS)), naive_logps(model, THREE_PAIRS))
 

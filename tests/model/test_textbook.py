@@ -72,7 +72,7 @@ def test_padding():
 def test_loss():
     """z = 0.1 * ((-10 + 12) - (-20 + 18)) = 0.1 * (2 + 2) = 0.4; -ln sigma(0.4) = ln(1 + e^-0.4) = 0.5130.
 
-    The policy prefers the chosen response by 2 nats more than the reference does, the rejected by 2 less.
+    The policy finds the chosen response 2 nats likelier than the reference does, the rejected one 2 less.
     """
     pi_w, pi_l, ref_w, ref_l = (torch.tensor([value]) for value in (-10.0, -20.0, -12.0, -18.0))
     assert dpo_loss(pi_w, pi_l, ref_w, ref_l, beta=0.1).item() == pytest.approx(0.5130152524)

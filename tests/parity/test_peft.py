@@ -40,7 +40,7 @@ def test_language_model(config, world, tmp_path, family):
 
 
 def test_reward_model(config, world, tmp_path):
-    """Of a reward model it also finds the head."""
+    """PEFT opens the adapter of a reward model, and finds its head too."""
     run_rm(config(), *SCALED)
     classifier, final = transformers.AutoModelForSequenceClassification, tmp_path / "out" / "final"
     base = classifier.from_pretrained(world / "model", num_labels=1, pad_token_id=0)
@@ -67,7 +67,7 @@ def test_their_file(world, tmp_path):
     ids=str,
 )
 def test_more_than_lora(world, tmp_path, more):
-    """What else PEFT's adapters can hold is refused, because it has other tensors, or no place for its own."""
+    """Adapters that are not plain LoRA on all layers are refused: their tensors or scales differ."""
     settings = peft.LoraConfig(r=3, target_modules=["q_proj"], **more)
     peft.get_peft_model(their_base(world / "model"), settings).save_pretrained(tmp_path / "theirs")
     with pytest.raises(UserError):

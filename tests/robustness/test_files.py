@@ -54,7 +54,7 @@ def test_mode(tmp_path):
 
 @pytest.mark.parametrize("link", [False, True])
 def test_special_files(tmp_path, link):
-    """No file takes the place of a pipe or a device, nor of a link to one: as root it would be gone."""
+    """No file takes the place of a pipe or a device, nor of a link to one: root would delete the device."""
     path = pipe = tmp_path / "a.png"
     os.mkfifo(pipe)
     if link:
@@ -98,7 +98,7 @@ def test_spoilt_arrays(tmp_path):
 
 
 def test_fingerprints(tmp_path):
-    """They tell contents, their order and their division apart, of texts and of files."""
+    """Fingerprints differ if contents, their order or their division differ, for texts and for files."""
     for name, content in (("f", "ab"), ("same", "ab"), ("other", "ac")):
         (tmp_path / name).write_text(content)
     assert len({fingerprint("a", "b"), fingerprint("ab"), fingerprint("b", "a")}) == 3
@@ -110,7 +110,7 @@ BEFORE = b'{"step": 0, "x": 1.0}\n{"step": 1}\n'
 
 @pytest.mark.parametrize(("last_step", "kept"), [(1, BEFORE), (0, b"")], ids=["checkpoint", "none"])
 def test_metrics_of_a_resumed_run(tmp_path, last_step, kept):
-    """Lines after the checkpoint are dropped, and a line that a kill has torn."""
+    """Lines after the checkpoint are dropped, all if there is none, and a line that a kill has torn."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(BEFORE + b'{"step": 2}\n{"step": 3}\n{"ste')
     MetricsFile(path, last_step).write({"step": 3})
@@ -121,7 +121,7 @@ def test_metrics_of_a_resumed_run(tmp_path, last_step, kept):
     "line", [b"[" * 100_000, b'{"step": "x"}', b'{"step": NaN}', b"\xff", b'["step"]'], ids=range(5)
 )
 def test_spoilt_metrics(tmp_path, line):
-    """A line that is none, where nothing can have been torn, is named and stays as it is."""
+    """A broken line before the last, which no kill has torn, is named, and the file stays as it is."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(BEFORE + line + b'\n{"step": 2}\n')
     with pytest.raises(UserError, match="metrics.jsonl:3: .* is no line of metrics; delete it, or"):

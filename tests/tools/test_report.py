@@ -78,7 +78,7 @@ def test_figures_of_explain(trained, world, page, capsys):
 
 @pytest.mark.parametrize("where", ["samples", "names"])
 def test_escaped(page, runs, where):
-    """What somebody else wrote is text wherever it is shown."""
+    """HTML in samples and in names is escaped wherever it is shown."""
     if where == "samples":
         for file in (runs / "dpo/samples").iterdir():
             write(file, *(row | {"prompt": SCRIPT, "response": SCRIPT} for row in read(file)[:1]))
@@ -172,7 +172,7 @@ TURNS += [{"role": "assistant", "content": "yes"}]
     ],
 )
 def test_kinds(config, tmp_path, page, record, settings, says):
-    """Runs of other losses and data have pairs too; what others said in a response is not shaded."""
+    """Runs of other losses and data have pairs too; a user's turn inside a response is not shaded."""
     rows = [{"prompt": f"{word}?", **record} for word in ("cat", "dog", "it")]
     if "label" in record:
         rows[0]["label"] = False

@@ -85,7 +85,7 @@ def test_accuracy_and_margin(scored, world):
 
 
 def test_of_training(scored, world, tmp_path):
-    """Of a file that the run trained on, and of pairs that it cut, there is a line each."""
+    """One line says that the run trained on the file, another how many of its pairs training cuts."""
     data = write(tmp_path / "pairs.jsonl", GOOD, {**GOOD, "prompt": "p" * 9})
     model, config = tmp_path / "run" / "final", tmp_path / "run" / "config.toml"
     shutil.copytree(world / "model", model)
@@ -96,7 +96,7 @@ def test_of_training(scored, world, tmp_path):
     assert known in text and "trained on" not in scored(model=model, data=copied)[1]
     limits = "data.max_length = 10, data.max_prompt_length = 6"
     assert f"1 pairs are scored whole, but training cuts them ({limits})" in text
-    # 6 + 4 fit into 10. Cut are a prompt of 7, and a response of 5 after one of 6, be it chosen or rejected.
+    # 6 + 4 fit into 10. Cut are a prompt of 7, and a response of 5 after a prompt of 6, chosen or rejected.
     lengths = np.array([[6, 4, 4], [7, 1, 1], [6, 5, 1], [6, 1, 5]])
     assert [cut_in_training(model, row[None])[0] for row in lengths] == [0, 1, 1, 1]
     assert cut_in_training(world / "model", np.array([[9999, 1, 1]]))[0] == 0  # made by no run
@@ -143,7 +143,7 @@ def test_by(scored, tmp_path):
 
 
 def test_ties(scored, world, tmp_path):
-    """A model equal to its reference has accuracy 0: every pair ties. In the baseline a tie counts half."""
+    """A model equal to its reference has accuracy 0: every pair ties. Of lengths, a tie counts half."""
     texts = [(" yes and yes", " no"), (" yes", " yes and yes"), (" yes", " yes"), (" no", " no")]
     records = ({"prompt": "a", "chosen": chosen, "rejected": rejected} for chosen, rejected in texts)
     data = write(tmp_path / "pairs.jsonl", *records)

@@ -15,14 +15,14 @@ PAIRS = PairTokens.from_pairs(
 
 
 def texts(pairs: PairTokens) -> list[list[list[int]]]:
-    """Of each row its prompt and its responses."""
+    """The prompt and the responses of each row."""
     return [
         [pairs.ids[a:b].tolist() for a, b in zip(row, row[1:], strict=False)] for row in pairs.bounds.tolist()
     ]
 
 
 def test_unpaired():
-    """Of two pairs four records: first the chosen responses, desirable, and then the rejected ones."""
+    """Two pairs become four records: first the chosen responses, desirable, and then the rejected ones."""
     single = PAIRS.unpaired()
     assert texts(single) == [[[1, 10], [11, 2]], [[1], [21, 22, 23, 2]], [[1, 10], [12, 13, 2]], [[1], [2]]]
     assert single.label.tolist() == [True, True, False, False] and single.index.tolist() == [5, 7, 5, 7]
@@ -31,8 +31,8 @@ def test_unpaired():
 
 
 def test_mismatched():
-    """In each batch a prompt meets the response of the row before, the first that of the last; a text that becomes
-    longer than max_length is cut."""
+    """In each batch a prompt gets the response of the row before it (the first prompt that of the last
+    row). A text that becomes longer than max_length is cut."""
     single = PAIRS.unpaired()
     other = single.mismatched([np.array([0, 1]), np.array([3, 2, 0]), np.array([1])], max_length=4)
     of_first, of_second = (

@@ -66,7 +66,7 @@ def test_ctrl_c(config, tmp_path, monkeypatch, capfd, run, keys, after):
 
 
 def test_longer_run(config, tmp_path, monkeypatch, capsys):
-    """A run may get more steps, which need the reference for more pairs; after its end nothing is left to do."""
+    """A run may get more steps, and needs the reference for more pairs; once done, nothing is left to do."""
     computed, real = [], reference.all_logps
 
     def all_logps(model, pairs, *rest):
@@ -86,12 +86,12 @@ def test_longer_run(config, tmp_path, monkeypatch, capsys):
     longer, at_once = (load_file(tmp_path / out / "reference.safetensors") for out in ("out", "at_once"))
     for name in ("train", "held_out"):
         torch.testing.assert_close(longer[name], at_once[name], equal_nan=True)
-        assert longer[name].isnan().any() == (name == "train")
+        assert longer[name].isnan().any() == (name == "train")  # NaN: not drawn by any step
     require_same_weights(tmp_path / "out", tmp_path / "at_once")
 
 
 def test_another_run(config, world, tmp_path):
-    """The first setting that makes it another run is named; what follows from it, the data, comes last."""
+    """The message names the setting that differs, even where the data that follow from it differ too."""
     run_dpo(config())
     hint = "give the run another run.out, or the old settings, files and version"
     for run, override, said in (

@@ -50,7 +50,7 @@ def test_minima():
 
 
 def test_rlhf_gradient():
-    """It is the policy gradient with the mean as baseline."""
+    """The gradient of the RLHF loss is the policy gradient with the mean as baseline."""
     logps = (WORLD.reference_logps + 0.3 * WORLD.rewards).log_softmax(-1).requires_grad_()
     (gradient,) = torch.autograd.grad(rlhf_loss(WORLD, 0.7, logps), logps)
     probabilities = logps.detach().exp()

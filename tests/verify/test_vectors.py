@@ -35,7 +35,7 @@ def test_copy(tmp_path, capsys):
 
 
 def test_kinds():
-    """Every loss is there, and each case is what its kind says. (`verify` asks the points of the losses.)"""
+    """Every loss is there; a case of `length 1` or `tie` is one. (`verify` checks the kind `hand`.)"""
     assert {case["loss"] for case in VECTORS["losses"]} == set(every_loss())
     for case in VECTORS["losses"]:
         lengths = [x for name, x in case["inputs"].items() if name.endswith("_length")]
@@ -47,7 +47,7 @@ def test_kinds():
 
 
 def test_gathered_by_hand():
-    """ln 1/2 + ln 1/4 = -2.0794415417, and a certain token beside an impossible one: 0 - 20,000."""
+    """Sums of log-probs: ln 1/2 + ln 1/4 = -2.0794415417; a certain and an impossible token, 0 - 20,000."""
     sums = {case["kind"]: case["sums"] for case in VECTORS["gatherer"]}
     assert sums["hand"] == pytest.approx([-2.0794415417]) and sums["extreme"] == [-20_000.0]
 

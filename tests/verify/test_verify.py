@@ -74,7 +74,7 @@ def test_wrong(mistake):
 
 
 def test_counterexample():
-    """It says what was changed, and where two numbers look alike why that may be."""
+    """It says what was changed, and where two numbers are nearly equal, what may make them differ."""
     soft, single = lambda m, beta: softplus(-beta * m), lambda m, beta: -logsigmoid(beta * m.float()).double()
     for form, is_softplus in ((soft, True), (single, False)):
         (verdict,) = verify(of_margin(form), DPO(), checks=["twin"]).verdicts
@@ -94,7 +94,7 @@ def test_said_once():
 
 
 def test_not_asked():
-    """What its settings cannot express is not asked: beta is fixed, so nothing is claimed at another one."""
+    """What a loss cannot be set to is not asked: beta is fixed, so nothing is claimed at another one."""
     report = verify(
         lambda pi_w, pi_l, ref_w, ref_l: -logsigmoid(0.3 * margin(pi_w, pi_l, ref_w, ref_l)), DPO(0.3)
     )
@@ -149,7 +149,7 @@ def test_optional():
 
 
 def test_margin():
-    """What only some points have is asked at those: at none, if it claims to be DPO without margins."""
+    """A loss that needs a margin is asked only at points that have one: at none of DPO without margins."""
 
     def odpo(pi_w, pi_l, ref_w, ref_l, margin, beta=0.1):
         return -logsigmoid(beta * (pi_w - pi_l - (ref_w - ref_l)) - margin)
@@ -181,7 +181,7 @@ def test_own_class():
 
 
 def test_sft_term():
-    """Claims of one's own leave out the SFT term, as ours do, and any equation."""
+    """Claims of one's own, whichever they are, leave out the SFT term, as ours do."""
     twin = Claims(twin=lambda p, s: np.logaddexp(0, -s.beta * claims.margin(p)))
     for own in (twin, Claims(gradient=claims_of(DPO).gradient), claims_of(DPO)):
         report = verify(DPO(sft_weight=0.5), claims=own, checks=ALL_BUT_EXACT)
@@ -189,7 +189,7 @@ def test_sft_term():
 
 
 def test_stop_gradient():
-    """A beta of the batch, taken as a constant, is right where the gradient says so; another gradient is not."""
+    """A beta of the batch may be held constant if the claimed gradient does so; no other gradient passes."""
     batch_beta = lambda m: 0.1 + 0.001 * m.mean()  # noqa: E731
     right = of_margin(lambda m, beta: -logsigmoid(batch_beta(m).detach() * m))
     wrong = of_margin(lambda m, beta: -logsigmoid(batch_beta(m) * m))
@@ -247,6 +247,6 @@ def test_rewards():
     ],
 )
 def test_refused(loss, told, says):
-    """A description that says too little, or what is not there, is one line."""
+    """A description that says too little, or names what is not there, is refused in one line."""
     with pytest.raises(UserError, match=says):
         verify(loss, **told)
