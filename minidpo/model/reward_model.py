@@ -25,17 +25,6 @@ class RewardModel(Transformer):
         if not self.score.weight.is_meta:
             self.score.weight = nn.Parameter(fresh_score(config.hidden_size))
 
-    @classmethod
-    def from_language_model(cls, language_model: Transformer) -> "RewardModel":
-        """The language model's own weights, not a copy, under a new head."""
-        # On the meta device, so that no second set of weights is ever allocated.
-        config = language_model.config
-        with torch.device("meta"):
-            model = cls(config)
-        model.model, model.lm_head = language_model.model, language_model.lm_head
-        model.score.weight = nn.Parameter(fresh_score(config.hidden_size).to(model.model.norm.weight))
-        return model
-
     def forward_packed(self, batch: PackedBatch) -> tuple[Tensor, Tensor | None]:
         """Rewards (P, K) of a packed row's responses; log pi(y|x) of the scored ones, if any, (P, scored)."""
         # One forward pass gives both. A response's last token, EOS, has seen all of the prompt and response.

@@ -49,14 +49,8 @@ def table(world: World) -> list[Row]:
             minimum = population_loss(world, loss, policy).item()
             rows.append(Row(name, partial(train_to_convergence, world, loss), minimum, policy))
 
-    def best(rewards: Tensor) -> Tensor:
-        return optimal_policy(world.reference_logps, rewards, BETA)
-
-    def reward_model() -> Trained:
-        trained = train_reward_model(world)
-        return trained._replace(values=best(trained.values))  # By the closed form its rewards are a policy.
-
-    policy, rlhf = best(world.rewards), partial(train_rlhf, world, BETA)
+    policy = optimal_policy(world.reference_logps, world.rewards, BETA)
+    rlhf, reward_model = (partial(train, world, BETA) for train in (train_rlhf, train_reward_model))
     return [
         *rows,
         Row("RLHF objective, policy gradient", rlhf, rlhf_loss(world, BETA, policy).item(), policy),
@@ -71,8 +65,7 @@ def main(arguments: list[str]) -> None:
         description="Train with each loss that has an optimum with gradient 0 (`verify NAME` says why one has"
         " none), in a world small enough to list; compare with the derivation.",
     )
-    draws = "draws the reference, the rewards and the sampler"
-    parser.add_argument("--seed", type=int, default=0, help=draws)
+    parser.add_argument("--seed", type=int, default=0, help="draws the reference, the rewards, the sampler")
     world = make_world(parser.parse_args(arguments).seed)
     prompts, responses = world.lengths.shape
     weights = sum(p.numel() for p in world.reference.parameters())

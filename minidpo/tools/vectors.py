@@ -47,13 +47,15 @@ def _json(cases: list[dict], gathered: list[dict]) -> str:
 
 def _cases(name: str, loss_type: type) -> list[dict[str, Any]]:
     claims = claims_of(loss_type)
+    drawn = _drawn(claims)
+    dtypes = {n: x.dtype for n, x in vars(drawn["draw"]).items()}
     groups: dict[Any, list[dict]] = {}
     for settings, pair, _ in claims.points:
         groups.setdefault(loss_type(**settings), []).append(pair)
     cases = []
     for loss, by_hand in groups.items():
-        hand = Pairs(**{n: np.array([pair[n] for pair in by_hand]) for n in by_hand[0]})
-        for kind, p in {"hand": hand, **_drawn(claims)}.items():
+        hand = Pairs(**{n: np.array([pair[n] for pair in by_hand], dtypes[n]) for n in by_hand[0]})
+        for kind, p in {"hand": hand, **drawn}.items():
             read = Pairs(**{n: getattr(p, n) for n in claims.fields._fields if n in by_hand[0]})
             about = {"loss": name, "settings": vars(loss), "kind": kind}
             cases.append(about | _outputs(loss, claims, read))
@@ -76,9 +78,6 @@ def _drawn(claims: Claims) -> dict[str, Pairs]:
 
 
 def _outputs(loss: Any, claims: Claims, p: Pairs) -> dict[str, Any]:
-    for name, values in vars(p).items():
-        if values.dtype != bool:
-            setattr(p, name, values.astype(int if name.endswith("_length") else float))
     losses, gradients = evaluate(loss, tensors(claims, p))
     return {
         "inputs": {name: values.tolist() for name, values in vars(p).items()},

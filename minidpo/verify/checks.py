@@ -13,18 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from minidpo.verify.draws import (
-    NotAsked,
-    Refuted,
-    ask,
-    compare,
-    draw,
-    evaluate,
-    swapped,
-    tensors,
-    tied,
-    with_settings,
-)
+from minidpo.verify.draws import NotAsked, Refuted, ask, compare, draw, evaluate, tensors, tied, with_settings
 from minidpo.verify.exact_train import train_to_convergence
 from minidpo.verify.exact_world import make_world, total_variation
 from minidpo.verify.stranger import Stranger
@@ -139,7 +128,12 @@ def check_reads(loss: Any, claims: Any) -> Figure:
 def check_mirror(loss: Any, claims: Any) -> Figure:
     """what swapping the two responses adds to the loss"""
     p = draw(claims, 64, seed=7)
-    change = evaluate(loss, tensors(claims, swapped(p)))[0] - evaluate(loss, tensors(claims, p))[0]
+    swapped = Pairs(**vars(p))
+    for name, x in vars(p).items():
+        other = name.replace("chosen", "rejected")
+        if other != name and other in vars(p):
+            vars(swapped).update({name: vars(p)[other], other: x})
+    change = evaluate(loss, tensors(claims, swapped))[0] - evaluate(loss, tensors(claims, p))[0]
     what, expected = "the loss of the swapped pair minus its loss", ask("mirror", claims.mirror, p, loss)
     return "64 pairs", compare(loss, what, change, expected, p, 1e-10, 1e-10)
 

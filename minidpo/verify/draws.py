@@ -82,13 +82,6 @@ def tied(p: Pairs, equal: Any, start: Any) -> Pairs:
     return Pairs(**values)
 
 
-def swapped(p: Pairs) -> Pairs:
-    """The pairs with their two responses exchanged."""
-    names = [(name, name.replace("chosen", "rejected")) for name in vars(p) if "chosen" in name]
-    partner = dict(names) | {rejected: chosen for chosen, rejected in names}
-    return Pairs(**{name: vars(p).get(partner.get(name, name), x) for name, x in vars(p).items()})
-
-
 def evaluate(loss: Any, pairs: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses, and d loss / d input by the input's name."""
     given = {name: x.detach().clone() for name, x in pairs._asdict().items() if x is not None}

@@ -18,30 +18,29 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from minidpo.data import PairTokens
 from minidpo.losses import PairLogps, bradley_terry
 from minidpo.model import RewardModel, response_logps
+from minidpo.model.reward_model import fresh_score
 from minidpo.packing import PackedBatch, pack
-from minidpo.verify.exact_world import World
+from minidpo.verify.exact_world import World, optimal_policy
 
 MOST_STEPS = 300
 
 Loss = Callable[[PairLogps], Tensor]  # B pairs to B losses, like the objects in minidpo/losses/
-Objective = Callable[[Tensor], Tensor]  # a table of log-probs or rewards to the number that is minimised
-Curvature = Callable[[Tensor], Tensor]  # the same table to H, (X Y, X Y), without negative eigenvalues
 
 
 class Trained(NamedTuple):
-    values: Tensor  # (X, Y) log-probs, or rewards
+    values: Tensor  # (X, Y) log-probs; of `gauss_newton` what it reads
     objective: float
     steps: int
 
 
 def train_to_convergence(world: World, loss: Loss) -> Trained:
-    """Minimise the population loss, starting at the reference. `values` are log-probs."""
+    """Minimise the population loss, starting at the reference."""
     model = copy.deepcopy(world.reference)
     return gauss_newton(world, model, partial(response_logps, model), partial(population_loss, world, loss))
 
 
 def train_rlhf(world: World, beta: float) -> Trained:
-    """Minimise `rlhf_loss`, starting at the reference. `values` are log-probs.
+    """Minimise `rlhf_loss`, starting at the reference.
 
     The curvature is the Fisher matrix, beta diag(pi) / X: this is the natural policy gradient, which on a
     table without weights in between would be at pi* after one step. The Hessian itself has negative
@@ -53,12 +52,15 @@ def train_rlhf(world: World, beta: float) -> Trained:
     return gauss_newton(world, model, partial(response_logps, model), objective, fisher)
 
 
-def train_reward_model(world: World) -> Trained:
-    """Minimise `reward_loss`. `values` are rewards, those of each prompt up to a constant."""
-    model = RewardModel.from_language_model(copy.deepcopy(world.reference))
-    return gauss_newton(
-        world, model, lambda batch: model.forward_packed(batch)[0], partial(reward_loss, world)
-    )
+def train_reward_model(world: World, beta: float) -> Trained:
+    """Minimise `reward_loss`. `values` are those of the policy that the closed form makes of the rewards."""
+    with torch.device("meta"):
+        model = RewardModel(world.reference.config)
+    score = {"score.weight": fresh_score(world.reference.config.hidden_size).double()}
+    model.load_state_dict(world.reference.state_dict() | score, assign=True)
+    read = lambda batch: model.forward_packed(batch)[0]  # noqa: E731
+    trained = gauss_newton(world, model, read, partial(reward_loss, world))
+    return trained._replace(values=optimal_policy(world.reference_logps, trained.values, beta))
 
 
 # --- what is minimised --------------------------------------------------------------------------------------
@@ -106,8 +108,8 @@ def gauss_newton(
     world: World,
     model: nn.Module,
     read: Callable[[PackedBatch], Tensor],
-    objective: Objective,
-    curvature: Curvature | None = None,
+    objective: Callable[[Tensor], Tensor],
+    curvature: Callable[[Tensor], Tensor] | None = None,
 ) -> Trained:
     """Minimise objective(z) over the weights w, where z is the table (P, K) that `read` makes of a batch.
 
@@ -117,8 +119,8 @@ def gauss_newton(
     Source: Levenberg 1944, Marquardt 1963. Adam needs tens of thousands of steps for the fifth digit; here
     every step near the end doubles the digits. J is the project's own backward, one response at a time: were
     it wrong, steps would not lower the loss. lambda falls when a step lowers it, and rises until one does.
-    curvature: H, if not the objective's Hessian. Raises RuntimeError when no step lowers the objective, or
-    MOST_STEPS were not enough.
+    curvature: H, (X Y, X Y) of z, without negative eigenvalues, if not the objective's Hessian. Raises
+    RuntimeError when no step lowers the objective, or MOST_STEPS were not enough.
     """
     parameters = list(model.parameters())
     together = world.batch

@@ -49,11 +49,6 @@ def margins(form):
     )
 
 
-def n(s, p):
-    """The margin of the data, where it is read."""
-    return p.margin if s.margin_from_data else 0
-
-
 def overwritten(s, p):
     z = DPO.z(s, p)
     p.rejected.data.zero_()
@@ -79,11 +74,6 @@ def kto(s, label, gain):
     return torch.where(label, s.lambda_d, s.lambda_u) * (1 - torch.sigmoid(torch.where(label, gain, -gain)))
 
 
-def centred(form):
-    """The penalty, made of both rewards."""
-    return lambda s, r: RM.__call__(replace(s, center_weight=0.0), r) + s.center_weight * form(*r[:2])
-
-
 WRONG = {
     (DPO, "z"): {
         "beta dropped": ("points", lambda s, p: w(p) - v(p)),
@@ -99,8 +89,8 @@ WRONG = {
         "one reference detached": ("gradient", detached(DPO.z, "ref_rejected")),
         "everything detached": ("gradcheck", detached(DPO.z, *LOGPS)),
         "margin of the data ignored": ("points", lambda s, p: s.beta * (w(p) - v(p))),
-        "margin of the data added": ("points", lambda s, p: s.beta * (w(p) - v(p)) + n(s, p)),
         "log-prob overwritten": ("points", overwritten),
+        "no gradient at the start": ("tie", lambda s, p: DPO.z(s, p) * torch.where(w(p) == 0, 0, 1)),
     },
     (DPO, "preference"): {
         "likelihood minimised": ("points", of_z(lambda z, e: -logistic(z, e))),
@@ -108,6 +98,7 @@ WRONG = {
         "robust for conservative": ("points", of_z(lambda z, e: logistic(z, -e / (1 - 2 * e)))),
         "summed over the batch": ("twin", of_z(lambda z, e: logistic(z, e).sum())),
         "divided by the batch size": ("alone", of_z(lambda z, e: logistic(z, e) / len(z))),
+        "exp of log z": ("twin", of_z(lambda z, e: logistic(z.log().exp(), e))),  # NaN below 0
         "log of sigmoid": ("far", of_z(lambda z, e: -torch.sigmoid(z).log())),
         "no gradient at a tie": ("tie", of_z(lambda z, e: logistic(torch.where(z == 0, z.detach(), z), e))),
         "no gradient beyond 70": ("far", of_z(lambda z, e: logistic(within_70(z), e))),
@@ -188,7 +179,6 @@ WRONG = {
     },
     (SFT, "__call__"): {
         "sum for mean": ("points", lambda s, p: -p.chosen),
-        "mean over all tokens": ("alone", lambda s, p: -p.chosen / p.chosen_length.sum()),
     },
     (RM, "preference"): {
         "labels of 0": ("points", margins(lambda d, m, n: -d - m - n)),
@@ -197,7 +187,8 @@ WRONG = {
         "one reward detached": ("gradient", detached(RM.preference, "rejected")),
     },
     (RM, "__call__"): {
-        "centring the difference": ("points", centred(lambda c, r: (c - r) ** 2)),
+        # (r_w + r_l)^2 - 4 r_w r_l = (r_w - r_l)^2
+        "difference centred": ("points", lambda s, r: RM.__call__(s, r) - 4 * s.center_weight * r[0] * r[1]),
     },
     (RM, "language_modelling"): {
         "sign flipped": ("points", lambda s, r: r.chosen_logps / r.chosen_length),

@@ -36,7 +36,6 @@ def test_rope_theta(places):
     "fields, named",
     [
         ({"model_type": "gpt2"}, "model_type is 'gpt2'; one of llama, mistral, qwen2, qwen3, olmo2, smollm3"),
-        ({"model_type": "granitemoehybrid"}, "model_type is 'granitemoehybrid'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"rope_scaling": {"rope_type": "longrope"}}, "rope_type is 'longrope'; one of default, linear"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": "2"}}, "factor is '2'"),
@@ -55,7 +54,6 @@ def test_rope_theta(places):
         ({"rope_scaling": YARN | {"factor": 4, "beta_slow": 32}}, "beta_fast is 32, beta_slow is 32;"),
         ({"rope_scaling": LLAMA3, "original_max_position_embeddings": 64}, "is 64 and, in rope_scaling, 32"),
         ({"partial_rotary_factor": 0.5}, "'partial_rotary_factor' = 0.5"),
-        ({"is_causal": False}, "'is_causal' = False"),
         ({"embedding_multiplier": 12.0}, "'embedding_multiplier'"),
         ({"quantization_config": {"bits": 4}}, "quantised weights are not read; give the original model"),
         ({"initializer_range": -1}, "initializer_range is -1; a number, at least 0 is needed"),
@@ -114,8 +112,12 @@ def test_ignored(directory, fields):
 
 
 def test_unset():
-    """Unknown fields that are unset are no error."""
+    """Unknown fields that are unset are no error. A pad id that has no row is unset; YaRN's original length,
+    where it is, is max_position_embeddings."""
     parse_config(PLAIN | {"logit_scale": None, "quantization_config": {}, "use_qk_norm": False})
+    read = parse_config(PLAIN | {"pad_token_id": 61, "rope_scaling": {"type": "yarn", "factor": 4.0}})
+    assert read.pad_token_id is None
+    assert read.rope_scaling.original_max_position_embeddings == read.max_position_embeddings
 
 
 @pytest.mark.parametrize(
