@@ -10,14 +10,7 @@ sampler.py          which pairs a step draws, and how its batch is cut into micr
 """
 
 from minidpo.data.chat_template import ChatTemplate
-from minidpo.data.dataset import (
-    HELD_OUT_BY,
-    load_pairs,
-    require_fit,
-    require_margins,
-    require_messages,
-    split_by_prompt,
-)
+from minidpo.data.dataset import load_pairs, require_fit, require_margins, require_messages, split_by_prompt
 from minidpo.data.messages import Message, Prompt
 from minidpo.data.pair_tokens import PairTokens, TokenPair
 from minidpo.data.preference_files import read_preferences, stop_if_glued

@@ -10,11 +10,10 @@ The model's own template writes BOS itself; hh and chatml do not, so their text 
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import date
 from functools import cached_property
 from os.path import commonprefix
-from pathlib import Path
 from typing import Any
 
 from minidpo.data.bad_record import BadRecord, check_characters, printable
@@ -40,21 +39,13 @@ class ChatTemplate:
     that no EOS is appended. asked_for: whether it is used in place of the model's own.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        directory: Path | None,
-        eos: str,
-        bos: str = "",
-        day: str = "",
-        rewards: bool = False,
-        encode: Callable[[str], list[int]] = lambda text: [0],
-    ) -> None:
-        """bos: the token that the tokenizer puts before a text. day: the date, as 2026-11-26; empty: today.
-        rewards: of a reward model. encode: ids of a text."""
+    def __init__(self, kind: str, tokenizer: Any, day: str = "") -> None:
+        """tokenizer: the `Tokenizer` of the model. day: the date, as 2026-11-26; empty: today."""
+        self._tokenizer, self.eos = tokenizer, tokenizer.piece(tokenizer.eos_id)
+        directory, rewards = tokenizer.directory, tokenizer.rewards
         own = find_template(directory) if kind == "model" and directory else None
         # A model trained on hh or chatml has that as its own template, a reward model hh with an end.
-        forms = written(bos), written(bos, eos)
+        forms = written(tokenizer.bos), written(tokenizer.bos, self.eos)
         self.kind = next((name for form in forms for name, source in form.items() if source == own), kind)
         self.asked_for = kind != "model"
         self.closes = rewards and self.kind != "hh"
@@ -66,10 +57,8 @@ class ChatTemplate:
         self._tokens = special_tokens(of_model) if of_model else {}
         self.to_keep = forms[rewards].get(self.kind) if self.asked_for or rewards else None
         self.date = (day or date.today().isoformat()) if self.reads("strftime_now") else ""
-        self._directory, self.eos, self._encode = directory, eos, encode
-        parts = self.kind, eos, self._source, self._with_tools, json.dumps(self._tokens), self.date
+        parts = self.kind, self.eos, self._source, self._with_tools, json.dumps(self._tokens), self.date
         self.identity = fingerprint(*parts, str(self.closes))
-        self._compiled: dict[str, Any] = {}
         self._roles = set(SPEAKERS.values())  # those of which nothing needs saying
         self._date_is_told = self._markers_are_checked = False
 
@@ -151,10 +140,9 @@ class ChatTemplate:
         variables = {"tools": None, "documents": None} | self._tokens | dict(given or {})
         variables["messages"] = list(map(with_reasoning, messages))
         source = self._source if variables["tools"] is None else self._with_tools
-        if source not in self._compiled:
-            self._compiled[source] = compiled(source, self._directory, self.date)
+        program = compiled(source, self._tokenizer.directory, self.date)
         try:
-            text = self._compiled[source].render(variables, add_generation_prompt=generation_prompt)
+            text = program.render(variables, add_generation_prompt=generation_prompt)
         except Exception as error:  # The template is a program: it can fail in every way a program can.
             raise refused(f"the chat template refuses the messages: {one_line(error)}") from None
         check_characters(text, "the text of the messages")  # A template may read more than role and content.
@@ -162,7 +150,7 @@ class ChatTemplate:
         if not self._markers_are_checked:
             # What else is in the text was written by a message.
             markers = [marker for marker in dict.fromkeys(_MARKER.findall(text)) if self.reads(marker)]
-            if unknown := [marker for marker in markers if len(self._encode(marker)) != 1]:
+            if unknown := [marker for marker in markers if len(self._ids(marker)) != 1]:
                 print0(f"warning: the tokenizer has no token for {', '.join(unknown)} of the chat template")
             self._markers_are_checked = True  # It is said once.
         return text
@@ -174,10 +162,13 @@ class ChatTemplate:
         does not. One that begins with "<", too, must not move the cut into the middle of a token.
         """
         begin = commonprefix(texts)
-        ids = list(map(self._encode, texts))
-        while any(of_text[: len(cut)] != cut for cut in [self._encode(begin)] for of_text in ids):
+        ids = list(map(self._ids, texts))
+        while any(of_text[: len(cut)] != cut for cut in [self._ids(begin)] for of_text in ids):
             begin = begin[:-1]
         return begin
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False)
 
     def to_eos(self, turn: str) -> str:
         """The text of a turn up to the EOS that closes it; all of it if none does."""

@@ -58,15 +58,16 @@ def load_pairs(
         if not files:
             continue
         directory = cache / f"{name}-{_identity(files, data, tokenizer, template)[:16]}" if cache else None
-        kept = _load(directory) if directory else None
+        kept = _load(directory, files) if directory else None
         pairs, read, report = kept or _tokenize(name, files, data, tokenizer, template, check_first)
         sets.append(pairs)
         if kept:
             print0(f"token ids: mapped from {directory}")
-            if pairs.date:
-                template.tell_date()
         elif directory:
             to_keep.append((directory, pairs, read, report))
+        if pairs.on_messages:
+            pairs.date = template.date
+            template.tell_date()
         print0("\n".join(report))
     train = sets[-1]
     if data.eval:
@@ -74,8 +75,8 @@ def load_pairs(
         if shared := {*held_out.token_keys()} & {*train.token_keys()}:
             print0(f"warning: {len(shared)} prompts are in both data.train and data.eval")
     else:
-        of_records = [key.tobytes() for key in read]
-        mask = split_by_prompt(train.prompt_keys(), data.eval_pairs, seed, of_records)
+        of_pairs, of_records = ([key.tobytes() for key in keys] for keys in (train.columns()["key"], read))
+        mask = split_by_prompt(of_pairs, data.eval_pairs, seed, of_records)
         train, held_out = train.select(~mask), train.select(mask)
         if data.eval_pairs:
             what = "responses" if train.responses == 1 else "pairs"
@@ -97,9 +98,6 @@ def split_by_prompt(
     taken while their records fit into `eval_count`, so that neither the order of the file nor what a limit or
     a template drops changes anything. Raises `UserError` if nothing would be left on either side.
     """
-    if not 0 <= eval_count < len(prompts):
-        what = f"data.eval_pairs = {eval_count}, {eval_count} pairs to hold out of {len(prompts)}"
-        raise UserError(f"{what}; give 0 to {len(prompts) - 1}")
     records = Counter(prompts if of_records is None else of_records)
     held_out, left = set(), eval_count
     for key in sorted(records, key=lambda key: hashlib.blake2b(key, key=str(seed).encode()).digest()):
@@ -107,12 +105,9 @@ def split_by_prompt(
             held_out.add(key)
             left -= records[key]
     mask = np.array([key in held_out for key in prompts])
-    if eval_count and not mask.any():
-        why = "all records chosen were dropped" if held_out else f"no prompt has as few as {eval_count} pairs"
-        raise UserError(f"{why}, so none can be held out; hold out more (data.eval_pairs)")
-    if eval_count and mask.all():
-        what = f"data.eval_pairs = {eval_count} holds out every record, and none is left to train on"
-        raise UserError(f"{what}; hold out fewer")
+    if eval_count and (mask.all() or not mask.any()):
+        what = f"data.eval_pairs = {eval_count} of {records.total()} records, held out by prompt, leave none"
+        raise UserError(f"{what} to {'train on; choose fewer' if mask.all() else 'hold out; choose more'}")
     return mask
 
 
@@ -181,12 +176,11 @@ def _tokenize(
     pairs = PairTokens.from_pairs(ids(), tuple(files))
     kept = np.searchsorted(np.asarray(report.places), pairs.columns()["file"] << 40 | pairs.index)
     keys = np.frombuffer(report.keys, np.uint8).reshape(-1, 16)
-    date = template.date if pairs.on_messages else ""
-    return replace(pairs, key=keys[kept], date=date), keys, list(report.lines())
+    return replace(pairs, key=keys[kept]), keys, list(report.lines())
 
 
 def _keep(directory: Path, pairs: PairTokens, read: np.ndarray, report: list[str]) -> None:
-    about = {"files": json.dumps(pairs.files), "report": json.dumps(report), "date": pairs.date}
+    about = {"report": json.dumps(report)}
     columns = pairs.columns() | {"read": read}
     columns |= {} if pairs.unscored is None else {"unscored": pairs.unscored}
     with writing(directory), replacing_directory(directory) as temporary:
@@ -195,7 +189,7 @@ def _keep(directory: Path, pairs: PairTokens, read: np.ndarray, report: list[str
         write_arrays(temporary / "columns.safetensors", columns, about)
 
 
-def _load(directory: Path) -> tuple[PairTokens, np.ndarray, list[str]] | None:
+def _load(directory: Path, files: list[str]) -> tuple[PairTokens, np.ndarray, list[str]] | None:
     """What `_keep` wrote; None if there is nothing, or if it is no longer what was written."""
     try:
         columns, about = read_arrays(directory / "columns.safetensors")
@@ -207,6 +201,5 @@ def _load(directory: Path) -> tuple[PairTokens, np.ndarray, list[str]] | None:
         print0(f"token ids: {directory} is spoilt ({one_line(error)}) and is made anew")
         return None
     ids = np.asarray(np.load(directory / "ids.npy", mmap_mode="r"))
-    files, report = (json.loads(about[name]) for name in ("files", "report"))
     read = columns.pop("read")
-    return PairTokens(ids, files=tuple(files), date=about["date"], **columns), read, report
+    return PairTokens(ids, files=tuple(files), date="", **columns), read, json.loads(about["report"])

@@ -2,7 +2,7 @@
 
 import json
 from datetime import datetime
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ def written(bos: str, eos: str = "") -> dict[str, str]:
     return {name: begin + source.replace(_END, end) for name, source in _WRITTEN.items()}
 
 
+@cache
 def compiled(source: str, directory: Path | None, date: str) -> Any:
     """The template in `source`, in an environment like that of transformers, but in jinja2's sandbox: it is a
     program that came with a download. directory: for error messages. date: what a template that asks for it

@@ -9,8 +9,6 @@ from math import nan
 from typing import NamedTuple, Self
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from minidpo.errors import UserError
 from minidpo.files import fingerprint
@@ -73,21 +71,24 @@ class PairTokens:
         pairs = iter(pairs)
         first = next(pairs, None)
         every, kind = (chain([first], pairs), first.kind) if first else (pairs, "")
-        source, by_others, margin = array("q"), array("q"), array("d")  # source: four values per pair
+        source, margin = array("q"), array("d")  # source: four values per pair
+        borders = array("q", [0])  # in ids: tokens that are scored and that others wrote take turns
 
         def texts() -> Iterator[Sequence[list[int]]]:
+            start = 0
             for pair in every:
                 if pair.kind != kind:
                     of_file = f" of {files[pair.file]}" if files else ""
                     what = f"record {pair.index}{of_file} has {pair.kind}, and those before it {kind}"
                     raise UserError(f"{what}; a data set keeps to one")
-                for begin, end in pair.unscored_ranges():
-                    by_others.extend((len(margin), begin, end))
+                borders.extend(start + border for each in pair.unscored_ranges() for border in each)
+                start += len(pair.prompt) + sum(map(len, pair.responses))
                 source.extend((pair.index, pair.file, pair.templated, bool(pair.label)))
                 margin.append(nan if pair.margin is None else pair.margin)
                 yield pair.prompt, *pair.responses
 
         ids, bounds = _flatten(texts(), len(first.responses) if first else 2)
+        lengths = np.diff(borders, append=len(ids))
         index, file, templated, label = np.ascontiguousarray(np.reshape(source, (-1, 4)).T)
         return cls(
             ids,
@@ -98,7 +99,7 @@ class PairTokens:
             file=file if files else None,
             templated=templated.astype(bool),
             files=files,
-            unscored=_marked(np.reshape(by_others, (-1, 3)), bounds, len(ids)) if by_others else None,
+            unscored=np.resize([False, True], len(lengths)).repeat(lengths) if len(lengths) > 1 else None,
         )
 
     @classmethod
@@ -198,10 +199,6 @@ class PairTokens:
         arrays = {name: values for name, values in vars(self).items() if isinstance(values, np.ndarray)}
         return {name: values for name, values in arrays.items() if name not in ("ids", "unscored")}
 
-    def margins(self, indices: np.ndarray) -> Tensor | None:
-        """(B,) float32: by how much chosen is better in the pairs at `indices`; None if no record says so."""
-        return None if self.margin is None else torch.from_numpy(self.margin[indices]).float()
-
     def records(self, indices: np.ndarray) -> str:
         """Where the pairs at `indices` are from: "records [3, 7] of a.jsonl, records [0] of b.jsonl"."""
         index = self.index[indices]
@@ -210,10 +207,6 @@ class PairTokens:
         file = self.file[indices]
         each = (f"records {index[file == i].tolist()} of {self.files[i]}" for i in np.unique(file))
         return ", ".join(each)
-
-    def prompt_keys(self) -> list[bytes]:
-        """A key per prompt: equal for prompts that are equal in their records, whatever became of them."""
-        return self.token_keys() if self.key is None else [key.tobytes() for key in self.key]
 
     def token_keys(self) -> list[bytes]:
         """A digest of each prompt's token ids: equal for prompts that are equal to the model."""
@@ -247,11 +240,3 @@ def _flatten(texts: Iterable[Sequence[list[int]]], k: int) -> tuple[np.ndarray, 
             ids.extend(part)
             bounds.append(len(ids))
     return np.asarray(ids), np.asarray(bounds).reshape(-1, 2 + k)
-
-
-def _marked(ranges: np.ndarray, bounds: np.ndarray, tokens: int) -> np.ndarray:
-    """(tokens,) bool: true within ranges (m, 3): a row of bounds, a begin and an end from its first token."""
-    marks = np.zeros(tokens, bool)
-    for row, begin, end in ranges.tolist():
-        marks[bounds[row, 0] + begin : bounds[row, 0] + end] = True
-    return marks

@@ -58,8 +58,6 @@ def _checked(path: Path) -> Path:
         if name := hub_name(path):
             download = f"hf download --repo-type dataset {name} --local-dir data/{Path(name).name}"
             right = f"if it is a data set of the Hugging Face hub, download it first: {download}"
-        elif not kind:
-            right += "; on the command line a comma separates two"
         raise UserError(f"{printable(str(path))}: {getattr(error, 'strerror', error)}; {right}") from None
     if not kind:
         raise UserError(f"{path}: not a kind of file that is read ({READ}); convert it to .jsonl")

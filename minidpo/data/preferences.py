@@ -49,7 +49,7 @@ class PreferencePair:
     margin: float | None = field(default=None, compare=False)  # by how much chosen is better, if it is known
     label: bool | None = None  # of a single response: desirable or not
     others: tuple[Ranges, ...] = ()  # per response: its characters that the assistant did not write
-    closed: bool = field(default=False, compare=False)  # whether the responses end as they are, without EOS
+    tail: str | None = field(default=None, compare=False)  # what is put behind the responses; None: EOS
     add_special_tokens: bool = True  # false for the text of a chat template that wrote BOS itself
     file: int = field(default=0, compare=False)  # which of several files the record is from
     messages: bool = field(default=False, compare=False)  # whether a template made the prompt of messages
@@ -189,7 +189,7 @@ def _pair_of_messages(
         **fields | {"unread": tuple(unread)},
         others=tuple(others) if any(others) else (),
         add_special_tokens=written_out,
-        closed=template.closes,
+        tail="" if template.closes else None,
         messages=True,
         left_out=left_out,
         said=(prompt, responses, beside),
@@ -232,8 +232,6 @@ def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS
         try:
             reading = shape_of(record, data.columns).readings(record)[0]
         except BadRecord:  # It has one dialogue alone, or none.
-            if "chosen" in record and record["chosen"] is None:
-                raise
             reading = Reading(None, said(record, "chosen") if "chosen" in record else "")
     prompt, chosen, form = reading.prompt, reading.chosen, reading.form
     if form == CONVERSATIONS and isinstance(chosen, list):

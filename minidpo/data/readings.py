@@ -50,9 +50,11 @@ class Reading(NamedTuple):
 def of_pair(record: dict, at: At, every: bool) -> list[Reading]:
     """A chosen and a rejected response, or lists of texts, in which no order is known."""
     prompt, margin = _prompt(record, at), _margin(record)
-    if not isinstance(record["chosen"], list) and not isinstance(record["rejected"], list):  # most records
+    both = record["chosen"], record["rejected"]
+    if not any(isinstance(value, list) for value in both):  # most records
         return [Reading(prompt, said(record, "chosen"), said(record, "rejected"), margin)]
-    lists = (value if _has_texts(value) else [value] for value in (record["chosen"], record["rejected"]))
+    # A list of texts is several responses; one of messages is one.
+    lists = [value if isinstance(value, list) and {*map(type, value)} == {str} else [value] for value in both]
     every_pair = ({"chosen": better, "rejected": worse} for better, worse in product(*lists))
     pairs = [Reading(prompt, said(pair, "chosen"), said(pair, "rejected"), margin) for pair in every_pair]
     return pairs if every else pairs[:1]
@@ -120,11 +122,6 @@ def said(record: dict, key: str) -> Said:
     raise BadRecord(f"{key!r} is of type {type(value).__name__}", "; give a string")
 
 
-def _has_texts(value: Any) -> bool:
-    """Whether it is a list of texts: of several responses."""
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-
-
 def _prompt(record: dict, at: At) -> Said | None:
     if record.get(at.get("prompt", "")) is None:
         return None
@@ -164,6 +161,5 @@ def _truth(record: dict, key: str) -> bool:
     words = {"true": True, "1": True, "1.0": True, "false": False, "0": False, "0.0": False}
     truth = words.get(str(record[key]).lower())
     if truth is None:
-        away = ', or leave the column out (data.columns.label = "")' if key == "label" else ""
-        raise BadRecord(f"{key!r} is neither true nor false", f"; give one of them{away}")
+        raise BadRecord(f"{key!r} is neither true nor false", "; give one of them")
     return truth

@@ -26,7 +26,6 @@ class FileReport:
     kept: int = 0  # of them, those that gave a pair
     pairs: int = 0  # those of the records that were kept
     columns: dict[str, str] = field(default_factory=dict)  # what was read under a key of another name
-    margins: int = 0  # pairs that have one
     unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
     unread: set[str] = field(default_factory=set)  # keys of records that hold something
@@ -39,8 +38,6 @@ class FileReport:
         if self.columns:
             columns = ", ".join(f"{name} = {printable(key)}" for name, key in self.columns.items())
             yield f"  read as: {columns}"
-        if self.margins:
-            yield f"  {self.margins} pairs with a margin, for loss.margin_from_data and data.min_margin"
         yield from ("  " + line for line in dropped_lines(self.dropped, self.unit))
         if self.unread:
             yield f"  keys that are not read: {', '.join(map(printable, sorted(self.unread)))}"
@@ -63,7 +60,6 @@ class DataReport:
     # Of each part of every pair, uncut.
     lengths: dict[str, array] = field(default_factory=lambda: defaultdict(lambda: array("I")))
     own_bos: int = 0  # prompts whose text begins with BOS
-    apart: int = 0  # responses that share a token with their prompt, as text, and are tokenized alone
     # Of the kept pairs, as they go to the model:
     truncated_prompts: int = 0
     truncated_messages: int = 0  # of these prompts, those that a chat template wrote
@@ -105,8 +101,6 @@ class DataReport:
         yield from ("  " + line for line in dropped_lines(self.dropped, "record"))
         if self.own_bos:
             yield f"  {self.own_bos} prompts begin with BOS, and get no second one"
-        if self.apart:
-            yield f"  {self.apart} responses tokenized apart: their first token would begin in the prompt"
         cut = f"{self.truncated_prompts} prompts and {self.truncated_responses} responses"
         yield "  truncated {} (max_length {}, max_prompt_length {})".format(cut, *self.limits)
         if self.truncated_messages:

@@ -17,8 +17,8 @@ _ROWS = 256  # converted at once: fast, and little in memory however long the re
 _BUFFER = 2**20  # bytes read ahead in each column, and no more: not a row group
 
 
-def read_table(path: Path, kind: str) -> Iterator[tuple[int, dict | BadRecord]]:
-    """Yield (number, record), numbered from 0. Raises `UserError` for a file that cannot be read."""
+def read_table(path: Path, kind: str) -> Iterator[dict | BadRecord]:
+    """Yield the records. Raises `UserError` for a file that cannot be read."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -27,7 +27,6 @@ def read_table(path: Path, kind: str) -> Iterator[tuple[int, dict | BadRecord]]:
     with path.open("rb") as file:
         begin = file.read(100)
     require_no_pointer(path, begin)
-    number = 0
     try:
         if kind == ".parquet":
             table = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=_BUFFER)
@@ -41,13 +40,10 @@ def read_table(path: Path, kind: str) -> Iterator[tuple[int, dict | BadRecord]]:
             # Where records are long, one at a time is converted.
             is_long = batch.nbytes > LONGEST_RECORD
             for some in [batch.slice(row, 1) for row in range(len(batch))] if is_long else [batch]:
-                records = [too_long()] if some.nbytes > LONGEST_RECORD else map(_record, some.to_pylist())
-                for record in records:
-                    yield number, record
-                    number += 1
+                yield from [too_long()] if some.nbytes > LONGEST_RECORD else map(_record, some.to_pylist())
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        what = f"{path}: cannot be read as {kind} after {number} records ({one_line(error)})"
-        raise UserError(f"{what}; fetch the file again") from None
+        what = f"cannot be read as {kind} ({one_line(error)})"
+        raise UserError(f"{path}: {what}; fetch the file again") from None
 
 
 def _of_arrow(pyarrow: Any, path: Path, random_access: bool) -> Iterator[Any]:

@@ -41,9 +41,8 @@ class Tokenizer:
     ) -> None:
         core.no_truncation()
         core.no_padding()
-        self._core, self._directory, self._rowless = core, directory, rowless
+        self._core, self.directory, self._rowless = core, directory, rowless
         self.eos_id, self.rewards = eos_id, rewards
-        self.apart = 0  # responses so far that the boundary rule has tokenized alone
         probe = core.encode("a")
         added = probe.special_tokens_mask
         self.bos_id: int | None = probe.ids[0] if added[:1] == [1] else None
@@ -74,12 +73,7 @@ class Tokenizer:
 
     def chat_template(self, kind: str = "model", day: str = "") -> ChatTemplate:
         """How messages become text for this tokenizer; kind: model, hh or chatml; day: see ChatTemplate."""
-        eos, rewards = self.piece(self.eos_id), self.rewards
-
-        def encode(text: str) -> list[int]:  # without the checks of `Tokenizer.encode`
-            return self._core.encode(text, add_special_tokens=False).ids
-
-        return ChatTemplate(kind, self._directory, eos, self.bos, day, rewards, encode)
+        return ChatTemplate(kind, self, day)
 
     @cached_property
     def identity(self) -> str:
@@ -89,8 +83,8 @@ class Tokenizer:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """The tokens at which generation ends: EOS, and others that the model's configuration names."""
-        names = ("config.json", GENERATION) if self._directory else ()
-        named = [fields_of(Path(self._directory or "", name)).get("eos_token_id") for name in names]
+        names = ("config.json", GENERATION) if self.directory else ()
+        named = [fields_of(Path(self.directory or "", name)).get("eos_token_id") for name in names]
         ids = (i for each in named for i in (each if isinstance(each, list) else [each]))
         return frozenset([self.eos_id, *(i for i in ids if type(i) is int)])
 
@@ -122,7 +116,7 @@ class Tokenizer:
         if not self._rowless.isdisjoint(ids):
             what = f"a text holds {self.piece(min(self._rowless.intersection(ids)))!r}"
             right = "for which the model has no row; name no such token, or resize the embedding"
-            raise UserError(f"{self._directory}: {what}, {right}")
+            raise UserError(f"{self.directory}: {what}, {right}")
         return ids
 
     @property
@@ -195,7 +189,6 @@ class Tokenizer:
         response has to be tokenized alone."""
         if joint[: len(prompt)] == prompt:
             return joint[len(prompt) :]
-        self.apart += 1
         # Some tokenizers (Llama 2, Mistral) would put a space before it. That goes before a character here,
         # which is then cut off.
         for neutral in "\n." if self.prepends else "":
@@ -213,10 +206,7 @@ class Tokenizer:
 
     def encode_pairs(self, pairs: Sequence[PreferencePair]) -> list[TokenPair]:
         """`encode_responses` of their responses, and which of the tokens others wrote."""
-        prompts = []
-        for pair in pairs:
-            tail = "" if pair.closed else None  # It is in the responses already.
-            prompts.append(Prompt(pair.prompt, add_special_tokens=pair.add_special_tokens, tail=tail))
+        prompts = [Prompt(p.prompt, add_special_tokens=p.add_special_tokens, tail=p.tail) for p in pairs]
         encoded = self.encode_responses(prompts, [pair.responses for pair in pairs])
         ids = []
         for pair, prompt, its in zip(pairs, *encoded, strict=True):

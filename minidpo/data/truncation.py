@@ -35,12 +35,11 @@ def tokenize_pairs(
         raise UserError(f"max_prompt_length = {limit} must lie between 1 and max_length = {max_length}")
     report = DataReport() if report is None else report
     report.limits = max_length, limit
-    source, bos, apart = iter(pairs), tokenizer.bos, tokenizer.apart
+    source, bos = iter(pairs), tokenizer.bos
     while chunk := list(islice(source, _CHUNK)):
         # A chat template writes BOS itself, but a text should not.
         report.own_bos += sum(p.add_special_tokens and p.prompt.startswith(bos) for p in chunk if bos)
         for uncut in tokenizer.encode_pairs(chunk):
-            report.apart = tokenizer.apart - apart
             pair, reason = _cut(uncut, limit, max_length, tokenizer.bos_id), ""
             if not pair.prompt:
                 reason = "the prompt has no token, so nothing predicts the first token of a response"

@@ -17,7 +17,8 @@ import torch
 from torch.optim import AdamW
 
 from minidpo.config import DPOConfig, RewardConfig, settings_of_run, to_dict
-from minidpo.data import HELD_OUT_BY, PairTokens
+from minidpo.data import PairTokens
+from minidpo.data.dataset import HELD_OUT_BY
 from minidpo.distributed import rank, require_same
 from minidpo.errors import UserError, one_line
 from minidpo.files import remove_directory, replacing_directory, writing

@@ -53,8 +53,9 @@ def pair_logps(
 
 def _margins(pairs: PairTokens, indices: np.ndarray, device: torch.device) -> Tensor | None:
     """(B,): the margins that the records of `indices` give; None if they give none."""
-    margins = pairs.margins(indices)
-    return None if margins is None else to_device(margins, device)
+    if pairs.margin is None:
+        return None
+    return to_device(torch.from_numpy(pairs.margin[indices]).float(), device)
 
 
 def pair_rewards(

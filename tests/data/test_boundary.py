@@ -75,11 +75,8 @@ def with_space(how: str) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize("how", ["prepend", "metaspace", "byte level"])
 def test_space(how, response):
     """If a prompt ends in a space that merges with the response, no other space takes its place."""
-    tokenizer, report = Tokenizer(with_space(how), EOS), DataReport()
-    (encoded,) = tokenize_pairs([pair("ab ", response, "d")], tokenizer, 30, report=report)
-    merged = response[0] == "c" or (response[0] == "\n" and how != "byte level")
-    (said,) = [line for line in report.lines() if "1 responses tokenized apart" in line] or [""]
-    assert bool(said) == merged
+    tokenizer = Tokenizer(with_space(how), EOS)
+    encoded = tokenizer.encode_pair(pair("ab ", response, "d"))
     spelled = "".join(map(tokenizer.piece, encoded.prompt + encoded.chosen[:-1]))
     assert spelled.translate({ord("Ġ"): " ", ord("▁"): " ", ord("Ċ"): "\n"}) == " ab " + response
 

@@ -64,9 +64,7 @@ def test_columns(tmp_path, record, columns, expected):
 
 def test_missing_column(tmp_path):
     """A named column that a record lacks is refused, with the keys that the record has."""
-    said = (
-        "pairs.jsonl:1: no key 'question', which data.columns.prompt names; its keys are q, chosen, rejected"
-    )
+    said = ":1: no key 'question', which data.columns.prompt names; its keys are q, chosen, rejected"
     with pytest.raises(UserError, match=said):
         read(chat_model(tmp_path, None), tmp_path, {"q": ASK, **TEXTS}, columns={"prompt": "question"})
 
@@ -85,21 +83,9 @@ def test_optional_column(tmp_path, there):
 @pytest.mark.parametrize(
     ("record", "good", "why"),
     [
-        (
-            {"messages": [A, Q, A]},
-            {"messages": [Q, A]},
-            "no prompt: nothing stands before the assistant's fir",
-        ),
-        (
-            {"prompt": [BRIEF], "chosen": [Q, A], "rejected": [Q, B]},
-            {"prompt": [Q]},
-            "chosen does not repeat",
-        ),
-        (
-            {"prompt": ASK, "preference_strength": 0, **OF_TWO},
-            {"preference_strength": 1},
-            "no answer is bett",
-        ),
+        ({"messages": [A, Q, A]}, {"messages": [Q, A]}, "no prompt: nothing stands before"),
+        ({"prompt": [BRIEF], "chosen": [Q, A], "rejected": [Q, B]}, {"prompt": [Q]}, "chosen does not rep"),
+        ({"prompt": ASK, "preference_strength": 0, **OF_TWO}, {"preference_strength": 1}, "no answer is b"),
     ],
 )
 def test_dropped(tmp_path, record, good, why):

@@ -90,10 +90,8 @@ def test_as_rendered(tmp_path, chosen, rejected, dropped):
 def test_shared_tool_calls(tmp_path):
     """Turns are shared if all that the template reads is equal, tool calls included."""
     rome, again, oslo = call("Rome"), call("Rome", id=7), call("Oslo")
-    records = [
-        {"chosen": [ASKED, rome, ASKED, YES], "rejected": [ASKED, other, ASKED, NO]}
-        for other in (again, oslo)
-    ]
+    chosen = [ASKED, rome, ASKED, YES]
+    records = [{"chosen": chosen, "rejected": [ASKED, other, ASKED, NO]} for other in (again, oslo)]
     pairs, _ = read(chat_model(tmp_path, PLAIN).chat_template(), tmp_path, *records)
     assert ["Rome" in pair.prompt for pair in pairs] == [True, False]
     assert ["Rome" in pair.chosen for pair in pairs] == [False, True]

@@ -36,11 +36,11 @@ def test_margins():
     """Margins go with their pairs, and missing ones are named."""
     pairs = [TokenPair([1], [2], [3], index, margin) for index, margin in enumerate((0.5, None, 2.0))]
     tokens = PairTokens.from_pairs(pairs, ("a.jsonl",))
-    assert tokens.margins(np.array([2, 0])).tolist() == [2.0, 0.5]
+    assert tokens.select(np.array([2, 0])).margin.tolist() == [2.0, 0.5]
     with pytest.raises(UserError, match=r"1 of 3 pairs have no margin \(records \[1\] of a.jsonl\)"):
         require_margins(tokens)
     require_margins(tokens.select(np.array([2, 0])))
-    assert PairTokens.from_pairs(pairs[1:2]).margins(np.array([0])) is None
+    assert PairTokens.from_pairs(pairs[1:2]).margin is None
 
 
 def test_fingerprint():

@@ -17,6 +17,7 @@ def make(root: Path, *names: str) -> Path:
     return root
 
 
+SHARDS = [f"data-0000{i}-of-00002.arrow" for i in (0, 1)]  # as the package `datasets` saves a split
 ABOUT = ["README.md", ".gitattributes", "dataset_info.json", "state.json", ".cache/a.jsonl", "LICENSE"]
 
 
@@ -29,11 +30,7 @@ ABOUT = ["README.md", ".gitattributes", "dataset_info.json", "state.json", ".cac
         (["test.jsonl.zst"], ["test.jsonl.zst"]),
         (["0001.parquet", "0000.parquet"], ["0000.parquet", "0001.parquet"]),
         (["data/default/a.parquet", *ABOUT], ["data/default/a.parquet"]),
-        # As the package `datasets` saves a split.
-        (
-            [f"data-0000{i}-of-00002.arrow" for i in (1, 0)] + ABOUT,
-            [f"data-0000{i}-of-00002.arrow" for i in (0, 1)],
-        ),
+        ([*SHARDS[::-1], *ABOUT], SHARDS),
         (["a.jsonl", "old/b.jsonl"], ["a.jsonl"]),
     ],
 )

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from chat_model import NO, YES, turn
 
-from minidpo.data import ChatTemplate, DataReport, PreferencePair, read_preferences, split_hh
+from characters import EOS, bpe
+from minidpo.data import DataReport, PreferencePair, Tokenizer, read_preferences, split_hh
 from record_files import GOOD, QUESTION, write
 
 USER, AGAIN = turn("user", "q"), turn("user", "r")
@@ -29,7 +30,7 @@ def test_unusable(tmp_path, chosen, rejected, reason):
     """Conversations that are no pair are dropped and counted."""
     path = write(tmp_path / "a.jsonl", CONVERSATIONS, {"chosen": chosen, "rejected": rejected})
     report = DataReport()  # chatml writes something around a blank response.
-    pairs = list(read_preferences(path, report, template=ChatTemplate("chatml", None, "</s>")))
+    pairs = list(read_preferences(path, report, template=Tokenizer(bpe(), EOS).chat_template("chatml")))
     assert [pair.index for pair in pairs] == [0] and report.files[0].dropped == {reason: [2]}
 
 

@@ -114,7 +114,7 @@ def test_hostile_offsets(pa, tmp_path):
     offsets = b"".join(n.to_bytes(4, "little") for n in (0, 3, 4))  # "abc", then "p"
     assert content.count(offsets) == 1
     path.write_bytes(content.replace(offsets, offsets[:4] + b"\xff\xff\xff\x7f" + offsets[8:]))
-    assert refusal(path).startswith(": cannot be read as .arrow after 0 records (")
+    assert refusal(path).startswith(": cannot be read as .arrow (")
 
 
 def test_two_columns(pa, tmp_path):

@@ -35,11 +35,8 @@ def load(tokenizer: Tokenizer, where: Path | None, files: list[str], **settings:
 
 def equal(left: PairTokens, right: PairTokens) -> bool:
     ours, theirs = ({"ids": pairs.ids, **pairs.columns()} for pairs in (left, right))
-    return (
-        left.files == right.files
-        and ours.keys() == theirs.keys()
-        and all(np.array_equal(ours[name], theirs[name], equal_nan=name == "margin") for name in ours)
-    )
+    same = [np.array_equal(ours[name], theirs[name], equal_nan=name == "margin") for name in ours]
+    return left.files == right.files and ours.keys() == theirs.keys() and all(same)
 
 
 def test_second_start(tokenizer, files, tmp_path, monkeypatch, capsys):
@@ -92,7 +89,6 @@ def test_torn(tokenizer, files, tmp_path, capsys, name, torn):
 
 def test_nothing_left(tokenizer, files, tmp_path, monkeypatch):
     """Pairs that the caller refuses, or a start that is interrupted, leave nothing behind."""
-
     refuse = Mock(side_effect=UserError("unfit"))
     data = DataSection(train=files, eval_pairs=5, max_length=40, max_prompt_length=9)
     with pytest.raises(UserError, match="unfit"):
@@ -149,14 +145,11 @@ def test_run(config, tmp_path, monkeypatch, capsys):
 
 def test_turns_and_labels(tokenizer, tmp_path):
     """Labels, and which tokens are scored, are kept with the ids."""
-    turns = RECORD | {"completion": [*RECORD["chosen"], *RECORD["prompt"], *RECORD["chosen"]]}
-    labelled = [
-        {"prompt": RECORD["prompt"], "completion": turns["completion"], "label": i < 2} for i in range(3)
-    ]
-    files = [str(write(tmp_path / "a.jsonl", *labelled))]
-    first, second = (
-        load(tokenizer, tmp_path / "tokens", files, template="chatml", max_length=400) for _ in range(2)
-    )
+    asked, said = RECORD["prompt"], RECORD["chosen"]
+    turns = {"prompt": asked, "completion": [*said, *asked, *said]}
+    files = [str(write(tmp_path / "a.jsonl", *(turns | {"label": i < 2} for i in range(3))))]
+    settings = {"template": "chatml", "max_length": 400}
+    first, second = (load(tokenizer, tmp_path / "tokens", files, **settings) for _ in range(2))
     assert isinstance(second.ids.base, np.memmap) and equal(first, second)
     assert second.unscored.sum() > 0 and np.array_equal(first.unscored, second.unscored)
     assert second.label.tolist() == [True, True, False] and second.responses == 1

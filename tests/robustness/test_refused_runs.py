@@ -34,7 +34,7 @@ def refused(config, tmp_path, capsys):
     [
         ("--data.max_length=512", "texts of up to 512 tokens (max_length), but the model takes 256"),
         ("--optim.micro_tokens=20", "--optim.micro_tokens = 20, but one pair has "),
-        ("--data.eval_pairs=40", "data.eval_pairs = 40, 40 pairs to hold out of 40"),
+        ("--data.eval_pairs=40", "data.eval_pairs = 40 of 40 records, held out by prompt, leave none to t"),
     ],
 )
 def test_numbers(refused, override, says):

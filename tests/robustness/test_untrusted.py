@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from minidpo.data.chat_template import ChatTemplate
+from characters import EOS, bpe
 from minidpo.data.tokenizer import Tokenizer
 from minidpo.errors import UserError
 from minidpo.model import load_model, load_reward_model
@@ -42,7 +42,7 @@ def no_huge_allocation():
 
 
 def template(directory) -> None:
-    assert ChatTemplate("model", directory, eos="</s>").identity
+    assert Tokenizer(bpe(), EOS, directory).chat_template().identity
 
 
 def refusal(directory) -> str:

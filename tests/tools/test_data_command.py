@@ -63,6 +63,7 @@ BESIDE = {"system": "Be brief.", "tools": [{"name": "f"}]}
 IN_MESSAGES = {"prompt": said(system="Be brief.", user="cat"), "chosen": said(assistant="yes")}
 IN_MESSAGES |= {"rejected": said(assistant="no"), "margin": 3.0, "tools": [{"name": "f"}]}
 RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, text in enumerate("abc", 1)]}
+BEST_WORST = record("cat", chosen="a", rejected="c", margin=2.0)
 
 
 @pytest.mark.parametrize(
@@ -74,11 +75,7 @@ RANKED = {"prompt": "cat", "answers": [{"answer": text, "rank": rank} for rank, 
         (SINGLE | {"label": "false"}, "", [SINGLE | {"label": False}]),
         (MINE, COLUMNS, [record("cat", chosen="yes", rejected="no", margin=3.0)]),
         (MINE | BESIDE, f"{COLUMNS} --text template --template chatml", [IN_MESSAGES]),
-        (
-            RANKED,
-            "--pairs-per-prompt all --min-margin 2",
-            [record("cat", chosen="a", rejected="c", margin=2.0)],
-        ),
+        (RANKED, "--pairs-per-prompt all --min-margin 2", [BEST_WORST]),
     ],
 )
 def test_out(world, tmp_path, written, options, expected):
@@ -100,10 +97,7 @@ def test_out_refused(world, tmp_path):
         (["--column", "question"], "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
         (["--column", "question=q"], "--column question=q: give NAME=KEY"),
         (["--limit", "-1"], "data: limit is -1; it must be >= 0"),
-        (
-            ["--held-out=a"],
-            "goes with the configuration of the run .*: python -m minidpo data RUN.toml --data",
-        ),
+        (["--held-out=a"], "goes with the configuration of .*: python -m minidpo data RUN.toml --data"),
     ):
         with pytest.raises(UserError, match=says):
             data_command([file, "--model", str(world / "model"), *options])
