@@ -1,9 +1,10 @@
-"""What a run says: lines on the console, progress lines, and metrics.jsonl."""
+"""What runs and commands say: lines and tables on the console, progress lines, and metrics.jsonl."""
 
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ from minidpo.logprobs import widest_float
 def print0(line: str) -> None:
     if rank() == 0:
         print(line, flush=True)
+
+
+def aligned(rows: Sequence[Sequence[str]], width: int = 8) -> str:
+    """One line per row: the first column is aligned left, the others right and at least `width` wide.
+
+    A row may end before the others do.
+    """
+    first, *others = zip_longest(*rows, fillvalue="")
+    columns = [[cell.ljust(max(map(len, first))) for cell in first]]
+    columns += [[cell.rjust(max(width, *map(len, column))) for cell in column] for column in others]
+    return "\n".join("  ".join(cells).rstrip() for cells in zip(*columns, strict=True))
 
 
 class Means:

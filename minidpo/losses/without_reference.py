@@ -83,7 +83,7 @@ def log_odds(logp: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class SFT(PreferenceLoss):
-    """Supervised fine-tuning on the chosen response. It makes the model from which most other losses start.
+    """Supervised fine-tuning on the chosen response. Most other losses start from its model.
 
         loss = -log pi(y_w|x) / |y_w|
 

@@ -11,6 +11,7 @@ log-probs are computed beforehand. The last line printed is the same numbers as 
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
@@ -28,16 +29,7 @@ from minidpo.model import Transformer, read_config
 from minidpo.packing import pack
 from minidpo.sections import DPOConfig, RewardConfig
 from minidpo.settings import toml
-from minidpo.tools.bench_steps import (
-    SHAPES,
-    Case,
-    Step,
-    TextbookStep,
-    data_sheet_peak,
-    make_case,
-    matmul_peak,
-    seconds,
-)
+from minidpo.tools.bench_steps import SHAPES, STEPS, Case, data_sheet_peak, make_case, matmul_peak, now
 from minidpo.tools.bench_trl import NAMES, require_trl, train_trl
 from minidpo.training.device import choose_device, describe
 
@@ -67,7 +59,10 @@ def main(arguments: list[str]) -> None:
         result |= {"steps": options.steps, "batch_size": optim.batch_size, "micro_tokens": optim.micro_tokens}
         result |= {"device": describe(case.device, config.run), "torch": torch.__version__}
         result |= measure(case, options.against)
-    show(result)
+    for name, value in result.items():
+        if isinstance(value, dict):
+            value = "{median:.3g} ({q25:.3g} to {q75:.3g})".format(**value)
+        print0(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")
     print(json.dumps(result))
 
 
@@ -77,22 +72,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    which = parser.add_mutually_exclusive_group(required=True)
+    which, add = parser.add_mutually_exclusive_group(required=True), parser.add_argument
     which.add_argument("--shape", choices=SHAPES, help="random weights of a named shape")
     which.add_argument("--model", metavar="DIR", help="a model directory")
     which.add_argument("--config", metavar="FILE", help="a run's configuration: its model, data and settings")
-    parser.add_argument("--data", metavar="FILE", action="append", help="preferences; default: random pairs")
-    parser.add_argument(
-        "--loss", choices=(*(n for n in LOSSES if not LOSSES[n].needs_z0), RM), help=f"default {DPO.name}"
-    )
-    parser.add_argument("--steps", type=int, default=10, help="steps measured (default 10)")
-    parser.add_argument("--against", choices=("textbook", *NAMES), help="another's steps in turn with ours")
-    parser.add_argument(
-        "--their-passes", type=int, default=1, help="TRL: passes of a step whose pairs do not fit at once"
-    )
+    add("--data", metavar="FILE", action="append", help="preferences; default: random pairs")
+    losses = [name for name, kind in LOSSES.items() if not kind.needs_z0]
+    add("--loss", choices=(*losses, RM), help=f"default {DPO.name}")
+    add("--steps", type=int, default=10, help="steps measured (default 10)")
+    add("--against", choices=("textbook", *NAMES), help="another's steps in turn with ours")
+    add("--their-passes", type=int, default=1, help="TRL: passes of a step whose pairs do not fit at once")
     for key in KEYS:
         option = "--" + key.partition(".")[2].replace("_", "-")
-        parser.add_argument(option, dest=key, nargs="?", const="true", help=f"as {key} of a configuration")
+        add(option, dest=key, nargs="?", const="true", help=f"as {key} of a configuration")
     return parser.parse_args(arguments)
 
 
@@ -148,21 +140,24 @@ def measure(case: Case, opponent: str | None = None) -> dict[str, Any]:
 
 def take_steps(case: Case, opponent: str | None) -> tuple[list[tuple[float, float]], list, list[float]]:
     """Seconds of each step (theirs, ours), the rows of its pairs, and the machine's peak just before ours."""
-    step, peaks = Step(case), []
+    step, peaks = STEPS["ours"](case), []
+
+    def seconds(step: Callable[[np.ndarray], float], batch: np.ndarray) -> float:
+        started = now(case.device)
+        step(batch)
+        return now(case.device) - started
 
     def ours(batch: np.ndarray) -> float:
         # The peak is measured anew each time, because what else a machine does changes both.
         peaks.append(matmul_peak(case.device, case.config.run.dtype))
-        return seconds(step, batch, case.device)
+        return seconds(step, batch)
 
     batches = [case.batches()[0], *case.batches()]
     if opponent in NAMES:
         times, batches = train_trl(case, len(batches), ours)
-    elif opponent:
-        textbook = TextbookStep(case)
-        times = [(seconds(textbook, batch, case.device), ours(batch)) for batch in batches]
     else:
-        times = [(0.0, ours(batch)) for batch in batches]
+        theirs = STEPS[opponent](case) if opponent else None
+        times = [(seconds(theirs, batch) if theirs else 0.0, ours(batch)) for batch in batches]
     return times, batches, peaks
 
 
@@ -189,7 +184,7 @@ def _peak_mib(case: Case, who: str) -> float:
     if who in NAMES:
         train_trl(case, len(batches))
     else:
-        step = Step(case) if who == "ours" else TextbookStep(case)
+        step = STEPS[who](case)
         for batch in batches:
             step(batch)
     if case.device.type == "cuda":
@@ -226,10 +221,3 @@ def necessary_flops(case: Case, rows: np.ndarray) -> int:
     width = config.num_attention_heads * config.head_dim
     products += config.num_hidden_layers * 2 * width * int(meetings)
     return 3 * 2 * products
-
-
-def show(result: dict[str, Any]) -> None:
-    for name, value in result.items():
-        if isinstance(value, dict):
-            value = "{median:.3g} ({q25:.3g} to {q75:.3g})".format(**value)
-        print0(f"{name:<24} {value:.4g}" if isinstance(value, float) else f"{name:<24} {value}")

@@ -60,8 +60,7 @@ class Case:
 
     def token_lists(self) -> list[tuple[list[int], ...]]:
         """The ids of prompt, chosen and rejected response of every pair."""
-        ends = self.pairs.bounds.tolist()
-        return [tuple(self.pairs.ids[a:b].tolist() for a, b in zip(e, e[1:], strict=False)) for e in ends]
+        return [(pair.prompt, *pair.responses) for pair in map(self.pairs.pair, range(len(self.pairs)))]
 
 
 def make_case(options: Namespace, config: DPOConfig | RewardConfig, temporary: Path) -> Case:
@@ -105,57 +104,55 @@ def random_pairs(config: ModelConfig, count: int) -> PairTokens:
     return PairTokens.from_responses([ids(length) for length in prompts[:, 0]], both)
 
 
-class Step:
-    """One optimizer step over a batch of pairs, as train_dpo.py and train_rm.py take it."""
+def our_step(case: Case) -> Callable[[np.ndarray], float]:
+    """One optimizer step over a batch of pairs, as train_dpo.py and train_rm.py take it; it returns the mean
+    loss of the batch, before the step."""
+    pairs, loss, optim, run = case.pairs, case.config.loss, case.config.optim, case.config.run
+    load = pretrained.load_reward_model if case.rewards else pretrained.load_model
+    model = load(case.directory, device=case.device)
+    model.activation_checkpointing = run.activation_checkpointing
+    if compiles_layers(run.compile, case.device):
+        model.compile_layers()
+    optimizer, token_counts = adamw(model, optim), pairs.token_counts(loss.responses)  # that each lays out
+    if loss.needs_reference:
+        logps = all_logps(model, pairs, optim.micro_tokens, case.device, run.dtype)
+        pairs = replace(pairs, ref_logps=logps)
+    forward: Any = pair_rewards if case.rewards else pair_logps
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.pairs, optim, run = case, case.pairs, case.config.optim, case.config.run
-        load = pretrained.load_reward_model if case.rewards else pretrained.load_model
-        self.model = load(case.directory, device=case.device)
-        self.model.activation_checkpointing = run.activation_checkpointing
-        if compiles_layers(run.compile, case.device):
-            self.model.compile_layers()
-        self.optimizer = adamw(self.model, optim)
-        self.token_counts = case.pairs.token_counts(case.config.loss.responses)  # that each pair lays out
-        if case.config.loss.needs_reference:
-            logps = all_logps(self.model, case.pairs, optim.micro_tokens, case.device, run.dtype)
-            self.pairs = replace(case.pairs, ref_logps=logps)
-
-    def __call__(self, batch: np.ndarray) -> float:
-        """The mean loss of the batch, before the step."""
-        case, loss, optim = self.case, self.case.config.loss, self.case.config.optim
-        forward: Any = pair_rewards if case.rewards else pair_logps
+    def step(batch: np.ndarray) -> float:
         total = torch.zeros((), device=case.device)
-        for indices in micro_batches(batch, self.token_counts[batch], optim.micro_tokens):
-            losses = loss(forward(self.model, self.pairs, indices, loss, case.device, case.config.run.dtype))
+        for indices in micro_batches(batch, token_counts[batch], optim.micro_tokens):
+            losses = loss(forward(model, pairs, indices, loss, case.device, run.dtype))
             (losses.sum() / len(batch)).backward()
             total += losses.detach().sum() / len(batch)
-        clip_grad_norm_(self.model.parameters(), optim.grad_clip or torch.inf)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        clip_grad_norm_(model.parameters(), optim.grad_clip or torch.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         return total.item()
 
+    return step
 
-class TextbookStep:
+
+def textbook_step(case: Case) -> Callable[[np.ndarray], float]:
     """textbook.dpo_step with our weights, optimizer and precision. Its reference runs in each step."""
+    pairs, config = case.token_lists(), case.config
+    policy, reference = (pretrained.load_model(case.directory, device=case.device) for _ in range(2))
+    optimizer = adamw(policy, config.optim)
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.pairs = case, case.token_lists()
-        self.policy, self.reference = (
-            pretrained.load_model(case.directory, device=case.device) for _ in range(2)
-        )
-        self.optimizer = adamw(self.policy, case.config.optim)
-
-    def __call__(self, batch: np.ndarray) -> float:
-        tokens, mask = (part.to(self.case.device) for part in pad([self.pairs[row] for row in batch]))
-        policy: Any = partial(self.logits, self.policy)
-        reference: Any = partial(self.logits, self.reference)
-        return dpo_step(policy, reference, self.optimizer, tokens, mask, self.case.config.loss.beta)
-
-    def logits(self, model: nn.Module, tokens: Tensor) -> Tensor:
+    def logits(model: nn.Module, tokens: Tensor) -> Tensor:
         """(R, T, V) float32: autocast is for the forward pass, and bf16 log-probs would be too coarse."""
-        with autocast(self.case.device, self.case.config.run.dtype):
+        with autocast(case.device, config.run.dtype):
             return model(tokens).float()
+
+    def step(batch: np.ndarray) -> float:
+        tokens, mask = (part.to(case.device) for part in pad([pairs[row] for row in batch]))
+        models: list[Any] = [partial(logits, policy), partial(logits, reference)]
+        return dpo_step(models[0], models[1], optimizer, tokens, mask, config.loss.beta)
+
+    return step
+
+
+STEPS = {"ours": our_step, "textbook": textbook_step}
 
 
 def now(device: torch.device) -> float:
@@ -163,12 +160,6 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def seconds(step: Callable[[np.ndarray], object], batch: np.ndarray, device: torch.device) -> float:
-    started = now(device)
-    step(batch)
-    return now(device) - started
 
 
 def matmul_peak(device: torch.device, dtype: str) -> float:

@@ -47,7 +47,6 @@ from minidpo.tools.reading import (
     reading_section,
 )
 from minidpo.tools.report_page import token_pairs, write_page
-from minidpo.tools.sample import unescaped
 from minidpo.training.device import choose_device
 from minidpo.training.reference import require_reference
 
@@ -102,7 +101,17 @@ def explain(options: argparse.Namespace, trained: Path, loss: PreferenceLoss) ->
     tokenizer = Tokenizer.from_pretrained(with_tokenizer(options.model, options.adapter))
     template = tokenizer.chat_template(options.template, data_of_model(trained).date)
     pair = _read_pair(options, template, tokenizer)
-    pairs = _token_ids(options, pair, tokenizer)
+    config = read_config(Path(options.model))
+    limit = config.max_length if options.max_length is None else options.max_length
+    require_fit("model", config, tokenizer, limit)
+    pairs = PairTokens.from_pairs(tokenizer.encode_pairs([pair]))
+    if not pairs.lengths[0, 0]:
+        raise UserError("the prompt has no token, so nothing predicts the first token of a response")
+    if (longest := int(pairs.lengths[0, 0] + pairs.lengths[0, 1:].max())) > limit:
+        remedy = "raise it" if longest <= config.max_length else "the model takes no longer one"
+        raise UserError(f"the pair has {longest} tokens, more than max_length = {limit}; {remedy}")
+    if options.reference:
+        require_reference(Path(options.reference), tokenizer, longest)
     require_messages("--template", template, pairs, tokenizer)
 
     every = [kind() for kind in LOSSES.values() if kind.responses <= pairs.responses and not kind.needs_z0]
@@ -141,7 +150,9 @@ def _read_pair(options: argparse.Namespace, template: ChatTemplate, tokenizer: T
 def _record(options: argparse.Namespace) -> tuple[str, Any]:
     """Where the record stands, and what it is."""
     file, index = options.data, options.index
-    texts = {name: unescaped(text) for name in PARTS if (text := getattr(options, name)) is not None}
+    texts = {
+        name: text.replace("\\n", "\n") for name in PARTS if (text := getattr(options, name)) is not None
+    }
     if file is None and index is None and len(texts) == len(PARTS):
         return "the pair as typed", texts
     if file is None or texts or index is None or index < 0:
@@ -151,19 +162,3 @@ def _record(options: argparse.Namespace) -> tuple[str, Any]:
         return f"{file}:{line}", record
     count = sum(1 for _ in read_records(Path(file)))
     raise UserError(f"--index {index}: {file} has {count} records; the last is {count - 1}")
-
-
-def _token_ids(options: argparse.Namespace, pair: PreferencePair, tokenizer: Tokenizer) -> PairTokens:
-    """The ids of the whole pair. Raises UserError unless policy and reference can read them."""
-    config = read_config(Path(options.model))
-    limit = config.max_length if options.max_length is None else options.max_length
-    require_fit("model", config, tokenizer, limit)
-    pairs = PairTokens.from_pairs(tokenizer.encode_pairs([pair]))
-    if not pairs.lengths[0, 0]:
-        raise UserError("the prompt has no token, so nothing predicts the first token of a response")
-    if (longest := int(pairs.lengths[0, 0] + pairs.lengths[0, 1:].max())) > limit:
-        remedy = "raise it" if longest <= config.max_length else "the model takes no longer one"
-        raise UserError(f"the pair has {longest} tokens, more than max_length = {limit}; {remedy}")
-    if options.reference:
-        require_reference(Path(options.reference), tokenizer, longest)
-    return pairs

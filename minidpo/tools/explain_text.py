@@ -9,10 +9,10 @@ from textwrap import dedent
 from typing import Any
 
 from minidpo.data.report import PARTS
+from minidpo.log import aligned
 from minidpo.losses import LOSSES
 from minidpo.settings import keys_of
 from minidpo.tools.pair_numbers import NUMBERS
-from minidpo.tools.tables import aligned
 
 # Tokens shown at either end of a part that is clearly longer than both together.
 SHOWN = {"prompt": 4, "chosen": 20, "rejected": 20}
@@ -21,7 +21,13 @@ SHOWN = {"prompt": 4, "chosen": 20, "rejected": 20}
 def render(e: dict[str, Any], every_token: bool = False) -> str:
     """e: the explanation that `explain` makes."""
     tables = aligned(list(_tokens(e["tokens"], every_token)), 9), aligned(calculation(e), 12)
-    losses = "The same pair under every loss, each at the settings beside it:\n" + _every_loss(e["losses"])
+    rows = [["", "z or h", "sigma(z)", "loss", "weight y_w", "weight y_l"]]
+    for loss in e["losses"]:
+        row = [f"{loss['name']:<8} {settings(LOSSES[loss['name']], loss) or 'no settings'}"]
+        numbers = (loss.get(name) for name in ("argument", "sigmoid", "loss"))
+        row += ("" if number is None else f"{number:z.4f}" for number in numbers)
+        rows.append([*row, *(f"{loss[f'{name}_weight']:+z.6f}" for name in PARTS[1:])])
+    losses = f"The same pair under every loss, each at the settings beside it:\n{aligned(rows)}"
     return "\n\n".join(["\n".join(_heading(e)), tables[0], equations(e), tables[1], losses])
 
 
@@ -128,16 +134,6 @@ def calculation(e: dict[str, Any]) -> list[list[str]]:
 
 def responses_of(e: dict[str, Any]) -> list[str]:
     return [name for name in PARTS[1:] if f"{name}_logps" in e]
-
-
-def _every_loss(losses: list[dict[str, Any]]) -> str:
-    rows = [["", "z or h", "sigma(z)", "loss", "weight y_w", "weight y_l"]]
-    for loss in losses:
-        row = [f"{loss['name']:<8} {settings(LOSSES[loss['name']], loss) or 'no settings'}"]
-        numbers = (loss.get(name) for name in ("argument", "sigmoid", "loss"))
-        row += ("" if number is None else f"{number:z.4f}" for number in numbers)
-        rows.append([*row, *(f"{loss[f'{name}_weight']:+z.6f}" for name in PARTS[1:])])
-    return aligned(rows)
 
 
 def settings(kind: type, values: dict[str, Any]) -> str:

@@ -58,10 +58,9 @@ def drawing(files: list[Path], width: float, height: float) -> Iterator[Any]:
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
         for file in files:
-            kind = file.suffix[1:]
             # The date would make the bytes of equal figures differ.
-            undated = {"Date": None} if kind == "svg" else None
+            undated = {"Date": None} if file.suffix == ".svg" else None
             with writing(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 with replacing_file(file) as temporary:
-                    figure.savefig(temporary, format=kind, dpi=160, metadata=undated)
+                    figure.savefig(temporary, format=file.suffix[1:], dpi=160, metadata=undated)

@@ -21,7 +21,7 @@ from minidpo.losses import DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO
 from minidpo.model import load_model, model_fingerprint
 from minidpo.settings import keys_of, toml
 from minidpo.tools.demo.command import OUT, REPOSITORY, fit_reference, from_sft, run_script
-from minidpo.tools.demo.samples import Point, UnseenPrompts, best_of_reference, measure
+from minidpo.tools.demo.samples import Point, UnseenPrompts, best_reachable, measure
 from minidpo.tools.figures import COLOURS, INK, MARKS, drawing, png_and_svg, require_matplotlib
 
 
@@ -114,7 +114,8 @@ def measure_all(out: Path, world: Path, scale: Scale) -> dict[str, Any]:
     if found.get("identity") != identity:
         print(f"sampling the reference, {scale.best_samples} responses per prompt", flush=True)
         start = measure(unseen, unseen.reference, 0, scale.samples)
-        best = best_of_reference(unseen, scale.best_samples)
+        seeds = range(1000, 1000 + scale.best_samples)  # not those of the reference's own point
+        best = best_reachable([unseen.sample(unseen.reference, seed) for seed in seeds])
         found = {"identity": identity, "reference": start._asdict(), "best_reachable": best, "runs": {}}
     for loss in scale.losses:
         if (name := run_name(loss)) not in found["runs"]:
@@ -154,7 +155,17 @@ def draw(
             names = ", ".join(numbers(kind()))
             axes.plot([], [], mark, ms=8, color=colour, label=f"{kind.__name__} ({names})")
         for loss, points in runs.items():
-            draw_run(axes, loss, [start, *points], kinds.index(type(loss)))
+            number, end = kinds.index(type(loss)), points[-1]
+            look: dict[str, Any] = {"color": COLOURS[number], "marker": MARKS[number]}
+            # A thin line from the reference on, small marks, and a large one at the end with standard errors.
+            way = [start, *points]
+            places = [point.kl for point in way], [point.reward for point in way]
+            axes.plot(*places, lw=0.8, ms=3.5, alpha=0.5, markevery=slice(1, -1), **look)
+            ends = end.kl, end.reward, end.reward_error, end.kl_error
+            axes.errorbar(*ends, ms=8, mec="white", elinewidth=1, **look)
+            text = ", ".join(f"{value:g}" for value in numbers(loss).values())
+            beside = {"xytext": PLACES[number], "textcoords": "offset points", "ha": "center"}
+            axes.annotate(text, (end.kl, end.reward), color=COLOURS[number], **beside)
         farthest = max(point.kl for points in runs.values() for point in points)
         # Squares are equally far apart on this axis.
         axes.set(xlim=(0, None), xticks=[n * n for n in range(math.ceil(math.sqrt(farthest)) + 1)])
@@ -162,17 +173,3 @@ def draw(
         axes.set_ylabel("true reward of sampled responses, nats")
         axes.set_title("What each loss earns for how far it goes from the reference")
         axes.legend(loc="upper right")
-
-
-def draw_run(axes: Any, loss: PreferenceLoss, points: list[Point], kind: int) -> None:
-    """A thin line from the reference on, a small mark per point, and then a large one with standard errors.
-
-    Beside the end stand the loss's numbers, at a place that belongs to its kind.
-    """
-    look: dict[str, Any] = {"color": COLOURS[kind], "marker": MARKS[kind]}
-    kls, rewards, end = [point.kl for point in points], [point.reward for point in points], points[-1]
-    axes.plot(kls, rewards, lw=0.8, ms=3.5, alpha=0.5, markevery=slice(1, -1), **look)
-    axes.errorbar(end.kl, end.reward, end.reward_error, end.kl_error, ms=8, mec="white", elinewidth=1, **look)
-    text = ", ".join(f"{number:g}" for number in numbers(loss).values())
-    place = {"xytext": PLACES[kind], "textcoords": "offset points", "ha": "center"}
-    axes.annotate(text, (end.kl, end.reward), color=COLOURS[kind], **place)

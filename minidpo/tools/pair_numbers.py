@@ -15,7 +15,7 @@ from minidpo.data.report import PARTS
 from minidpo.logprobs import sum_by_response
 from minidpo.losses import PairLogps, PreferenceLoss
 from minidpo.model import load_model, response_token_logps
-from minidpo.packing import PackedBatch, pack
+from minidpo.packing import pack
 from minidpo.settings import keys_of
 from minidpo.training.device import autocast
 from minidpo.training.scoring import require_finite
@@ -41,9 +41,18 @@ def explanations(
     itself, so that no other one changes a digit of it. reference: None stands for the policy itself.
     """
     batches = [pack(pairs, np.array([row])) for row in range(len(pairs))]
-    of_policy = of_reference = _token_logps(policy, batches, device, dtype, adapter)
-    if reference:
-        of_reference = _token_logps(reference, batches, device, dtype)
+
+    @torch.no_grad()
+    def token_logps(model: str | Path, adapter: str | Path | None = None) -> list[Tensor]:
+        """Of each batch, the log-probs (S,) of its scored tokens under the model of a directory."""
+        loaded = load_model(model, device=device, adapter=adapter)
+        with autocast(device, dtype):
+            logps = [response_token_logps(loaded, batch.to(device)).float().cpu() for batch in batches]
+        require_finite(torch.cat(logps), model)
+        return logps
+
+    of_policy = token_logps(policy, adapter)
+    of_reference = token_logps(reference) if reference else of_policy
     for row, (batch, ours, theirs) in enumerate(zip(batches, of_policy, of_reference, strict=True)):
         ids, lengths = pairs.pair(row), batch.lengths[0]  # (K,)
         file = pairs.files[ids.file] if pairs.files else None
@@ -61,22 +70,6 @@ def explanations(
         numbers["losses"] = [under(loss, PairLogps(**logps)) for loss in losses]
         numbers["loss"] = numbers["losses"][0]
         yield numbers
-
-
-@torch.no_grad()
-def _token_logps(
-    model: str | Path,
-    batches: list[PackedBatch],
-    device: torch.device,
-    dtype: str,
-    adapter: str | Path | None = None,
-) -> list[Tensor]:
-    """Of each batch, the log-probs (S,) of its scored tokens under the model of a directory."""
-    loaded = load_model(model, device=device, adapter=adapter)
-    with autocast(device, dtype):
-        logps = [response_token_logps(loaded, batch.to(device)).float().cpu() for batch in batches]
-    require_finite(torch.cat(logps), model)
-    return logps
 
 
 def under(loss: PreferenceLoss, pair: PairLogps) -> dict[str, Any]:

@@ -125,15 +125,22 @@ def panels_of(runs: list[Run]) -> list[Panel]:
     return shown
 
 
-def curves_in(panel: Panel, runs: list[Run]) -> Iterator[tuple[int, str, bool, np.ndarray]]:
-    """Number of the run, key, whether measured on held-out pairs, and (2, n): steps and values, those of
-    training smoothed."""
+def curves_in(panel: Panel, runs: list[Run]) -> Iterator[tuple[int, str, bool, np.ndarray, dict[str, Any]]]:
+    """Number of the run, key, whether measured on held-out pairs, (2, n): steps and values, those of training
+    smoothed, and the look.
+
+    Colour and mark tell runs apart, or chosen from rejected if there is one run; rejected is dashed.
+    """
     for number, run in enumerate(runs):
         for key in panel.keys:
+            rejected = key.endswith("rejected")
+            index = number if len(runs) > 1 else int(rejected)
+            look = {"color": COLOURS[index], "marker": MARKS[index], "ls": "--" if rejected else "-"}
+            look |= {"markerfacecolor": "white"} if rejected else {}
             if (training := run.curves.get(key)) is not None:
-                yield number, key, False, np.stack([training[0], smoothed(training[1])])
+                yield number, key, False, np.stack([training[0], smoothed(training[1])]), look
             if (held_out := run.curves.get(f"eval/{key}")) is not None:
-                yield number, key, True, held_out
+                yield number, key, True, held_out, look
 
 
 def draw(figure: Any, runs: list[Run], shown: list[Panel], rows: int, columns: int) -> None:
@@ -147,13 +154,12 @@ def draw(figure: Any, runs: list[Run], shown: list[Panel], rows: int, columns: i
         # Without a format, a power of ten would stand where the title is.
         axes.yaxis.set_major_formatter("{x:g}")
         axes.locator_params(axis="x", integer=True)
-        for number, key, held_out, points in curves_in(panel, runs):
-            style = look(key, number if len(runs) > 1 else None)
+        for number, key, held_out, points, style in curves_in(panel, runs):
             if held_out:
                 (line,) = axes.plot(*points, **style, markevery=math.ceil(points.shape[1] / 12))
             else:
-                style["marker"] = "None" if points.shape[1] > FEW else "."
-                (line,) = axes.plot(*points, **style | TRAINING)
+                few = {"marker": "None" if points.shape[1] > FEW else "."}
+                (line,) = axes.plot(*points, **style | TRAINING | few)
             part = key.rpartition("/")[2]
             name = part if len(runs) == 1 and part in ("chosen", "rejected") else runs[number].name
             if held_out or name not in named:
@@ -163,14 +169,6 @@ def draw(figure: Any, runs: list[Run], shown: list[Panel], rows: int, columns: i
             axes.axhline(panel.level, color="#999999", linewidth=0.8, linestyle=(0, (1, 2)), zorder=0)
     figure.legend(named.values(), named.keys(), loc="outside upper center", ncols=min(5, len(named)))
     figure.supxlabel("optimizer step; marks: held out, light: training, dashed: rejected", fontsize="small")
-
-
-def look(key: str, number: int | None = None) -> dict[str, Any]:
-    """Colour and mark tell runs apart, or chosen from rejected if there is one run; rejected is dashed."""
-    rejected = key.endswith("rejected")
-    index = int(rejected) if number is None else number
-    style = {"color": COLOURS[index], "marker": MARKS[index], "ls": "--" if rejected else "-"}
-    return style | ({"markerfacecolor": "white"} if rejected else {})
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:

@@ -24,8 +24,9 @@ from minidpo.model import load_reward_model
 from minidpo.model.tensors import count_parameters
 from minidpo.sections import RewardConfig
 from minidpo.tools.explain_text import responses_of, settings
+from minidpo.tools.figures import COLOURS
 from minidpo.tools.pair_numbers import explanations
-from minidpo.tools.plot import Run, curves_in, look, panels_of, read_runs
+from minidpo.tools.plot import Run, curves_in, panels_of, read_runs
 from minidpo.tools.report_page import Line, Markup, article, chart, tag, token_pairs, write_page
 from minidpo.training.advice import Advice
 from minidpo.training.device import choose_device
@@ -89,14 +90,13 @@ def in_words(run: Run, config: Any) -> Iterator[object]:
 def curves(runs: list[Run]) -> Iterator[Markup]:
     """The panels of `plot`, and above them a button per run that hides its lines."""
     yield tag("h2", "Curves")
-    several = len(runs) > 1
-    for number, run in enumerate(runs if several else ()):
-        yield tag("button", run.name, style=f"color: {look('', number)['color']}", data_run=f"run{number}")
+    for number, run in enumerate(runs if len(runs) > 1 else ()):
+        yield tag("button", run.name, style=f"color: {COLOURS[number]}", data_run=f"run{number}")
     charts: list[Markup] = []
     for panel in panels_of(runs):
         lines = []
-        for number, key, of_held_out, points in curves_in(panel, runs):
-            style, about = look(key, number if several else None), f"{runs[number].name}, {key} at step"
+        for number, key, of_held_out, points, style in curves_in(panel, runs):
+            about = f"{runs[number].name}, {key} at step"
             classes = f"run{number}" + " training" * (not of_held_out) + " dashed" * (style["ls"] == "--")
             lines.append(Line(points.T, about * of_held_out, classes, style["color"]))
         charts.append(chart(panel.title, panel.good, lines, panel.level))

@@ -135,7 +135,7 @@ def _records(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         asked = [{"role": "user", "content": options.human}]
         yield "--human", {"prompt": asked, "system": options.system}
     elif options.prompt is not None:
-        yield "--prompt", {"prompt": unescaped(options.prompt)}
+        yield "--prompt", {"prompt": options.prompt.replace("\\n", "\n")}
     elif options.data:
         for place, record in read_records(Path(options.data)):
             yield f"{options.data}:{place}", record
@@ -147,7 +147,7 @@ def _records(options: argparse.Namespace) -> Iterator[tuple[str, Any]]:
         except UnicodeDecodeError as error:
             raise UserError(f"{file}: not UTF-8 text ({error})") from None
         for number, line in enumerate(lines, start=1):
-            yield f"{file}:{number}", {"prompt": unescaped(line)} if line else None
+            yield f"{file}:{number}", {"prompt": line.replace("\\n", "\n")} if line else None
 
 
 def _that_fit(
@@ -163,8 +163,3 @@ def _that_fit(
     if out := len(prompts) - len(fit):
         print0(f"{out} of {len(prompts)} prompts left out: no room for {new_tokens} more tokens")
     return fit
-
-
-def unescaped(text: str) -> str:
-    """Text as typed in a shell, its \\n read as line breaks."""
-    return text.replace("\\n", "\n")

@@ -30,7 +30,7 @@ from minidpo.data import (
 from minidpo.data.report import PARTS
 from minidpo.errors import UserError
 from minidpo.files import require_place, write_json_lines
-from minidpo.log import print0
+from minidpo.log import aligned, print0
 from minidpo.losses import DPO, PairLogps, PreferenceLoss
 from minidpo.model import RewardModel, load_model, load_reward_model
 from minidpo.model.adapter_files import HELP, with_tokenizer
@@ -43,7 +43,6 @@ from minidpo.tools.reading import (
     reading_section,
     trained_on,
 )
-from minidpo.tools.tables import aligned
 from minidpo.training.device import choose_device
 from minidpo.training.reference import require_reference
 from minidpo.training.reward_scorer import compare_template, with_error

@@ -16,8 +16,8 @@ from minidpo.losses import DPO, SFT, BradleyTerry
 from minidpo.model import response_logps, save_model
 from minidpo.packing import pack
 from minidpo.sections import DPOConfig, OptimSection, RewardConfig, RunSection
-from minidpo.tools import bench
-from minidpo.tools.bench_steps import Case, Step, TextbookStep, random_pairs
+from minidpo.tools import bench, bench_steps
+from minidpo.tools.bench_steps import STEPS, Case, random_pairs
 from minidpo.tools.bench_trl import train_trl
 from tiny import random_pairs as tiny_pairs
 from tiny import tiny_config, tiny_model, tiny_reward_model
@@ -55,16 +55,15 @@ def test_flops(loss, responses, scored, case):
 def test_textbook(case):
     """Over several steps both have the same losses, so the same gradients and updates."""
     its = case(DPO())
-    ours, textbook = ([step(batch) for batch in its.batches()] for step in (Step(its), TextbookStep(its)))
+    ours, textbook = (list(map(STEPS[who](its), its.batches())) for who in ("ours", "textbook"))
     assert ours[0] == pytest.approx(np.log(2)) != ours[1]
     assert ours == pytest.approx(textbook, rel=1e-4)
 
 
 def test_json(tmp_path, monkeypatch, capsys):
     """The last line's ratios are theirs / ours; utilisation is FLOPs over time and peak."""
-
-    step = TextbookStep.__call__
-    monkeypatch.setattr(TextbookStep, "__call__", lambda *its: (time.sleep(0.3), step(*its)))
+    step = bench_steps.dpo_step
+    monkeypatch.setattr(bench_steps, "dpo_step", lambda *given: time.sleep(0.3) or step(*given))
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
     block = np.ones(2**27)  # 1 GiB of this process, which does not count: peaks are those of processes alone
     save_model(tiny_model(), tmp_path)

@@ -109,23 +109,18 @@ def test_without_a_reward_model(sampled, best_of_n, prompts, tmp_path):
 
 
 def test_nothing_to_prefer(best_of_n, prompts, tmp_path):
-    """Prompts whose samples are blank, tied or equal are skipped."""
+    """Prompts whose samples are blank, tied or equal are skipped. A pair has what its prompt gave the template,
+    so that training renders the same prompt."""
+    prompt = Prompt("p", given={"tools": ["weather"], "effort": "low"})
     rewards = [(" a", 1.0), (" b", 2.0), (" \n", 9.0), (" c", 1.0), (" a", 1.0 + 1e-7)]
-    a, b, blank, tied, rounded = (Sample(Prompt("p"), text, True, reward) for text, reward in rewards)
+    a, b, blank, tied, rounded = (Sample(prompt, text, True, reward) for text, reward in rewards)
     none = [[a, tied], [a, a, blank], [blank, blank], [a, rounded]]
     write_pairs(tmp_path / "some.jsonl", [[a, blank, b, a], *none])
-    assert [(row["chosen"], row["rejected"]) for row in read(tmp_path / "some.jsonl")] == [(" b", " a")]
+    (row,) = read(tmp_path / "some.jsonl")
+    assert (row["chosen"], row["rejected"]) == (" b", " a")
+    assert (row["tools"], row["chat_template_kwargs"]) == (["weather"], {"effort": "low"})
     with pytest.raises(UserError, match="no prompt has two samples of different reward"):
         best_of_n("--data", prompts, "--temperature", 0)
-
-
-def test_tools_of_pairs(tmp_path):
-    """A pair of samples has what its prompt gave the template, so that training renders the same prompt."""
-    given = {"tools": [{"name": "weather"}], "effort": "low"}
-    prompt = Prompt("p", ASKED, add_special_tokens=False, given=given)
-    write_pairs(tmp_path / "a.jsonl", [[Sample(prompt, "a", True, 1.0), Sample(prompt, "b", True, 2.0)]])
-    (row,) = read(tmp_path / "a.jsonl")
-    assert (row["tools"], row["chat_template_kwargs"]) == ([{"name": "weather"}], {"effort": "low"})
 
 
 def test_no_room(best_of_n, tmp_path):
@@ -151,7 +146,6 @@ def chatty(world, tmp_path):
     ("own", "option", "asked"),
     [
         (False, [], HH),
-        (False, ["--template", "hh"], HH),
         (False, ["--template", "chatml"], CHATML),
         (True, [], OWN),
         (True, ["--template", "hh"], HH),

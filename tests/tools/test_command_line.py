@@ -21,7 +21,6 @@ def run(*arguments: object, **named) -> subprocess.CompletedProcess:
     ("arguments", "says"),
     [
         (["train_dpo.py", "nowhere.toml"], "nowhere.toml: no such configuration file"),
-        (["train_rm.py", "configs/demo_rm.toml", "--loss.beta=1"], "no key loss.beta"),
         (["-m", "minidpo", "fly"], "no command 'fly'"),
         # A path that is not UTF-8 is refused as it was typed: config.toml and the log could not spell it.
         (["-m", "minidpo", "plot", b"caf\xe9"], "caf\\udce9' is not text in UTF-8"),

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import pytest
 
 from minidpo.errors import UserError
-from minidpo.log import console_line
 from minidpo.losses import DPO, LOSSES
 from minidpo.settings import positive, setting
 from minidpo.tools import explain as command
@@ -46,7 +45,7 @@ def pair(world):
     return ["--data", str(world / "pairs.jsonl.gz"), "--index", "7", "--reference", str(world / "other")]
 
 
-def test_sums_of_score(world, explained, text, pair, tmp_path):
+def test_sums_of_score(world, explained, pair, tmp_path):
     """The sums are those of `score`: bit for bit if the file has one pair, up to rounding if it has more."""
     one = ["--data", str(write(tmp_path / "one.jsonl", GOOD)), "--reference", str(world / "other")]
     for data, index, tolerance in ((one, 0, 0), ([*pair[:2], *pair[4:]], 7, 5e-5)):
@@ -54,13 +53,10 @@ def test_sums_of_score(world, explained, text, pair, tmp_path):
         score(["--model", str(world / "model"), *data, "--out", str(out), "--device", "cpu"])
         row, mine = read(out)[index], explained(*data, "--index", str(index))
         assert {name: mine[name] for name in row} == pytest.approx(row, rel=0, abs=tolerance)
-    table = text(*pair)
-    for name in ("chosen_logps", "rejected_logps", "reference_chosen_logps", "reference_rejected_logps"):
-        assert f" {row[name]:.4f}" in table
 
 
 @pytest.mark.parametrize("name", OF_ONE_PAIR)
-def test_first_step(config, explained, text, tmp_path, name, world):
+def test_first_step(config, explained, tmp_path, name, world):
     """The loss and the rewards are those of the first logged step to the last digit."""
     data = write(tmp_path / "one.jsonl", {"prompt": "a cat", "chosen": " yes and no", "rejected": " runs"})
     arguments = config(optim__batch_size=1, optim__max_steps=1, data__eval_pairs=0)
@@ -68,13 +64,11 @@ def test_first_step(config, explained, text, tmp_path, name, world):
     settings = (f"--data.train={data}", f"--loss.name={name}", f"--reference.path={reference}")
     step, *_ = run_dpo(arguments, *settings)
     of_pair = ["--reference", reference, "--data", str(data), "--index", "0", "--loss", name]
-    loss, table = explained(*of_pair)["loss"], text(*of_pair)
+    loss = explained(*of_pair)["loss"]
     assert loss["loss"] == step["loss"]
     if LOSSES[name].responses == 2:
         rewards = [step[f"rewards/{key}"] for key in ("chosen", "rejected", "margins")]
         assert [loss["chosen_reward"], loss["rejected_reward"], loss["margin"]] == rewards
-    for number in re.findall(r"(?:loss|margin|chosen|rejected) +(\S+)", console_line(step, 1, 0)):
-        assert re.search(rf" {number}[ \n]", table)
 
 
 def test_every_loss(explained, text, pair):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import train_dpo
 from minidpo.tools import frontier
@@ -33,7 +32,8 @@ def test_standard_error(samples):
 
 def test_best_reachable():
     """Half of the responses earn 1, half 0: at tau the good have s = sigmoid(1 / tau), KL log 2 - H(s)."""
-    curve = best_reachable(torch.tensor([[1.0, 0.0] * 32] * 3, dtype=torch.float64))
+    good, bad = (SimpleNamespace(judgements=[SimpleNamespace(reward=reward)] * 3) for reward in (1.0, 0.0))
+    curve = best_reachable([good, bad] * 32)
     for tau, kl, reward in zip(*curve.values(), strict=True):
         s = 1 / (1 + math.exp(-1 / tau))
         assert reward == pytest.approx(s)

@@ -21,13 +21,12 @@ import torch
 from minidpo.data import read_preferences
 from minidpo.errors import STOPPED, UNREAD, UserError
 from minidpo.files import writing
-from minidpo.log import read_metrics
+from minidpo.log import aligned, read_metrics
 from minidpo.model import load_model
 from minidpo.tools.demo.files import write_model, write_world
 from minidpo.tools.demo.samples import Samples, UnseenPrompts
 from minidpo.tools.demo.world import Judgement, ceiling_accuracy
 from minidpo.tools.report import main as write_page
-from minidpo.tools.tables import aligned
 
 REPOSITORY = Path(__file__).resolve().parents[3]  # The scripts and configs lie there.
 OUT = Path("runs/demo")  # the directory that the configs name

@@ -3,7 +3,6 @@
 import gzip
 import json
 import random
-from collections.abc import Iterable
 from pathlib import Path
 
 import tokenizers
@@ -57,8 +56,20 @@ def write_world(
 def write_model(directory: Path, world: Path, seed: int = 0) -> None:
     """Write a Hugging Face directory: a tokenizer trained on the data in `world`, a small random Llama."""
     directory.mkdir(parents=True, exist_ok=True)
+    # Byte-level BPE: its alphabet is all 256 bytes, so any text can be encoded.
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=768,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     pairs = read_preferences(world / "sft.jsonl.gz")
-    tokenizer = train_tokenizer((pair.prompt + pair.chosen for pair in pairs), vocab_size=768)
+    tokenizer.train_from_iterator((pair.prompt + pair.chosen for pair in pairs), trainer)
     tokenizer.save(str(directory / "tokenizer.json"))
     about = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": None, "eos_token": END_OF_TEXT}
     (directory / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
@@ -76,20 +87,3 @@ def write_model(directory: Path, world: Path, seed: int = 0) -> None:
         eos_token_id=tokenizer.token_to_id(END_OF_TEXT),
     )
     save_model(Transformer(config), directory)
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE: its alphabet is all 256 bytes, so any text can be encoded."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    split = pre_tokenizers.Split(tokenizers.Regex(SPLIT), behavior="isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer

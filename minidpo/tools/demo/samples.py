@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from minidpo.data import Tokenizer
 from minidpo.files import require_file
@@ -74,26 +73,19 @@ def measure(unseen: UnseenPrompts, model: Transformer, step: int, samples: int) 
     return Point(step, *of_rewards, *of_kls, length=float(np.mean(lengths)))
 
 
-def best_of_reference(unseen: UnseenPrompts, samples: int) -> dict[str, list[float]]:
-    """`best_reachable` from `samples` responses of the reference to each prompt."""
-    # These seeds differ from those of the reference's own point.
-    drawn = [unseen.sample(unseen.reference, seed) for seed in range(1000, 1000 + samples)]
-    rewards = [[judged.reward for judged in one.judgements] for one in drawn]
-    return best_reachable(torch.tensor(rewards, dtype=torch.float64).T)
-
-
-def best_reachable(rewards: Tensor) -> dict[str, list[float]]:
+def best_reachable(drawn: list[Samples]) -> dict[str, list[float]]:
     """The most reward that a KL buys, by reweighting the reference's own responses.
 
         pi*(y|x) = pi_ref(y|x) exp(r*(x, y) / tau) / Z(x)        has the most reward of all with its KL
 
-    rewards: (prompts, S), nats. Each of S responses to a prompt gets the weight w = softmax(r* / tau); then
+    drawn: S times one response per prompt. Each of S to a prompt gets the weight w = softmax(r* / tau); then
     reward = sum w r* and KL = sum w log(S w). tau decreases as long as the effective number of responses per
     prompt, 1 / sum w^2, is 4 or more: an average over fewer says little.
     Returns {"tau": [...], "kl": [...], "reward": [...]}.
     """
     curve: dict[str, list[float]] = {"tau": [], "kl": [], "reward": []}
-    count = rewards.shape[1]
+    of_samples = [[judged.reward for judged in one.judgements] for one in drawn]
+    rewards, count = torch.tensor(of_samples, dtype=torch.float64).T, len(drawn)  # (prompts, S), nats
     for tau in torch.logspace(2, -1, 61).tolist():
         logs = (rewards / tau).log_softmax(1)
         weights = logs.exp()

@@ -150,16 +150,13 @@ def split_questions(rng: random.Random) -> tuple[list[Question], list[Question]]
 
 def sample_response(rng: random.Random, question: Question) -> str:
     """A response of mixed quality; each merit or fault is drawn independently."""
-    named = question.answer if rng.random() < 0.7 else wrong_answer(rng, question)
+    sums = [str(n) for n in range(2, 2 * LARGEST_ADDEND + 1)]
+    wrong = [word for word in question.candidates or sums if word != question.answer]
+    named = question.answer if rng.random() < 0.7 else rng.choice(wrong)
     opening = rng.choice(rng.choices((POLITE, GRUMPY, ("",)), (4, 3, 3))[0])
     ramble = rng.choice(RAMBLINGS) if rng.random() < 0.4 else ""
     sentences = (opening, rng.choice(STATEMENTS).format(named), ramble)
     return "".join(" " + sentence for sentence in sentences if sentence)
-
-
-def wrong_answer(rng: random.Random, question: Question) -> str:
-    sums = [str(n) for n in range(2, 2 * LARGEST_ADDEND + 1)]
-    return rng.choice([word for word in question.candidates or sums if word != question.answer])
 
 
 def sample_prompt(rng: random.Random, pool: list[Question], earlier: list[Question]) -> tuple[str, Question]:
