@@ -78,38 +78,31 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     return values
 
 
-class MetricsFile:
-    """metrics.jsonl: one JSON object per logged step. Lines after last_step, the checkpoint's, are dropped;
-    if that is 0, all are: step 0 is evaluated again."""
-
-    def __init__(self, path: Path, last_step: int) -> None:
-        self.path = path
-        self.kept: list[dict[str, float]] = []
-        if rank() == 0:
-            with writing(path):  # Written anew even if all lines stay: a link would lead out of the run.
-                lines = read_metrics(path) if path.exists() else []
-                self.kept = [line for line in lines if line["step"] <= (last_step or -1)]
-                write_json_lines(path, self.kept)
-
-    def write(self, values: dict[str, float]) -> None:
-        if rank() == 0:
-            with writing(self.path), self.path.open("a") as file:
-                file.write(json.dumps(values) + "\n")
+def keep_metrics(path: Path, last_step: int) -> list[dict[str, float]]:
+    """Drop the lines of a metrics.jsonl after last_step, the checkpoint's; if that is 0, all: step 0 is
+    evaluated again. Returns the others."""
+    with writing(path):  # Written anew even if all lines stay: a link would lead out of the run.
+        lines = read_metrics(path) if path.exists() else []
+        kept = [line for line in lines if line["step"] <= (last_step or -1)]
+        write_json_lines(path, kept)
+    return kept
 
 
 class Progress:
-    """Count, rate and time left: a line that rewrites itself on a terminal; elsewhere one per minute."""
+    """Count, rate and time left: a line that rewrites itself on a terminal; elsewhere one per minute. Without
+    a label it says nothing."""
 
-    def __init__(self, label: str, total: int | None = None, unit: str = "items") -> None:
+    def __init__(self, label: str, total: int | None, unit: str) -> None:
         self.label, self.total, self.unit = label, total, unit
         self.done = 0
         self._start = self._shown = time.monotonic()
-        self._live = rank() == 0 and sys.stderr is not None and sys.stderr.isatty()
+        self._told = rank() == 0 and bool(label)
+        self._live = self._told and sys.stderr is not None and sys.stderr.isatty()
 
     def advance(self, count: int) -> None:
         self.done += count
         now = time.monotonic()
-        if now - self._shown > (0.2 if self._live else 60) and rank() == 0:
+        if now - self._shown > (0.2 if self._live else 60) and self._told:
             self._shown = now
             begin, end = ("\r\033[K", "") if self._live else ("", "\n")
             print(begin + self._line(now), end=end, file=sys.stderr, flush=True)
@@ -118,7 +111,7 @@ class Progress:
         """Remove the line from a terminal; print it a last time unless what comes next says the result."""
         if self._live:
             print("\r\033[K", end="", file=sys.stderr, flush=True)
-        if last_line and rank() == 0:
+        if last_line and self._told:
             print(self._line(time.monotonic()), file=sys.stderr, flush=True)
 
     def _line(self, now: float) -> str:

@@ -40,14 +40,14 @@ def load_pairs(
     seed: int,
     cache: Path | None = None,
     check: Callable[[PairTokens, PairTokens], None] | None = None,
-    check_first: Callable[[str, TokenPair], None] | None = None,
+    check_first: Callable[[str, int, bool], None] | None = None,
 ) -> tuple[PairTokens, PairTokens]:
     """Read, tokenize and report data.train and data.eval. Returns (train, held out).
 
     With no eval file, about `eval_pairs` pairs are held out of train by prompt: no prompt is on both sides.
     cache: where token ids are kept between starts unless data.cache names a directory; None: nowhere. check:
     raises UserError for pairs that the run cannot use, before anything is kept. check_first: the same for a
-    file and its first pair, because to tokenize all may take minutes.
+    file, the responses of its first pair and whether that has a label, as to tokenize all may take minutes.
     """
     cache = Path(data.cache) if data.cache else cache
     template = tokenizer.chat_template(data.template, data.date)
@@ -157,18 +157,18 @@ def _tokenize(
     data: DataSection,
     tokenizer: Tokenizer,
     template: ChatTemplate,
-    check: Callable[[str, TokenPair], None] | None,
+    check: Callable[[str, int, bool], None] | None,
 ) -> tuple[PairTokens, np.ndarray, list[str]]:
     """The pairs of `files` as ids, the prompt keys of all records, and the lines of the report."""
     report = DataReport()
     texts = read_files(files, data, tokenizer, template, report)
 
     def ids() -> Iterator[TokenPair]:
-        progress = Progress(f"tokenizing {name}", unit="tokens")
+        progress = Progress(f"tokenizing {name}", None, "tokens")
         pairs = tokenize_pairs(texts, tokenizer, data.max_length, data.max_prompt_length, report)
         for number, pair in enumerate(pairs):
             if number == 0 and check:
-                check(files[pair.file], pair)
+                check(files[pair.file], len(pair.responses), pair.label is not None)
             yield pair
             progress.advance(len(pair.prompt) + sum(map(len, pair.responses)))
         progress.close()

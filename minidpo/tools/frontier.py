@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minidpo.errors import UserError
-from minidpo.files import fingerprint, remove_directory, write_file, writing
+from minidpo.files import fingerprint, remove_directory, write_file
 from minidpo.losses import DPO, IPO, KTO, ORPO, PreferenceLoss, SimPO
 from minidpo.model import load_model, model_fingerprint
 from minidpo.settings import keys_of, toml
@@ -124,8 +124,7 @@ def measure_all(out: Path, world: Path, scale: Scale) -> dict[str, Any]:
             models = ((step, load_model(path)) for step, path in checkpoints.items())
             points = [measure(unseen, model, step, scale.samples)._asdict() for step, model in models]
             found["runs"][name] = points
-            with writing(file):
-                write_file(file, json.dumps(found, indent=1) + "\n")
+            write_file(file, json.dumps(found, indent=1) + "\n")
             remove_directory(out / name / "checkpoints")  # Each checkpoint has 30 MB.
     return found
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from minidpo.files import write_file, writing
+from minidpo.files import write_file
 from minidpo.log import print0
 from minidpo.tools.explain_text import calculation, equations
 
@@ -41,8 +41,7 @@ def write_page(path: Path, title: str, parts: Iterable[Markup]) -> None:
     head = tag("head", Markup(HEAD), tag("title", title), tag("style", Markup(style)))
     body = tag("body", tag("main", tag("h1", title), *parts), tag("output"), tag("script", Markup(script)))
     page = "<!doctype html>\n" + tag("html", head, body, lang="en")
-    with writing(path):
-        write_file(path, page.encode(errors="replace").decode())  # JSON can hold half of a character.
+    write_file(path, page.encode(errors="replace").decode())  # JSON can hold half of a character.
     print0(f"wrote {path}")
 
 

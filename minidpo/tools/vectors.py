@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.files import require_regular, write_file, writing
+from minidpo.files import require_regular, write_file
 from minidpo.logprobs import sequence_logps
 from minidpo.verify.claims import Claims, claims_of, every_loss
 from minidpo.verify.draws import draw, evaluate, one_thread, tensors, tied
@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> None:
     require_regular(out, "--out ")
     cases = [case for name, loss in every_loss().items() for case in _cases(name, loss)]
     gathered = _gatherer()
-    with writing(out):
-        write_file(out, _json(cases, gathered))
+    write_file(out, _json(cases, gathered))
     pairs = sum(len(case["losses"]) for case in cases)
     print(f"wrote {out}: {len(cases)} cases of {pairs} pairs, {len(gathered)} of the sums of log-probs")
 

@@ -1,7 +1,7 @@
 """What a run with adapters does besides: it settles their precision, and tells what final/ in bf16 costs."""
 
-from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +29,8 @@ def settle_lora(config: DPOConfig | RewardConfig, device: torch.device) -> None:
     with torch.device("meta"):  # Fail now, on a model without weights, if a target is no layer.
         add_adapters(Transformer(read_config(Path(config.model.path))), lora)
     if lora.base_dtype == "bf16" and dtype == "fp32":
-        name = config.named("lora.base_dtype")
-        raise UserError(f'{name} = "bf16" needs run.dtype = "bf16"; with run.dtype = "fp32" give "fp32"')
+        given = config.as_set("lora", "base_dtype")
+        raise UserError(f'{given} needs run.dtype = "bf16"; with run.dtype = "fp32" give "fp32"')
     if lora.base_dtype == "auto":
         half = dtype == "bf16" and device.type == "cuda"
         config.lora = replace(lora, base_dtype="bf16" if half else "fp32")
@@ -50,11 +50,8 @@ def tell_rounding(
         return
     few = pairs.select(np.arange(min(FEW, len(pairs))))
     rewards = isinstance(model, RewardModel)
-
-    def values() -> np.ndarray:
-        compute: Callable[..., np.ndarray] = all_rewards if rewards else all_logps
-        return compute(model, few, config.optim.micro_tokens, device, "fp32")
-
+    compute = all_rewards if rewards else all_logps
+    values = partial(compute, model, few, config.optim.micro_tokens, device, "fp32")
     before = values()
     reshard(model)  # What is gathered now is a copy.
     for layer in adapted_layers(model).values():

@@ -14,7 +14,6 @@ import gc
 import json
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -74,7 +73,17 @@ class SampledEvaluation:
         self._prompts = [held_out.ids[start:end].tolist() for start, end in held_out.bounds[rows, :2]]
         both = zip(map(tokenizer.prompt, self._prompts), templated[rows], strict=True)
         self._as_text = [text._replace(tail=template.tail if written else None) for text, written in both]
-        self._require_room(policy.config.max_length)
+        new, limit = config.eval.max_new_tokens, policy.config.max_length
+        longest = max(map(len, self._prompts), default=0)
+        if longest + new > limit:
+            raise UserError(
+                f"eval.max_new_tokens = {new} after a prompt of {longest} tokens; the model takes {limit}"
+            )
+        if self._scorer and (room := min(map(self._scorer.room, self._as_text), default=limit)) <= new:
+            raise UserError(
+                f"eval.max_new_tokens = {new}, but eval.reward_model takes {self._scorer.max_length} tokens,"
+                f" and its longest prompt leaves {room}"
+            )
         self._of_reference: Samples | None = None
 
     def __call__(self, policy: Transformer, step: int) -> dict[str, float]:
@@ -138,19 +147,6 @@ class SampledEvaluation:
             file.parent.mkdir(exist_ok=True)
             write_file(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
-    def _require_room(self, limit: int) -> None:
-        new = self._sampling.max_new_tokens
-        longest = max(map(len, self._prompts), default=0)
-        if longest + new > limit:
-            raise UserError(
-                f"eval.max_new_tokens = {new} after a prompt of {longest} tokens; the model takes {limit}"
-            )
-        if self._scorer and (room := min(map(self._scorer.room, self._as_text), default=limit)) <= new:
-            raise UserError(
-                f"eval.max_new_tokens = {new}, but eval.reward_model takes {self._scorer.max_length} tokens,"
-                f" and its longest prompt leaves {room}"
-            )
-
 
 def distinct(responses: Sequence[Sequence[int]], n: int) -> float:
     """Distinct n-grams of all responses over their tokens (Li et al. 2016): low where texts repeat."""
@@ -179,24 +175,22 @@ def divergences(
     device: torch.device,
 ) -> np.ndarray:
     """The KL of each of the policy's own `samples`, one per prompt: (samples,) nats."""
-    pairs = PairTokens.from_responses(prompts, [[response] for response in samples])
-    compute = partial(_divergence, policy, reference)
-    return values_of_every_prompt(compute, pairs, MICRO_TOKENS, device, "fp32")[:, 0]
-
-
-def _divergence(policy: Transformer, reference: Transformer, batch: PackedBatch) -> Tensor:
-    """The KL of the one response of each prompt of a packed row: (P, 1)."""
-    # The hidden states before every scored token, (S, D) each
-    ours = hidden_states(policy, batch)[batch.predictor]
-    with adapters_off(reference):  # It may be the policy itself.
-        theirs = hidden_states(reference, batch)[batch.predictor]
-    kls = []
     chunk = tokens_per_chunk(policy.config.vocab_size, torch.float32)
-    for both in zip(ours.split(chunk), theirs.split(chunk), strict=True):
-        logps, reference_logps = (
-            at_least_float32(F.linear(h, model.output_weight.to(h.dtype))).log_softmax(-1)  # (chunk, V)
-            for h, model in zip(both, (policy, reference), strict=True)
-        )
-        kls.append((logps.exp() * (logps - reference_logps)).sum(-1))
-    of_tokens = torch.cat(kls).to(widest_float(policy.model.norm.weight.device))
-    return sum_by_response(of_tokens, batch.lengths[:, 0])[:, None]
+
+    def of_row(policy: Transformer, batch: PackedBatch) -> Tensor:  # (P, 1)
+        # The hidden states before every scored token, (S, D) each
+        ours = hidden_states(policy, batch)[batch.predictor]
+        with adapters_off(reference):  # It may be the policy itself.
+            theirs = hidden_states(reference, batch)[batch.predictor]
+        kls = []
+        for both in zip(ours.split(chunk), theirs.split(chunk), strict=True):
+            logps, reference_logps = (
+                at_least_float32(F.linear(h, model.output_weight.to(h.dtype))).log_softmax(-1)  # (chunk, V)
+                for h, model in zip(both, (policy, reference), strict=True)
+            )
+            kls.append((logps.exp() * (logps - reference_logps)).sum(-1))
+        of_tokens = torch.cat(kls).to(widest_float(device))
+        return sum_by_response(of_tokens, batch.lengths[:, 0])[:, None]
+
+    pairs = PairTokens.from_responses(prompts, [[response] for response in samples])
+    return values_of_every_prompt(of_row, policy, pairs, MICRO_TOKENS, device, "fp32")[:, 0]

@@ -8,7 +8,6 @@ from minidpo.config import DPOConfig, RewardConfig, settings_of_run
 from minidpo.data import (
     PairTokens,
     Tokenizer,
-    TokenPair,
     load_pairs,
     require_fit,
     require_margins,
@@ -34,16 +33,12 @@ def load_run_pairs(config: DPOConfig | RewardConfig, tokenizer: Tokenizer) -> tu
         what = "which transformers follows, contradicts tokenizer.json, which is followed here"
         print0(f"warning: {model / CONFIG}: add_prefix_space = {toml(theirs)}, {what}")
     _require_others(config, tokenizer)
-
-    def check_first(file: str, pair: TokenPair) -> None:
-        require_responses(config.loss, file, len(pair.responses), pair.label is not None)
-
     with first_before_others():  # The other processes read the token ids that rank 0 has made.
         out = Path(config.run.out)
         # A run that is resumed on a later day goes on with the date of its first one.
         data = replace(config.data, date=config.data.date or settings_of_run(out, "data").get("date", ""))
-        check = partial(require_usable, config, tokenizer)
-        train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", check, check_first)
+        checks = partial(require_usable, config, tokenizer), partial(require_responses, config.loss)
+        train, held_out = load_pairs(data, tokenizer, config.run.seed, out / "tokens", *checks)
         config.data.date = train.date or held_out.date or config.data.date
     if not len(held_out) and isinstance(config, DPOConfig) and config.eval.samples:
         print0("warning: no pair is held out, so eval.samples is not read")
@@ -75,12 +70,11 @@ def require_usable(
             require_margins(pairs)
     longest = max(int(pairs.token_counts().max(initial=0)) for pairs in (train, held_out))
     if longest > config.optim.micro_tokens:
-        given = f"{config.named('optim.micro_tokens')} = {config.optim.micro_tokens}"
+        given = config.as_set("optim", "micro_tokens")
         raise UserError(f"{given}, but one pair has {longest} tokens; it must be at least that")
     if config.loss.needs_z0 and config.optim.batch_size < 2:
-        given, name = config.named("optim.batch_size"), config.loss.name
-        what = f"{given} = 1, but {name} compares with the other responses of a batch"
-        raise UserError(f"{what}; give 2 or more")
+        what = f"but {config.loss.name} compares with the other responses of a batch"
+        raise UserError(f"{config.as_set('optim', 'batch_size')}, {what}; give 2 or more")
 
 
 def require_responses(

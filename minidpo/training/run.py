@@ -4,6 +4,7 @@
 in the two scripts.
 """
 
+import json
 import math
 import os
 import signal
@@ -19,8 +20,8 @@ from minidpo.config import DPOConfig, RewardConfig, to_toml
 from minidpo.data import PairTokens, Tokenizer, micro_batches
 from minidpo.distributed import any_rank, leave, rank, ranks, shard
 from minidpo.errors import STOPPED, RunStopped, silence_closed_pipes
-from minidpo.files import write_file
-from minidpo.log import MetricsFile, Progress, console_line, print0
+from minidpo.files import write_file, writing
+from minidpo.log import Progress, console_line, keep_metrics, print0
 from minidpo.model import Transformer, read_config
 from minidpo.model.lora import add_adapters, trained_parameters
 from minidpo.training.adapters import settle_lora, tell_rounding
@@ -70,10 +71,8 @@ class Run:
         progress = Progress(label, sum(map(len, own)), "pairs")
         for part in own:
             yield part
-            if label:
-                progress.advance(len(part))
-        if label:
-            progress.close(last_line=False)
+            progress.advance(len(part))
+        progress.close(last_line=False)
 
     # --- its directory ------------------------------------------------------------------------------------
 
@@ -95,14 +94,13 @@ class Run:
         self._checkpoints = Checkpoints(config, self.identity, steps, *of_tokenizer)
         lock_directory(self.out)
         step = self._checkpoints.resume(model, optimizer)
+        self.first_step, self._metrics = step, self.out / "metrics.jsonl"
         if rank() == 0:
             write_file(self.out / "config.toml", to_toml(config))
-        self.first_step = step
-        self._metrics = MetricsFile(self.out / "metrics.jsonl", step)
+        seen = keep_metrics(self._metrics, step) if rank() == 0 else []
         self._some_pairs = held_out if len(held_out) else train
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        adapters, seen = config.lora.rank > 0, self._metrics.kept
-        self._advice = Advice(config.loss, parameters, optim.lr, adapters, seen=seen)
+        self._advice = Advice(config.loss, parameters, optim.lr, config.lora.rank > 0, seen=seen)
         if optim.warmup_steps > steps:
             what = f"warm-up takes {optim.warmup_steps} steps and the run {steps}"
             print0(f"warning: {what}: lr never reaches {optim.lr}")
@@ -166,7 +164,9 @@ class Run:
     def _write(self, line: dict[str, float], seconds_left: float = 0.0) -> None:
         """A line of metrics.jsonl, on the console too. If whoever read that has gone (`... | head`), the run
         stops as after Ctrl-C, and saves."""
-        self._metrics.write(line)
+        if rank() == 0:
+            with writing(self._metrics), self._metrics.open("a") as file:
+                file.write(json.dumps(line) + "\n")
         try:
             self._advice.on_line(line)
             print0(console_line(line, self.steps, seconds_left))

@@ -6,6 +6,7 @@ Each process computes its share of the prompts, and all return the whole.
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from minidpo.data import PairTokens, micro_batches
 from minidpo.distributed import all_reduce_sum, rank, ranks
 from minidpo.errors import NOT_FINITE, UserError
 from minidpo.log import Progress
-from minidpo.model import RewardModel, Transformer, response_logps
+from minidpo.model import Transformer, response_logps
 from minidpo.packing import PackedBatch, pack
 from minidpo.training.device import autocast
 
@@ -30,7 +31,8 @@ def require_finite(values: np.ndarray | Tensor, directory: str | Path) -> None:
 
 @torch.no_grad()
 def values_of_every_prompt(
-    compute: Callable[[PackedBatch], Tensor],
+    compute: Callable[[Any, PackedBatch], Tensor],
+    model: Transformer,
     pairs: PairTokens,
     micro_tokens: int,
     device: torch.device,
@@ -38,7 +40,7 @@ def values_of_every_prompt(
     label: str = "",
     scored: int | None = None,
 ) -> np.ndarray:
-    """compute(batch) -> (P, K) over all n prompts of `pairs`: (n, K) float32.
+    """compute(model, batch) -> (P, K) over all n prompts of `pairs`: (n, K) float32.
 
     scored: how many responses of each prompt meet the vocabulary, as for `pack`. A prompt with more tokens
     than micro_tokens is computed alone. With a label, a last line says how long it took.
@@ -49,7 +51,7 @@ def values_of_every_prompt(
     for indices in own:
         batch = pack(pairs, indices, scored=scored).to(device)
         with autocast(device, dtype):
-            computed = compute(batch).float().cpu()
+            computed = compute(model, batch).float().cpu()
         if not values.shape[1]:  # Only `compute` knows how many values a prompt has.
             values = torch.zeros(len(pairs), computed.shape[1])
         values[indices] = computed
@@ -58,27 +60,7 @@ def values_of_every_prompt(
     return all_reduce_sum(values).numpy()
 
 
-def all_logps(
-    model: Transformer,
-    pairs: PairTokens,
-    micro_tokens: int,
-    device: torch.device,
-    dtype: str,
-    label: str = "",
-) -> np.ndarray:
-    """Summed log-probs of every response: (n, K) float32, nats."""
-    return values_of_every_prompt(partial(response_logps, model), pairs, micro_tokens, device, dtype, label)
-
-
-def all_rewards(
-    model: RewardModel,
-    pairs: PairTokens,
-    micro_tokens: int,
-    device: torch.device,
-    dtype: str,
-    label: str = "",
-) -> np.ndarray:
-    """Rewards of every response: (n, K) float32."""
-    return values_of_every_prompt(
-        lambda batch: model.forward_packed(batch)[0], pairs, micro_tokens, device, dtype, label, scored=0
-    )
+# Summed log-probs of every response: (n, K) float32, nats.
+all_logps = partial(values_of_every_prompt, response_logps)
+# Rewards of every response, of a reward model: (n, K) float32.
+all_rewards = partial(values_of_every_prompt, lambda model, batch: model.forward_packed(batch)[0], scored=0)

@@ -1,6 +1,5 @@
 """Runs on data or models that cannot be used end with exit status 2 and one line on stderr, nothing written."""
 
-import gzip
 import shutil
 
 import pytest
@@ -52,14 +51,6 @@ def test_data(refused, tmp_path):
     same = write(tmp_path / "same.jsonl", {"prompt": "a", "chosen": " yes yes", "rejected": " yes no"})
     said = refused(f"--data.train={same}", "--data.max_length=2", "--data.max_prompt_length=1")
     assert said.startswith("no pair is left to use with max_length = 2 (dropped 1: responses identical")
-
-
-def test_skip_bad(config, tmp_path, capsys, world):
-    """With data.skip_bad a bad line is counted, and the run goes on."""
-    lines = gzip.open(world / "pairs.jsonl.gz").read().splitlines()
-    path = write(tmp_path / "a.jsonl", lines[0], b"{", *lines[1:])
-    train_dpo.main([*config(), f"--data.train={path}", "--data.skip_bad=true", "--optim.max_steps=1"])
-    assert "dropped 1: not JSON in UTF-8 (line 2)" in capsys.readouterr().out
 
 
 def test_models(refused, tmp_path, world):

@@ -34,11 +34,8 @@ def as_arguments(settings: dict) -> list[str]:
 BETA = dict(beta=0.3)
 # With its own beta, the hinge loss has no gradient left at the second step.
 CASES = [(name, {}, "model") for name, loss in LOSSES.items() if not loss.unpaired and name != "hinge"]
-CASES += [
-    (name, BETA | settings, "other")
-    for name in ("dpo", "ipo")
-    for settings in ({}, dict(length_normalize=True))
-]
+PER_TOKEN = BETA | dict(length_normalize=True)
+CASES += [(name, settings, "other") for name in ("dpo", "ipo") for settings in (BETA, PER_TOKEN)]
 CASES += [
     ("dpo", BETA | dict(label_smoothing=0.2), "model"),
     ("dpo", BETA | dict(sft_weight=0.7), "model"),
@@ -68,10 +65,12 @@ def test_policy(five_pairs, world, name, settings, reference):
 @pytest.mark.parametrize(("reference", "micro_tokens"), [("model", 64), ("model", 1000), ("other", 64)])
 def test_kto(five_pairs, world, reference, micro_tokens):
     """z0 is one number per step, whatever its micro-batches, and no gradient flows through it."""
-    keys = (
-        "--loss.name=kto --loss.beta=0.3 --loss.lambda_d=1.5 --loss.lambda_u=2 --optim.batch_size=10".split()
-    )
-    keys += [f"--optim.micro_tokens={micro_tokens}", f"--reference.path={world / reference}"]
+    keys = "--loss.name=kto --loss.beta=0.3 --loss.lambda_d=1.5 --loss.lambda_u=2".split()
+    keys += [
+        "--optim.batch_size=10",
+        f"--optim.micro_tokens={micro_tokens}",
+        f"--reference.path={world / reference}",
+    ]
     steps = applied_gradients(train_dpo.main, [*five_pairs, *keys])
     assert len(steps) == 2 and all((step.passes > 1) == (micro_tokens == 64) for step in steps)
 

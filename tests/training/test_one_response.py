@@ -42,12 +42,7 @@ def test_sft(single, tmp_path, capsys):
         (train_dpo, ["--loss.name=kto"], {}, "kto reads responses with a label; .* give each record `label`"),
         (train_rm, [], {}, "loss reward model reads two responses; the loss for that is"),
         (train_dpo, ["--loss.name=sft"], {"label": 1}, "loss sft reads responses that are all desirable; "),
-        (
-            train_rm,
-            [],
-            {"label": 1},
-            "one response per record and a label, but the loss reward model reads two",
-        ),
+        (train_rm, [], {"label": 1}, "and a label, but the loss reward model reads two"),
     ],
 )
 def test_refused(single, tmp_path, script, more, label, says):
@@ -93,17 +88,10 @@ def turn(role: str, content: str) -> dict:
     return {"role": role, "content": content}
 
 
-ASKED, WELL, SLEEPS = (
-    turn("user", "a cat?"),
-    turn("assistant", "it runs well"),
-    turn("assistant", "it sleeps"),
-)
+ASKED, AGAIN = turn("user", "a cat?"), turn("user", "and then?")
+NO, WELL, SLEEPS = (turn("assistant", text) for text in ("no", "it runs well", "it sleeps"))
 RECORDS = [
-    {
-        "prompt": [ASKED],
-        "chosen": [WELL, turn("user", "and then?"), SLEEPS],
-        "rejected": [turn("assistant", "no")],
-    },
+    {"prompt": [ASKED], "chosen": [WELL, AGAIN, SLEEPS], "rejected": [NO]},
     {"prompt": [ASKED], "chosen": [SLEEPS], "rejected": [WELL, turn("tool", "yes"), SLEEPS]},
 ]
 

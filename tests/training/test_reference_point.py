@@ -35,18 +35,17 @@ def test_mismatched():
     row). A text that becomes longer than max_length is cut."""
     single = PAIRS.unpaired()
     other = single.mismatched([np.array([0, 1]), np.array([3, 2, 0]), np.array([1])], max_length=4)
-    of_first, of_second = (
-        [[[1, 10], [21, 22]], [[1], [11, 2]]],
-        [[[1], [11, 2]], [[1, 10], [2]], [[1, 10], [12, 13]]],
-    )
-    assert texts(other) == [*of_first, *of_second, [[1], [21, 22, 23]]]
+    of_first, of_third = [[[1, 10], [21, 22]], [[1], [11, 2]]], [[1], [21, 22, 23]]
+    assert texts(other) == [*of_first, [[1], [11, 2]], [[1, 10], [2]], [[1, 10], [12, 13]], of_third]
 
 
-def test_log(config):
-    """The means of rewards are over desirable responses and over the others."""
+def test_log(config, world, tmp_path):
+    """The means of rewards are over desirable responses and over the others; held-out records have a z0 too."""
     first, *_ = steps(run_dpo(config(optim__batch_size=6), "--loss.name=kto"))
     assert first["loss"] == 0.5 and first["accuracy"] == first["z0"] == 0
     assert {"rewards/chosen", "rewards/rejected"} <= first.keys() and "rewards/margins" not in first
+    models = [f"--model.path={world / 'other'}", f"--reference.path={world / 'model'}"]
+    assert run_dpo(config(), "--loss.name=kto", *models, f"--run.out={tmp_path / 'o'}")[0]["eval/z0"] > 1
 
 
 def test_one_label(config):

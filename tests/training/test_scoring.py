@@ -32,10 +32,8 @@ def test_all_pairs(k, micro_tokens):
     model, scorer = tiny_model(), tiny_reward_model()
     responses = [[pair.chosen, pair.rejected, pair.chosen[1:] or [5]][:k] for pair in PAIRS]
     tokens = PairTokens.from_responses([pair.prompt for pair in PAIRS], responses)
-    logps, rewards = (
-        all_logps(model, tokens, micro_tokens, *HERE),
-        all_rewards(scorer, tokens, micro_tokens, *HERE),
-    )
+    logps = all_logps(model, tokens, micro_tokens, *HERE)
+    rewards = all_rewards(scorer, tokens, micro_tokens, *HERE)
     for i in range(k):
         alone = [p._replace(chosen=its[i], rejected=its[i]) for p, its in zip(PAIRS, responses, strict=True)]
         close(logps[:, i], naive_logps(model, alone)[:, 0])
@@ -46,16 +44,16 @@ def test_batches():
     """`scored` reaches the batch, gradients are off, and `compute` gives any number of columns."""
     batches = []
 
-    def compute(batch):
+    def compute(model, batch):
         batches.append(batch)
         assert not torch.is_grad_enabled()
         return torch.stack([batch.lengths[:, 0]] * 3, dim=1)
 
-    values = values_of_every_prompt(compute, TOKENS, 60, *HERE, scored=0)
+    values = values_of_every_prompt(compute, None, TOKENS, 60, *HERE, scored=0)
     close(values, TOKENS.lengths[:, [1, 1, 1]])
     assert {batch.scored_responses for batch in batches} == {0}
     assert all(len(batch.tokens) <= 60 for batch in batches) and len(batches) > 1
-    assert len(values_of_every_prompt(compute, TOKENS.select(np.arange(0)), 60, *HERE)) == 0
+    assert len(values_of_every_prompt(compute, None, TOKENS.select(np.arange(0)), 60, *HERE)) == 0
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(9, 2), (2, 3)])
