@@ -15,7 +15,7 @@ SCRIPTS = [ROOT / "train_dpo.py", ROOT / "train_rm.py"]
 TEXTS = {file: file.read_text() for file in PACKAGE + SCRIPTS}
 TREES = {file: ast.parse(text) for file, text in TEXTS.items()}
 
-LINES = 14_300
+LINES = 13_366
 LINES_OF_A_FILE = 260
 LINES_OF_A_FUNCTION = 60
 LINES_OF_TRAIN_DPO = 130

@@ -93,6 +93,7 @@ def read_files(
 def _note(file: FileReport, pair: PreferencePair, record: dict, data: DataSection) -> None:
     """Count a pair, and which keys of its record were read and which were not."""
     file.pairs += 1
+    file.margins += pair.margin is not None
     if pair.left_out:
         file.left_out[pair.left_out] += 1
     if pair.unread:

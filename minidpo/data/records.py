@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from minidpo.data.bad_record import LONGEST_RECORD, BadRecord, too_long
+from minidpo.data.bad_record import LONGEST_RECORD, BadRecord, printable, too_long
 from minidpo.data.paths import TABLES, data_files, kind_of, one_of
 from minidpo.data.tables import read_table
 from minidpo.errors import UserError, one_line
@@ -140,6 +140,9 @@ def _records_of_csv(path: Path, file: io.BufferedIOBase) -> Records:
     try:
         for row in rows:
             if row and names is None:
+                if len(row) == 1 and (other := next((each for each in ";\t|" if each in row[0]), "")):
+                    what = f"a single column, {printable(row[0])[:80]!r}"
+                    raise UserError(f"{path}:{begin}: {what}; separate columns by commas, not by {other!r}")
                 names = [name or f"column {place}" for place, name in enumerate(row, 1)]
                 if len(set(names)) < len(names):
                     what = f"two columns have one name ({', '.join(names)})"

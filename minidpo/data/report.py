@@ -26,6 +26,7 @@ class FileReport:
     kept: int = 0  # of them, those that gave a pair
     pairs: int = 0  # those of the records that were kept
     columns: dict[str, str] = field(default_factory=dict)  # what was read under a key of another name
+    margins: int = 0  # pairs that have one
     unit: str = "line"  # what the numbers in `dropped` count; "record" for a list, whose lines nobody counts
     dropped: dict[str, list[int]] = field(default_factory=lambda: defaultdict(list))  # reason -> numbers
     unread: set[str] = field(default_factory=set)  # keys of records that hold something
@@ -38,6 +39,8 @@ class FileReport:
         if self.columns:
             columns = ", ".join(f"{name} = {printable(key)}" for name, key in self.columns.items())
             yield f"  read as: {columns}"
+        if self.margins:
+            yield f"  {self.margins} pairs with a margin, for loss.margin_from_data and data.min_margin"
         yield from ("  " + line for line in dropped_lines(self.dropped, self.unit))
         if self.unread:
             yield f"  keys that are not read: {', '.join(map(printable, sorted(self.unread)))}"

@@ -74,6 +74,7 @@ def add_adapters(model: Transformer, lora: LoRASection) -> None:
         return
     linears = {name: m for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)}
     kinds = dict.fromkeys(name.rpartition(".")[2] for name in linears)
+    # A target may be one of the layers that a fused layer holds.
     targets = {target if target in kinds else FUSED.get(target, target) for target in lora.targets}
     if unknown := targets - kinds.keys():
         there = ", ".join(kinds)

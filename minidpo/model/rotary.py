@@ -100,6 +100,7 @@ class YarnRope(RopeScaling):
     attention_factor: float | None = None
 
     def stretch(self, frequencies: Tensor, theta: float) -> Tensor:
+        # Frequency i makes theta^(-2i/D) radians per position: solved for i.
         size = 2 * len(frequencies)
 
         def index(turns: float) -> float:
@@ -135,6 +136,7 @@ class LongRope(RopeScaling):
 
     @property
     def magnitude(self) -> float:
+        # The paper's factor of attention: it grows with the logarithm of the length.
         growth = math.log(self.factor) / math.log(self.original_max_position_embeddings)
         return self.attention_factor or math.sqrt(1 + max(growth, 0))
 

@@ -55,6 +55,7 @@ def _margins(pairs: PairTokens, indices: np.ndarray, device: torch.device) -> Te
     """(B,): the margins that the records of `indices` give; None if they give none."""
     if pairs.margin is None:
         return None
+    # In float32, like the log-probs: the inputs of a loss have one dtype.
     return to_device(torch.from_numpy(pairs.margin[indices]).float(), device)
 
 

@@ -90,7 +90,7 @@ def test_bad_row(tmp_path, row):
         ('a,b\n1,"2" 3\n', ":2: not CSV (',' expected after '\"'); values with commas"),
         ("a,b\n1,\udce4\n", ":2: not CSV ('utf-8' codec can't decode byte 0xe4"),
         ("a,b,a\n1,2,3\n", ":1: two columns have one name (a, b, a); rename one"),
-        ("prompt;chosen\n1;2\n", ":2: no key 'chosen'; its keys are prompt;chosen; give chosen"),
+        ("prompt;chosen\n1;2\n", ":1: a single column, 'prompt;chosen'; separate columns by commas, not"),
         ("a,,b\n1,2,3\n", ":2: no key 'chosen'; its keys are a, column 2, b"),
         ('a,b\n1,"' + "2\n" * 600, ":2: not CSV (field larger than field limit (1000))"),
         ("a,b\n1," + "2" * 1001, ":2: not CSV (a line of more than 1000 bytes)"),

@@ -127,7 +127,7 @@ def test_shapes(tmp_path, name):
     ("name", "lines"),
     [
         ("SFT completion", []),
-        ("scores", []),
+        ("scores", ["1 pairs with a margin, for loss.margin_from_data and data.min_margin"]),
         ("orca", ["read as: prompt = question"]),
         ("rasbt", ["read as: prompt = instruction", "keys that are not read: output"]),
     ],
