@@ -6,9 +6,9 @@ chosen responses alone: SFT.
 
 A pair is one prompt with a chosen and a rejected response. Each step computes the log-probs of both responses
 under the policy (SFT: of the chosen one), compares them with those under the frozen reference (losses that
-have one), and takes one step of AdamW on the mean loss of `optim.batch_size` pairs. The same command, run
-again, resumes from the last checkpoint. minidpo/textbook.py is the same step without packing, micro-batches,
-clipping, processes and checkpoints.
+have one), and takes one step of AdamW on the mean loss of `optim.batch_size` pairs (KTO: labelled responses).
+The same command, run again, resumes from the last checkpoint. minidpo/textbook.py is the same step without
+packing, micro-batches, clipping, processes and checkpoints.
 """
 
 import torch

@@ -41,7 +41,7 @@ def test_end_of_the_run():
     ],
 )
 def test_ranks(tokens, alone, of_two_ranks):
-    """A batch is cut into few rows of at most 10 tokens; two ranks share it evenly, in as many rows each."""
+    """A batch is cut into few rows of at most 10 tokens; two ranks share it evenly, in equally many rows."""
     batch = np.arange(len(tokens)), np.array(tokens), 10
     assert lists(micro_batches(*batch)) == alone
     assert [lists(micro_batches(*batch, rank, 2)) for rank in (0, 1)] == of_two_ranks

@@ -83,6 +83,7 @@ CASES = [
 
 @pytest.mark.parametrize(("loss", "given", "expected"), CASES, ids=[str(case[0]) for case in CASES])
 def test_metrics(loss, given, expected):
+    """The logged numbers of each loss, computed by hand."""
     losses = loss(given)
     found = loss.metrics(given, losses)
     assert found.keys() == expected.keys() | {"loss"} and found["loss"] is losses

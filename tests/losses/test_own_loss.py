@@ -1,7 +1,7 @@
 """A loss of your own: write the class, say what you claim of it, and run the checks.
 
-The example is the Savage loss, which is no part of minidpo. To make a loss a `loss.name`, put its class into
-LOSSES of minidpo/losses/__init__.py and its claims into minidpo/verify/claims/NAME.py.
+The example is the Savage loss, which is no part of minidpo. To train with one of your own, by `loss.name`, put
+its class into LOSSES of minidpo/losses/__init__.py and its claims into minidpo/verify/claims/NAME.py.
 """
 
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ class Savage(LogRatioLoss):
 
 
 # 2. What you claim: points computed by hand, and as many equations as you can write (see claims/dpo.py).
-# Where it ends: with s = sigma(z), p (1-s)^2 + (1-p) s^2 is least at s = p, as for DPO.
+# Where it ends: if y_w is preferred with probability p, the expected loss with q = sigma(z) is
+# p (1-q)^2 + (1-p) q^2, which is least at q = p, as for DPO. In `optimum`, s is the loss with its settings.
 CLAIMS = Claims(
     points=[
         (dict(), PAIR, 0.1610515942),  # z = 0.1 * 4 = 0.4; sigma(-0.4) = 0.4013123399, squared
@@ -44,5 +45,6 @@ CLAIMS = Claims(
 
 # 3. The checks.
 def test_claims():
+    """A loss that is not part of the package passes every check of its claims."""
     report = verify(Savage(), claims=CLAIMS)
     assert not report.refuted, report

@@ -54,7 +54,7 @@ def test_data(refused, tmp_path):
 
 
 def test_models(refused, tmp_path, world):
-    """Models that cannot be used, or are none, are told before any data is read."""
+    """Models that cannot be used, or are none, are refused before any data is read."""
     for name in ("mute", "small", "short", "rm", "run/final"):
         shutil.copytree(world / "model", tmp_path / name)
     edit_config(tmp_path / "mute", lambda fields: fields.update(eos_token_id=None))

@@ -26,7 +26,8 @@ def test_standard_error(samples):
     drawn = SimpleNamespace(judgements=judged)
     unseen: Any = SimpleNamespace(sample=lambda model, seed: drawn, kl=lambda model, one: np.ones(4))
     point = measure(unseen, None, 7, samples)
-    # The variance is (4 + 1 + 1 + 4) / 3, that of the mean a quarter.
+    # Step, reward, its error, KL, its error, length. The variance of the rewards is (4 + 1 + 1 + 4) / 3, that
+    # of their mean a quarter of it.
     assert point == pytest.approx((7, 3.0, math.sqrt(10 / 3 / 4), 1.0, 0.0, 3.0))
 
 

@@ -114,6 +114,7 @@ def files(world, tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize(("command", "says"), ROWS)
 def test_refused(world, files, monkeypatch, command, says):
+    """A wrong argument is one line that says what would be right, and no file is written."""
     if command.startswith(("plot", "frontier")):
         pytest.importorskip("matplotlib")
     monkeypatch.setitem(sys.modules, "trl", None)  # as if it were not installed

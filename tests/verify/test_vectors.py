@@ -53,5 +53,6 @@ def test_gathered_by_hand():
 
 
 def test_refused(tmp_path):
+    """A place that cannot be written to is one line."""
     with pytest.raises(UserError, match="cannot be written"):
         command(["--out", str(tmp_path)])

@@ -49,5 +49,6 @@ def test_command(module, capsys):
     ],
 )
 def test_refused_command(module, arguments, says):
+    """What cannot be asked is refused in one line that says what can."""
     with pytest.raises(UserError, match=says):
         command(arguments.split())
