@@ -225,14 +225,11 @@ def prompt_of(record: dict, template: ChatTemplate, data: DataSection = DEFAULTS
     any shape has for its prompt; of a dialogue, all before its last response."""
     record = renamed(record, data.columns)
     record = record | {key: from_json(record, key) for key in as_text(record) if key in ("prompt", "chosen")}
-    if record.get("prompt") is not None:  # Whether it has responses, and what else, is of no interest.
-        conversation = isinstance(record.get("chosen"), list)
-        reading = Reading(said(record, "prompt"), said(record, "chosen") if conversation else "")
-    else:
-        try:
-            reading = shape_of(record, data.columns).readings(record)[0]
-        except BadRecord:  # It has one dialogue alone, or none.
-            reading = Reading(None, said(record, "chosen") if "chosen" in record else "")
+    try:
+        reading = shape_of(record, data.columns).readings(record)[0]
+    except BadRecord:  # It has a prompt or a dialogue alone, or neither.
+        own = None if record.get("prompt") is None else said(record, "prompt")
+        reading = Reading(own, said(record, "chosen") if own is None and "chosen" in record else "")
     prompt, chosen, form = reading.prompt, reading.chosen, reading.form
     if form == CONVERSATIONS and isinstance(chosen, list):
         prompt = chosen[:-1] if chosen and chosen[-1]["role"] == "assistant" else None

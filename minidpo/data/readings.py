@@ -123,9 +123,10 @@ def said(record: dict, key: str) -> Said:
 
 
 def _prompt(record: dict, at: At) -> Said | None:
-    if record.get(at.get("prompt", "")) is None:
+    if record.get(at.get("prompt")) is None:
         return None
-    prompt, more = said(record, at["prompt"]), record.get(at.get("input", ""))
+    prompt, key = said(record, at["prompt"]), at.get("input")
+    more = "" if key is None or record.get(key) is None else said(record, key)
     if isinstance(prompt, str) and isinstance(more, str) and more.strip():
         return f"{prompt}\n{more}"
     return prompt

@@ -27,7 +27,7 @@ _CUT_OFF = "the file seems to be cut off here; fetch it again"
 _LATIN_1 = "text in UTF-8 is read; convert the file if it is, say, Latin-1: iconv -f latin1 -t utf8"
 _BLANK = codecs.BOM_UTF8 + b" \t\r\n"
 
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+_GZIP, _ZSTD = b"\x1f\x8b", (b"\x28\xb5\x2f\xfd", b"\x50\x2a\x4d\x18")  # pzstd begins with a skipped frame.
 # A frame that is skipped. The library takes a torn file for one that ends, unless this follows: as the rest
 # of a torn frame it is spoilt.
 _ZSTD_END = b"\x50\x2a\x4d\x18" + (2**18).to_bytes(4, "little") + b"\xff" * 2**18
@@ -71,7 +71,7 @@ def _opened(path: Path) -> Iterator[Any]:
         file: Any = raw
         if raw.peek(4)[:2] == _GZIP:
             file = gzip.open(raw)
-        elif raw.peek(4)[:4] == _ZSTD:
+        elif raw.peek(4)[:4] in _ZSTD:
             try:
                 import zstandard
             except ImportError:
@@ -171,7 +171,8 @@ def _parse(text: bytes, torn: bool) -> Any:
         return json.loads(text.decode("utf-8-sig").rstrip())
     except (ValueError, RecursionError) as error:  # not UTF-8, a number of 5,000 digits, 100,000 brackets
         reason = str(error).replace("line 1 ", "")  # A record of .jsonl is a single line for the decoder.
-        right = _CUT_OFF if torn else _LATIN_1 if isinstance(error, UnicodeDecodeError) else _FORM
+        right = _LATIN_1 if isinstance(error, UnicodeDecodeError) else _FORM
+        right = _CUT_OFF if torn and "Extra data" not in reason and "(char 0)" not in reason else right
         return BadRecord("not JSON in UTF-8", f" ({reason}); {right}")
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from minidpo.config import load_either_config
-from minidpo.data import DataReport, PairTokens, Tokenizer, load_pairs, read_records, require_fit
+from minidpo.data import DataReport, PairTokens, Tokenizer, load_pairs, read_records, renamed, require_fit
 from minidpo.data.paths import data_files
 from minidpo.data.preference_files import read_files
 from minidpo.data.report import PARTS
+from minidpo.data.shapes import shape_of
 from minidpo.errors import UserError
 from minidpo.files import require_place, write_json_lines
 from minidpo.log import print0
@@ -56,7 +57,7 @@ def main(arguments: list[str]) -> None:
     if of_run:
         require_fit("model", read_config(Path(config.model.path)), tokenizer, config.data.max_length)
     train, held_out = load_pairs(config.data, tokenizer, config.run.seed, cache=None)
-    template = tokenizer.chat_template(config.data.template)
+    template = tokenizer.chat_template(config.data.template, config.data.date)
     show_first(train, tokenizer)
     if of_run:
         require_usable(config, tokenizer, train, held_out)
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
         write_json_lines(Path(options.out), (pair.record for pair in texts))
         print0(f"usable pairs, one per line, written to {options.out}")
     if options.held_out is not None:
-        write_json_lines(Path(options.held_out), held_out_records(held_out))
+        write_json_lines(Path(options.held_out), held_out_records(held_out, config.data.columns))
         print0(f"{len(held_out)} pairs held out, their records written to {options.held_out}")
 
 
@@ -91,11 +92,9 @@ def _of_files(arguments: list[str], outputs: argparse.ArgumentParser) -> DPOConf
 
 def show_first(pairs: PairTokens, tokenizer: Tokenizer) -> None:
     """Print each file's first pair with its special tokens, each text between quotes, as it was cut."""
-    single = pairs.responses == 1
-    parts = ("prompt", "response") if single else PARTS
+    parts, what = (PARTS, "pair") if pairs.responses > 1 else (("prompt", "response"), "response")
     for row in sorted(np.unique(pairs.columns()["file"], return_index=True)[1].tolist()):
         pair = pairs.pair(row)
-        what = "response" if single else "pair"
         print0(f"the first {what}, {pairs.records(np.array([row]))}, as the model sees it:")
         for part, ids in zip(parts, (pair.prompt, *pair.responses), strict=True):
             text = text_after(tokenizer, [] if part == "prompt" else pair.prompt, ids, special_tokens=True)
@@ -103,10 +102,14 @@ def show_first(pairs: PairTokens, tokenizer: Tokenizer) -> None:
             print0(f"  {part}, {len(ids)} tokens: {shown}")
 
 
-def held_out_records(pairs: PairTokens) -> Iterator[dict[str, Any]]:
-    """The records that `pairs` were made of, as their files have them."""
+def held_out_records(pairs: PairTokens, columns: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """The records that `pairs` were made of, as their files have them. Raises `UserError` for two shapes."""
+    shapes = set[str]()
     for place, file in enumerate(pairs.files):
         held_out = set(pairs.index[pairs.file == place].tolist())
         for index, (_, record) in enumerate(read_records(Path(file))):
             if index in held_out and isinstance(record, dict):
+                shapes.add(shape_of(renamed(record, columns), columns).name)
+                if len(shapes) > 1:
+                    raise UserError("--held-out: records of two shapes; train on what --out writes of all")
                 yield record

@@ -13,8 +13,7 @@ from minidpo.errors import UserError
 from record_files import GOOD, write
 from tiny import BOS
 
-SYSTEM = turn("system", "Be brief <&>.")
-TALK = [SYSTEM, ASKED, turn("assistant", "It is, 😀."), turn("user", "Sure?\n\nReally?")]
+TALK = [turn("system", "Be brief <&>."), ASKED, turn("assistant", "It is, 😀."), turn("user", "Sure?\n\nOh?")]
 TAGS = """{% set ns = namespace(n=0) %}
 {% for message in messages %}{% if loop.index > 9 %}{% break %}{% endif %}
 {% if tools is not none or documents %}never{% endif %}
@@ -113,14 +112,6 @@ def test_template_to_keep(tmp_path, kind):
     response = expected.chosen[:-1] if kind == "hh" else expected.chosen  # hh writes no EOS: the model does.
     whole = theirs.apply_chat_template([*TALK, YES], return_dict=False)
     assert whole[: len(expected.prompt + response)] == expected.prompt + response
-
-
-def test_hh_roles(tmp_path):
-    """hh refuses roles that it does not know."""
-    chat = chat_model(tmp_path, None).chat_template("hh")
-    for prompt in ([turn("tool", "4")], [ASKED, SYSTEM]):
-        with pytest.raises(BadRecord, match="the hh template takes user"):
-            chat.split(prompt, [[YES]])
 
 
 @pytest.mark.parametrize("script", [train_dpo, train_rm], ids=["dpo", "rm"])

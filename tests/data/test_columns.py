@@ -42,7 +42,6 @@ NAMES = {"prompt": "q", "chosen": "good", "rejected": "bad"}
 @pytest.mark.parametrize(
     ("record", "columns", "expected"),
     [
-        (MINE, NAMES, pair()),
         (MINE, NAMES | {"margin": "by"}, pair(margin=2.5)),
         ({"q": ASK, **TEXTS, "who": "Be brief."}, {"prompt": "q", "system": "who"}, pair(BRIEF, Q)),
         ({"talk": [Q, A]}, {"messages": "talk"}, one()),
@@ -62,22 +61,19 @@ def test_columns(tmp_path, record, columns, expected):
     assert all(any(each in line for line in lines) for each in told)
 
 
-def test_missing_column(tmp_path):
-    """A named column that a record lacks is refused, with the keys that the record has."""
-    said = ":1: no key 'question', which data.columns.prompt names; its keys are q, chosen, rejected"
-    with pytest.raises(UserError, match=said):
-        read(chat_model(tmp_path, None), tmp_path, {"q": ASK, **TEXTS}, columns={"prompt": "question"})
-
-
 @pytest.mark.parametrize("there", [{}, {"who": None}, {"who": ""}])
 def test_optional_column(tmp_path, there):
-    """A record may lack the system turn that data.columns names, the first one too; a file may not."""
+    """A record may lack the system turn that data.columns names, the first one too; a file may not, and no
+    record its prompt: it is refused with the keys that it has."""
     records = {"prompt": ASK, **TEXTS, **there}, {"prompt": ASK, **TEXTS, "who": "Be brief."}
     model, columns = chat_model(tmp_path, None), {"system": "who"}
     found, _ = read(model, tmp_path, *records, columns=columns)
     assert [each.record for each in found] == [pair(), pair(BRIEF, Q)]
     with pytest.raises(UserError, match="no record has the key of data.columns.system = 'how'; its keys are"):
         read(model, tmp_path, *records, columns={"system": "how"})
+    said = ":1: no key 'question', which data.columns.prompt names; its keys are q, chosen, rejected"
+    with pytest.raises(UserError, match=said):
+        read(model, tmp_path, {"q": ASK, **TEXTS}, columns={"prompt": "question"})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,8 @@ PROMPTS = [f"question {i % 70}".encode() for i in range(100)]  # 30 prompts have
 
 
 def test_split():
-    """No prompt is on both sides of a split, which depends on the seed and not on the file's order."""
+    """No prompt is on both sides of a split, which depends on the seed and not on the file's order. One that
+    leaves a side empty is refused."""
     held_out = split_by_prompt(PROMPTS, 25, seed=1)
     inside = {prompt for prompt, out in zip(PROMPTS, held_out, strict=True) if out}
     outside = {prompt for prompt, out in zip(PROMPTS, held_out, strict=True) if not out}
@@ -23,24 +24,15 @@ def test_split():
     assert (split_by_prompt(PROMPTS[::-1], 25, seed=1) == held_out[::-1]).all()
     assert (split_by_prompt(PROMPTS, 25, seed=2) != held_out).any()
     assert not split_by_prompt(PROMPTS, 0, seed=1).any()
+    with pytest.raises(UserError, match="100 of 100 records, held .*, leave none to train on; choose fewer"):
+        split_by_prompt(PROMPTS, 100, seed=1)
+    with pytest.raises(UserError, match="5 of 10 records, held .*, leave none to hold out; choose more"):
+        split_by_prompt([b"same"] * 10, 5, seed=1)
 
 
-@pytest.mark.parametrize(
-    ("prompts", "count", "said"),
-    [
-        (PROMPTS, 100, "100 of 100 records, held out by prompt, leave none to train on; choose fewer"),
-        ([b"same"] * 10, 5, "5 of 10 records, held out by prompt, leave none to hold out; choose more"),
-    ],
-)
-def test_empty_side(prompts, count, said):
-    """A split that leaves a side empty is refused."""
-    with pytest.raises(UserError, match=said):
-        split_by_prompt(prompts, count, seed=1)
-
-
-def load(tokenizer: Tokenizer, *files: Path, seed: int = 0, **settings: object):
+def load(tokenizer: Tokenizer, *files: Path, **settings: object):
     limits = {"max_length": 120, "max_prompt_length": 100}
-    return load_pairs(DataSection(train=[str(file) for file in files], **limits | settings), tokenizer, seed)
+    return load_pairs(DataSection(train=[str(file) for file in files], **limits | settings), tokenizer, 0)
 
 
 def test_both_files(tokenizer, tmp_path, capsys):

@@ -36,6 +36,8 @@ def test_end_of_the_run():
     [
         ([7, 4, 3], [[0, 2], [1]], [[[0]], [[1, 2]]]),  # Alone, 3 goes where the least is left over.
         ([3, 90, 4], [[1], [2, 0]], [[[1]], [[2, 0]]]),  # A pair of 90 tokens gets a row of its own.
+        # Alone each of both 3 goes where 7 and 6 left most room, and none is opened for the last.
+        ([7, 6, 6, 4, 3, 3], [[0, 4], [1, 3], [2, 5]], [[[0], [2]], [[1, 5], [3, 4]]]),
         # Alone 6 + 4 and 4 + 3 + 3. Filled evenly, 6 + 3 and 4 + 4 leave no room for the last 3: more rows.
         ([6, 4, 4, 3, 3], [[0, 1], [2, 3, 4]], [[[0], [2]], [[1], [3, 4]]]),
     ],

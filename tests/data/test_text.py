@@ -9,6 +9,8 @@ from minidpo.sections import DataSection
 from record_files import QUESTION, write
 
 GLUED = {"prompt": "Is 2 + 2 four?", "chosen": "Yes, it is.", "rejected": "No."}
+SPACED = GLUED | {"prompt": "Is 2 + 2 four? "}
+AGAIN = f"{QUESTION} a{QUESTION}"
 
 
 def load(tokenizer: Tokenizer, path, *records: dict, **settings: object) -> PairTokens:
@@ -20,15 +22,6 @@ def load(tokenizer: Tokenizer, path, *records: dict, **settings: object) -> Pair
 @pytest.fixture
 def chat(tmp_path) -> Tokenizer:
     return chat_model(tmp_path, SMOLLM2, eos_token="<|im_end|>")
-
-
-def texts(tokenizer: Tokenizer, pairs: PairTokens) -> list[str]:
-    """The prompt and both responses of the first pair, with their special tokens."""
-    pair = pairs.pair(0)
-    return [tokenizer.decode(ids, special_tokens=True) for ids in (pair.prompt, *pair.responses)]
-
-
-SPACED = GLUED | {"prompt": "Is 2 + 2 four? "}
 
 
 @pytest.mark.parametrize(
@@ -59,11 +52,11 @@ def test_asks(chat, tmp_path, records, stops):
 
 def test_without_template(tokenizer, tmp_path):
     """For a model without a chat template text is raw, and asking for one names what is missing."""
-    assert texts(tokenizer, load(tokenizer, tmp_path, GLUED))[0] == "<s>Is 2 + 2 four?"
+    for settings, text in (({}, GLUED["prompt"]), ({"text": "template", "template": "hh"}, QUESTION)):
+        prompt = load(tokenizer, tmp_path, GLUED, **settings).pair(0).prompt
+        assert tokenizer.decode(prompt, special_tokens=True) == "<s>" + text
     with pytest.raises(UserError, match="no chat_template in tokenizer_config.json"):
         load(tokenizer, tmp_path, GLUED, text="template")
-    pairs = load(tokenizer, tmp_path, GLUED, text="template", template="hh")
-    assert texts(tokenizer, pairs)[0] == "<s>" + QUESTION
 
 
 def test_same_side(chat, tmp_path):
@@ -76,25 +69,26 @@ def test_same_side(chat, tmp_path):
 @pytest.mark.parametrize(
     ("record", "text", "begin"),
     [
-        ({"prompt": "Is it?"}, "raw", "Is it?"),
         ({"prompt": "Is it?"}, "template", "user\nIs it?"),
         ({"question": "Is it?", "chosen": "a", "rejected": "b"}, "template", "user\nIs it?"),
         ({"prompt": "Is it?", "chosen": [turn("assistant", "a")]}, "raw", "user\nIs it?"),
         ({"q": "Is it?"}, "template", "user\nIs it?"),
         ({"messages": [turn("user", "Is it?"), turn("assistant", "a")]}, "raw", "user\nIs it?"),
+        ({"prompt": "Is it?", "completion": [turn("assistant", "a")]}, "raw", "user\nIs it?"),
+        ({"prompt": "Is it?", "chosen": ["a", "b"], "rejected": "c"}, "raw", "Is it?"),
+        ({"prompt": "Is it?", "chosen": 7}, "raw", "Is it?"),  # The responses need not be right.
+        ({"chosen": f"{AGAIN} b", "rejected": f"{AGAIN} c"}, "raw", AGAIN),
     ],
 )
 def test_prompts_to_sample(chat, record, text, begin):
     """A response is sampled for the prompt of any shape as it was trained on."""
     columns = {"prompt": "q"} if "q" in record else {}
     prompt = prompt_of(record, chat.chat_template(), DataSection(text=text, columns=columns))
-    assert begin in prompt.text and (prompt == Prompt(begin)) == (begin == "Is it?")
+    assert begin in prompt.text and (prompt == Prompt(begin)) == ("user" not in begin)
 
 
-@pytest.mark.parametrize(
-    ("record", "said"), [({"chosen": None}, "'chosen' is of type NoneType; give"), ({"x": 1}, "no prompt; ")]
-)
-def test_no_prompt(chat, record, said):
+def test_no_prompt(chat):
     """A record without a prompt is told what is missing."""
-    with pytest.raises(BadRecord, match=said):
-        prompt_of(record, chat.chat_template())
+    for record, said in (({"chosen": None}, "'chosen' is of type NoneType; give"), ({"x": 1}, "no prompt; ")):
+        with pytest.raises(BadRecord, match=said):
+            prompt_of(record, chat.chat_template())

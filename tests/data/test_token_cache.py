@@ -8,12 +8,14 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 from chat_model import DATED, RECORD, chat_model
+from tokenizers.normalizers import Lowercase
 
 import train_dpo
 from minidpo.data import PairTokens, Tokenizer, chat_template, dataset, load_pairs
 from minidpo.errors import UserError
 from minidpo.model import save_model
 from minidpo.sections import DataSection
+from minidpo.tools.data import main as data_command
 from minidpo.tools.explain import main as explain
 from minidpo.tools.sample import main as sample
 from minidpo.tools.score import main as score
@@ -63,7 +65,7 @@ def test_other_pairs(tokenizer, world, files, tmp_path, capsys):
     assert len(load(tokenizer, tmp_path / "tokens", files[1:], min_margin=2.0)) == 3
     load(tokenizer, tmp_path / "tokens", files[::-1])
     other = Tokenizer.from_pretrained(world / "model")
-    other.eos_id = 1
+    other._core.normalizer = Lowercase()
     load(other, tmp_path / "tokens", files)
     write(Path(files[1]), *(record(f"dog {i}") for i in range(5)))
     assert equal(load(tokenizer, tmp_path / "tokens", files), load(tokenizer, None, files))
@@ -104,11 +106,14 @@ def test_nothing_left(tokenizer, files, tmp_path, monkeypatch):
 
 
 def test_date(tmp_path, capsys):
-    """Ids with a date are kept apart from those of other days, and tell it when they are mapped."""
+    """Ids with a date are kept apart from those of other days, and tell it when they are mapped. A text that
+    the template did not write has none."""
     tokenizer, files = chat_model(tmp_path, DATED), [str(write(tmp_path / "a.jsonl", RECORD))]
     for date, written in (("2024-02-29", "29 Feb"), ("2024-02-29", "29 Feb"), ("2024-03-01", "01 Mar")):
         pairs = load(tokenizer, tmp_path / "tokens", files, date=date, max_prompt_length=40)
-        assert tokenizer.decode(pairs.ids.tolist()).startswith(written)
+        assert tokenizer.decode(pairs.ids.tolist()).startswith(written) and pairs.date == date
+    text = str(write(tmp_path / "b.jsonl", record("cat")))
+    assert load(tokenizer, None, [text], date="2024-03-01", max_prompt_length=40).date == ""
     load(tokenizer, tmp_path / "tokens", files, date="2024-03-01", template="hh")
     said = capsys.readouterr().out
     assert said.count("the chat template writes the date, here 2024-02-29") == 2
@@ -137,6 +142,9 @@ def test_run(config, tmp_path, monkeypatch, capsys):
         for model in (tmp_path / "out" / "final", *(tmp_path / "out" / "checkpoints").iterdir()):
             command(["--model", f"{model}", "--data", f"{data}", *options])
             assert capsys.readouterr().out.count("writes the date, here 2024-02-29") == 1
+    data_command([*run, "--data.date=2024-02-29", "--out", f"{tmp_path / 'o'}"])
+    said = capsys.readouterr().out
+    assert said.count("writes the date, here 2024-02-29") == said.count("writes the date") == 2
     with pytest.raises(UserError, match="made with data.date = '2024-02-29', now it is '2024-03-01'"):
         train_dpo.main([*run, "--data.date=2024-03-01"])
     with pytest.raises(UserError, match="data.date = .*; it must be a date as 2026-11-26, or empty"):

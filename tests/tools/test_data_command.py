@@ -89,20 +89,6 @@ def test_out(world, tmp_path, written, options, expected):
     assert read(tmp_path / "again.jsonl") == expected
 
 
-def test_out_refused(world, tmp_path):
-    """--out is no file of the data; a column, a limit and a text are checked."""
-    file = str(write(tmp_path / "a.jsonl", record("cat")))
-    for options, says in (
-        (["--out", file], "--out .*a.jsonl: is read here, or in a directory"),
-        (["--column", "question"], "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
-        (["--column", "question=q"], "--column question=q: give NAME=KEY"),
-        (["--limit", "-1"], "data: limit is -1; it must be >= 0"),
-        (["--held-out=a"], "goes with the configuration of .*: python -m minidpo data RUN.toml --data"),
-    ):
-        with pytest.raises(UserError, match=says):
-            data_command([file, "--model", str(world / "model"), *options])
-
-
 def test_held_out(config, world, tokenizer, tmp_path):
     """--held-out writes the records that a run holds out, as they stand in their files."""
     records = [json.loads(line) for line in gzip.open(world / "pairs.jsonl.gz", "rt")]
@@ -122,13 +108,15 @@ def test_held_out(config, world, tokenizer, tmp_path):
     [
         ("--held-out={tmp}/nowhere/a.jsonl", "--held-out .*: a file in a directory that exists is needed"),
         ("--held-out={tmp}/./texts.jsonl", "--held-out .*texts.jsonl: is read here"),
+        ("--held-out={tmp}/a.jsonl", "--held-out: records of two shapes; train on what --out writes"),
         ("--loss.margn=1", r"no key loss.margn; \[loss\] .*has lm_weight"),  # a reward model's configuration
         ("--data.max_length=4000", "texts of up to 4000 tokens .*, but the model takes"),
     ],
 )
 def test_refused(config, world, tmp_path, option, says):
     """No file of the data is overwritten, and what a run would refuse is refused."""
-    texts = write(tmp_path / "texts.jsonl", *(record(f"a dog {i}") for i in range(30)))
+    answers = {"chosen": " yes", "rejected": " no"}
+    texts = write(tmp_path / "texts.jsonl", *(answers | {"question": f"a dog {i}"} for i in range(30)))
     files = f'["{world / "pairs.jsonl.gz"}", "{texts}"]'
     arguments = config(data__train=files, data__eval_pairs=20, loss__lm_weight=0.5)
     before = texts.read_bytes()
