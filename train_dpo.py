@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
     policy = load_model(config.model.path, device=run.device, prepare=run.prepare)
     optimizer = adamw(policy, optim)
     step = run.resume(policy, optimizer, tokenizer, train, held_out, total_steps)  # 0, or the last step saved
-    if step == total_steps:
+    if step >= total_steps:
         return run.finish(step, policy, optimizer)
     sampled = SampledEvaluation(config, run, held_out, tokenizer, policy) if config.eval.samples else None
     # The reference is frozen: its log-probs are computed once, for all pairs that are drawn or held out, and

@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> None:
     )
     optimizer = adamw(model, optim)
     step = run.resume(model, optimizer, tokenizer, train, held_out, total_steps)
-    if step == total_steps:
+    if step >= total_steps:
         return run.finish(step, model, optimizer)
 
     @torch.no_grad()

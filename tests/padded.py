@@ -70,8 +70,3 @@ def padded_values(model: RewardModel, pairs: list[TokenPair]) -> Values:
     """Log-probs, lengths and rewards of all responses."""
     lengths = torch.tensor([[len(pair.chosen), len(pair.rejected)] for pair in pairs])
     return Values(naive_logps(model, pairs), lengths, naive_rewards(model, pairs))
-
-
-def chosen_minus_rejected(values: Tensor) -> Tensor:
-    """(B, 2) -> (B,)."""
-    return values[:, 0] - values[:, 1]

@@ -59,5 +59,6 @@ class ReferencePoint:
         """texts: n mismatched responses; reference: their log-probs under it, (n, 1)."""
         run = self._run
         logps = all_logps(policy, texts, run.config.optim.micro_tokens, run.device, run.dtype)  # (n, 1)
-        mean = np.mean(logps.astype(np.float64) - reference)
+        # A last batch of one record has no response to another prompt, but only its own.
+        mean = np.mean(logps.astype(np.float64) - reference) if len(texts) > 1 else 0.0
         return torch.tensor(max(0.0, float(mean)), device=run.device)

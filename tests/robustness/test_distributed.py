@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -39,6 +40,7 @@ def settings(config) -> list[str]:
 def torchrun(processes: int, script: str | Path, *arguments: str) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", str(script), *arguments]
+    # If a process crashes, all its threads say where they are.
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
@@ -202,14 +204,11 @@ launch(main)([])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_backend(monkeypatch, gpu):
     """What is on the CPU has gloo, also where there is a GPU."""
-    chosen = {}
-
-    def note(backend: str, **rest) -> None:
-        chosen.update(BackendConfig(Backend(backend)).get_device_backend_map())
-
+    started = Mock()
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(None, 0, 2)]))
-    monkeypatch.setattr(dist, "init_process_group", note)
+    monkeypatch.setattr(dist, "init_process_group", started)
     launch(lambda arguments: None)([])
+    chosen = BackendConfig(Backend(*started.call_args.args)).get_device_backend_map()
     assert chosen["cpu"] == "gloo" and (not gpu or chosen["cuda"] == "nccl")

@@ -28,29 +28,19 @@ def refused(config, tmp_path, capsys):
     return run
 
 
-@pytest.mark.parametrize(
-    ("override", "says"),
-    [
+def test_data(refused, tmp_path):
+    """Numbers must fit the model and the data. File and line are named, also where only the second is bad."""
+    for override, says in (
         ("--data.max_length=512", "texts of up to 512 tokens (max_length), but the model takes 256"),
         ("--optim.micro_tokens=20", "--optim.micro_tokens = 20, but one pair has "),
         ("--data.eval_pairs=40", "data.eval_pairs = 40 of 40 records, held out by prompt, leave none to t"),
-    ],
-)
-def test_numbers(refused, override, says):
-    """They must fit the model and the data."""
-    assert refused(override).startswith(says)
-
-
-def test_data(refused, tmp_path):
-    """File and line are named, also where only the second file is bad."""
+    ):
+        assert refused(override).startswith(says)
     bad, good = write(tmp_path / "bad.jsonl", GOOD, "{"), write(tmp_path / "good.jsonl", GOOD)
     for key in ("train", "eval"):
         assert refused(f"--data.{key}={bad}").startswith(f"{bad}:2: not JSON")
     assert refused(f"--data.eval={good}", f"--data.train={bad}").startswith(f"{bad}:2: not JSON")
     assert refused(f"--data.train={tmp_path}").startswith(f"{bad}:2: not JSON")  # the first file in it
-    same = write(tmp_path / "same.jsonl", {"prompt": "a", "chosen": " yes yes", "rejected": " yes no"})
-    said = refused(f"--data.train={same}", "--data.max_length=2", "--data.max_prompt_length=1")
-    assert said.startswith("no pair is left to use with max_length = 2 (dropped 1: responses identical")
 
 
 def test_models(refused, tmp_path, world):

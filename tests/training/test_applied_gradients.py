@@ -4,6 +4,7 @@ Each run takes two steps on the five pairs of padded.py, cut into two or three m
 size, so the mean of their means is not the mean over pairs. At the second step the policy has new weights.
 """
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,7 +13,8 @@ import train_rm
 from applied import Step, applied_gradients
 from minidpo.data import PairOrder, TokenPair
 from minidpo.losses import LOSSES, SFT, BradleyTerry, PairLogps, Rewards
-from padded import MARGINS, Values, model_of, padded_values, pair_ids, saved_weights
+from padded import MARGINS, Values, model_of, padded_values, pair_ids, saved_weights, write_pairs
+from runs import final, metrics
 from tiny import gradients, naive_logps, relative_difference
 
 
@@ -37,7 +39,6 @@ CASES = [(name, {}, "model") for name, loss in LOSSES.items() if not loss.unpair
 PER_TOKEN = BETA | dict(length_normalize=True)
 CASES += [(name, settings, "other") for name in ("dpo", "ipo") for settings in (BETA, PER_TOKEN)]
 CASES += [
-    ("dpo", BETA | dict(label_smoothing=0.2), "model"),
     ("dpo", BETA | dict(sft_weight=0.7), "model"),
     ("dpo", BETA | dict(margin_from_data=True), "model"),
     ("simpo", dict(beta=2.5, gamma=0.7, label_smoothing=0.2), "model"),
@@ -63,13 +64,15 @@ def test_policy(five_pairs, world, name, settings, reference):
 
 
 @pytest.mark.parametrize(("reference", "micro_tokens"), [("model", 64), ("model", 1000), ("other", 64)])
-def test_kto(five_pairs, world, reference, micro_tokens):
-    """z0 is one number per step, whatever its micro-batches, and no gradient flows through it."""
+def test_kto(five_pairs, world, tmp_path, reference, micro_tokens):
+    """z0 is one number per step, whatever its micro-batches, and no gradient flows through it. Held-out records
+    are one batch, in an order drawn from the seed."""
     keys = "--loss.name=kto --loss.beta=0.3 --loss.lambda_d=1.5 --loss.lambda_u=2".split()
     keys += [
         "--optim.batch_size=10",
         f"--optim.micro_tokens={micro_tokens}",
         f"--reference.path={world / reference}",
+        f"--data.eval={write_pairs(tmp_path / 'held_out.jsonl')}",
     ]
     steps = applied_gradients(train_dpo.main, [*five_pairs, *keys])
     assert len(steps) == 2 and all((step.passes > 1) == (micro_tokens == 64) for step in steps)
@@ -77,11 +80,15 @@ def test_kto(five_pairs, world, reference, micro_tokens):
     pairs, z0 = pair_ids(world / "model"), torch.zeros(())
     records = [(p.prompt, p.chosen, True) for p in pairs] + [(p.prompt, p.rejected, False) for p in pairs]
     order, frozen = PairOrder(10, 10, 2, 2, seed=0), model_of(saved_weights(world / reference))
+
+    def log_ratios_of(model, batch):
+        """(10, 2): of each prompt with its own response, and with that of the record before."""
+        both = [TokenPair(batch[i][0], batch[i][1], batch[i - 1][1], i) for i in range(10)]
+        return naive_logps(model, both) - naive_logps(frozen, both).detach()
+
     for number, step in enumerate(steps):
         model, batch = model_of(step.weights), [records[row] for row in order[number]]
-        # Each prompt with its own response, and with that of the record before.
-        both = [TokenPair(batch[i][0], batch[i][1], batch[i - 1][1], i) for i in range(10)]
-        log_ratios = naive_logps(model, both) - naive_logps(frozen, both).detach()
+        log_ratios = log_ratios_of(model, batch)
         z0 = log_ratios[:, 1].mean().clamp(min=0).detach()
         values = [
             (1.5 if liked else 2.0) * torch.sigmoid(0.3 * (ratio - z0) * (-1 if liked else 1))
@@ -90,6 +97,9 @@ def test_kto(five_pairs, world, reference, micro_tokens):
         every = gradients(model, torch.stack(values).mean())
         assert relative_difference(step.gradients, {n: every[n].float() for n in step.gradients}) < 1e-4
     assert z0 > 0.01  # Else it would not matter here.
+    held_out = [records[row] for row in np.random.default_rng(0).permutation(10)]
+    z0 = log_ratios_of(model_of(final(tmp_path / "out")), held_out)[:, 1].mean().item()
+    assert metrics(tmp_path / "out")[-1]["eval/z0"] == pytest.approx(z0, rel=1e-4) and z0 > 0.01
 
 
 # --- train_rm.py --------------------------------------------------------------------------------------------
@@ -104,19 +114,10 @@ def rewards_loss(settings: dict):
     return loss
 
 
-NO_LM, OF_RECORDS = dict(lm_weight=0), dict(margin=0.5, margin_from_data=True)
+EVERY = dict(margin=0.5, margin_from_data=True, lm_weight=0.7, center_weight=0.3, label_smoothing=0.2)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        NO_LM,
-        dict(lm_weight=0.7),
-        NO_LM | dict(margin=0.5),
-        NO_LM | dict(center_weight=0.3),
-        OF_RECORDS | dict(lm_weight=0.7, center_weight=0.3, label_smoothing=0.2),
-    ],
-)
+@pytest.mark.parametrize("settings", [dict(lm_weight=0), dict(lm_weight=0.7), EVERY])
 def test_reward_model(five_pairs, world, settings):
     """It gets the gradient of the mean loss of five pairs."""
     steps = applied_gradients(train_rm.main, [*five_pairs, *as_arguments(settings)])
@@ -127,22 +128,18 @@ def test_reward_model(five_pairs, world, settings):
 # --- both scripts -------------------------------------------------------------------------------------------
 
 
-def sft(values: Values):
-    return SFT()(PairLogps(values.logps[:, 0], chosen_length=values.lengths[:, 0]))
-
-
 @pytest.mark.parametrize(
-    ("script", "arguments", "loss"),
+    ("script", "key", "loss"),
     [
-        (train_dpo, "--loss.name=sft", sft),
-        (train_rm, "--loss.lm_weight=0.7", rewards_loss(dict(lm_weight=0.7))),
+        (train_dpo, "name=sft", lambda v: SFT()(PairLogps(v.logps[:, 0], chosen_length=v.lengths[:, 0]))),
+        (train_rm, "lm_weight=0.7", rewards_loss(dict(lm_weight=0.7))),
     ],
     ids=["dpo", "rm"],
 )
-def test_short_batch(five_pairs, world, script, arguments, loss):
+def test_short_batch(five_pairs, world, script, key, loss):
     """One epoch of five pairs in batches of eight is one step, and its mean is over five."""
-    arguments += " --optim.batch_size=8 --optim.epochs=1"
-    steps = applied_gradients(script.main, [*five_pairs, *arguments.split()])
+    keys = [f"--loss.{key}", "--optim.batch_size=8", "--optim.epochs=1"]
+    steps = applied_gradients(script.main, [*five_pairs, *keys])
     assert len(steps) == 1
     require_gradients_of(loss, steps, world)
 

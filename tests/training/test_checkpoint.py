@@ -66,7 +66,6 @@ SPOILS = {
     "tensors of another model": lambda d: shutil.copy(d / "model.safetensors", d / "optimizer.safetensors"),
     "moments that are not finite": lambda d: with_nan(d / "optimizer.safetensors", "exp_avg_sq"),
     "weights that are not finite": lambda d: with_nan(d / "model.safetensors", "norm.weight"),
-    "empty": lambda d: [file.unlink() for file in d.iterdir()],
 }
 
 

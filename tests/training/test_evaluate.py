@@ -8,7 +8,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from minidpo.errors import UserError
 from minidpo.log import console_line
 from minidpo.model import Sampling, load_model
 from minidpo.training import evaluate
@@ -80,8 +79,9 @@ def divergence(policy, reference, prompt: list[int], response: list[int]) -> flo
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_figures(sampling, rounds, world, tmp_path, dtype):
+def test_figures(sampling, rounds, world, tmp_path, monkeypatch, dtype):
     """Every figure follows from the samples, in float32 also where the run trains in bf16."""
+    monkeypatch.setattr(evaluate, "tokens_per_chunk", lambda *of: 5)  # Next-token KLs come five at a time.
     for name in ("model", "other"):  # Copies to which EOS comes easily: their responses differ in length.
         shutil.copytree(world / name, tmp_path / name)
         weights = saved_weights(world / name)
@@ -114,8 +114,11 @@ def test_figures(sampling, rounds, world, tmp_path, dtype):
         assert [row["kl"] for row in rows] == pytest.approx(kls, rel=1e-4, abs=1e-6)
 
 
-def test_rewards_and_wins(config, rounds, tokenizer, tmp_path):
-    """They follow from the policy's samples and the reference's, judged by a model of the other script."""
+def test_rewards_and_wins(config, rounds, tokenizer, tmp_path, monkeypatch):
+    """They follow from the policy's samples and the reference's, judged by a model of the other script, whose
+    rewards are rounded here, for ties."""
+    exact = RewardScorer.rewards
+    monkeypatch.setattr(RewardScorer, "rewards", lambda *given: exact(*given).round())
     directory = tmp_path / "rm" / "final"
     run_rm(config(), f"--run.out={tmp_path / 'rm'}")
     *_, line = run_dpo(config(**SETTINGS), f"--eval.reward_model={directory}")
@@ -126,7 +129,7 @@ def test_rewards_and_wins(config, rounds, tokenizer, tmp_path):
         return scorer.rewards(list(map(tokenizer.prompt, prompts)), texts)
 
     policy, reference = rewards(*rounds[-1]), rewards(*rounds[0])
-    assert 0 < np.mean(policy > reference) < 1
+    assert 0 < np.mean(policy > reference) < np.mean(policy >= reference) < 1
     mean, error = mean_and_error(policy)
     figures = {"reward": mean, "reward_standard_error": error, "reward_of_reference": reference.mean()}
     figures |= {"win_rate": np.mean(policy > reference), "tie_rate": np.mean(policy == reference)}
@@ -155,10 +158,3 @@ def test_same_training(sampling, config, tmp_path):
     sampled = final(tmp_path / "out")
     run_dpo(config(run__eval_every=2), f"--run.out={tmp_path / 'silent'}")
     assert all(torch.equal(tensor, sampled[name]) for name, tensor in final(tmp_path / "silent").items())
-
-
-def test_no_room(sampling, tmp_path):
-    """What leaves no room for samples is refused before training."""
-    with pytest.raises(UserError, match="eval.max_new_tokens = 250 after a prompt of .* the model takes 256"):
-        run_dpo(sampling, "--eval.max_new_tokens=250")
-    assert not (tmp_path / "out" / "checkpoints").exists()

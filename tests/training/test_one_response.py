@@ -13,7 +13,7 @@ from minidpo.logprobs import sequence_logps
 from minidpo.model import load_model
 from minidpo.textbook import pad
 from record_files import record, write
-from runs import metrics, run_dpo, run_rm, steps
+from runs import run_dpo, run_rm, steps
 
 SINGLE = [{"prompt": f"a cat {i}", "completion": " yes" * (1 + i % 3)} for i in range(20)]
 
@@ -24,15 +24,22 @@ def single(config, tmp_path):
     return config(data__train=f'["{write(tmp_path / "single.jsonl", *SINGLE)}"]', data__eval_pairs=4)
 
 
-def test_sft(single, tmp_path, capsys):
-    """SFT trains on them to the same numbers as on pairs with these responses for chosen."""
-    train_dpo.main([*single, "--loss.name=sft"])
-    assert "held out 4 responses by prompt" in capsys.readouterr().out
-    pairs = write(tmp_path / "pairs.jsonl", *(record(r["prompt"], chosen=r["completion"]) for r in SINGLE))
-    others = [f"--data.train={pairs}", f"--run.out={tmp_path / 'pairs'}"]
-    train_dpo.main([*single, "--loss.name=sft", *others])
-    losses = [[row["loss"] for row in steps(metrics(tmp_path / out))] for out in ("out", "pairs")]
+LABELLED = [row | {"label": True} for row in SINGLE]
+LABELLED += [{"prompt": row["prompt"], "completion": " no and no", "label": False} for row in SINGLE]
+
+
+@pytest.mark.parametrize(("loss", "records", "held_out"), [("sft", SINGLE, 4), ("kto", LABELLED, 0)])
+def test_same_as_pairs(single, tmp_path, capsys, loss, records, held_out):
+    """SFT trains on them, and KTO with labels, to the same numbers as on pairs of the same responses."""
+    pairs, losses = [record(row["prompt"], chosen=row["completion"]) for row in SINGLE], []
+    keys = [f"--loss.name={loss}", f"--data.eval_pairs={held_out}"]
+    for lines in (pairs, records):
+        capsys.readouterr()
+        write(tmp_path / "single.jsonl", *lines)
+        log = run_dpo(single, *keys, f"--run.out={tmp_path / str(len(losses))}")
+        losses.append([row["loss"] for row in steps(log)])
     assert losses[0] == losses[1] and len(losses[0]) == 4
+    assert ("held out 4 responses by prompt" in capsys.readouterr().out) == (loss == "sft")
 
 
 @pytest.mark.parametrize(
@@ -60,25 +67,6 @@ def test_told_first(single, monkeypatch):
     monkeypatch.setattr(truncation.DataReport, "add", Mock(side_effect=[None]))  # A second pair is an error.
     with pytest.raises(UserError, match="/single.jsonl: one response per record, but the loss dpo reads two"):
         train_dpo.main([*single])
-
-
-def test_kto(single, tmp_path):
-    """KTO trains on labelled responses, with the log that pairs of the same responses give."""
-    labelled = [
-        {"prompt": f"a cat {i}", "completion": text, "label": good}
-        for good, text in ((True, " yes"), (False, " no and no"))
-        for i in range(8)
-    ]
-    files = {
-        "labelled": write(tmp_path / "single.jsonl", *labelled),
-        "pairs": write(tmp_path / "pairs.jsonl", *(record(f"a cat {i}") for i in range(8))),
-    }
-    logs = []
-    for name, file in files.items():
-        more = [f"--data.train={file}", "--data.eval_pairs=0", f"--run.out={tmp_path / name}"]
-        train_dpo.main([*single, "--loss.name=kto", *more])
-        logs.append([row["loss"] for row in steps(metrics(tmp_path / name))])
-    assert logs[0] == logs[1] and len(logs[0]) == 4
 
 
 # --- several turns -----------------------------------------------------------------------------------------

@@ -37,10 +37,8 @@ def test_second_process(config, tmp_path):
 def test_leftovers(tmp_path, part):
     """What killed runs left half done goes, or comes back; nothing else is touched, and no link followed."""
     place, theirs = tmp_path / "out" / part, tmp_path / "theirs"
-    for path in (
-        *(place / name for name in (".a.7.tmp", ".b.7.old", ".c.7.old", "c", "x.tmp", ".x.tmp")),
-        theirs,
-    ):
+    names = (".a.7.tmp", ".b.7.old", ".c.7.old", "c", "x.tmp", ".x.tmp")
+    for path in (theirs, *(place / name for name in names)):
         path.mkdir(parents=True)
         (path / "f").write_text(path.name)
     (place / ".f.7.tmp").write_text("torn")

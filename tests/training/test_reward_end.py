@@ -24,6 +24,7 @@ TURNS += "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif 
 # What stands after EOS: a newline in ChatML, Qwen and SmolLM, nothing in Llama 3.
 TEMPLATES = {"newline": TURNS.replace("@", "\n"), "nothing": TURNS.replace("@", ""), "none": None}
 ANSWERS = ["Yes, it is.", "No", "Yes, so it is", "no, no"]
+TEXT = [{**GOOD, "prompt": f"{n} "} for n in range(6)]
 SIZES = dict(vocab_size=310, eos_token_id=300)
 
 
@@ -118,8 +119,7 @@ def test_trained_on_text(chat, scored, tmp_path, capsys, data):
     """A reward model that has a chat template but was trained on text is told where messages are read."""
     arguments = chat("nothing")
     if data == "text":
-        text = write(tmp_path / "text.jsonl", *({**GOOD, "prompt": f"{n} "} for n in range(6)))
-        arguments.append(f"--data.train={text}")
+        arguments.append(f"--data.train={write(tmp_path / 'text.jsonl', *TEXT)}")
     run_rm(arguments, "--optim.max_steps=1")
     for directory in ("final", "checkpoints/step-1"):
         scored(tmp_path / "out" / directory)
@@ -144,10 +144,7 @@ def test_other_template(chat, messages, tmp_path, capsys, command, own, template
     save_reward_model(tiny_reward_model(**SIZES), tmp_path / "scorer")
     option = ["--template", template]
     if template == "text":
-        messages, option = (
-            write(tmp_path / "text.jsonl", *({**GOOD, "prompt": f"{n} "} for n in range(6))),
-            [],
-        )
+        messages, option = write(tmp_path / "text.jsonl", *TEXT), []
     given = ["--reward-model", scorer, "--data", str(messages), "--out", str(tmp_path / "o.jsonl"), *option]
     if command == "score":
         score(given)

@@ -10,8 +10,6 @@ import torch
 from minidpo.data import Tokenizer
 from minidpo.errors import UserError
 from minidpo.model import read_config, save_model, save_reward_model
-from minidpo.tools.explain import main as explain
-from minidpo.tools.score import main as score
 from minidpo.training.saved_tokenizer import NEW_PAD
 from runs import run_dpo, run_rm
 from tiny import edit_config, tiny_model, tiny_reward_model, write_tokenizer
@@ -84,6 +82,16 @@ def test_pad(config, base, tmp_path, named, of_model, pad):
     torch.testing.assert_close(batch, alone, rtol=1e-5, atol=1e-5)
 
 
+def test_no_row_for_pad(config, base, tmp_path):
+    """Where no special token can be pad, and the embedding has no unused row, the reward model has none."""
+    (base / "tokenizer_config.json").write_text('{"eos_token": "</s>", "chat_template": "<pad> and <s>"}')
+    save_model(tiny_model(vocab_size=Tokenizer.from_pretrained(base).next_id), base)
+    run_rm(config(), f"--model.path={base}", "--optim.max_steps=1")
+    saved = tmp_path / "out" / "final"
+    assert "pad_token_id" not in fields(saved / "config.json")
+    assert "pad_token" not in fields(saved / "tokenizer_config.json")
+
+
 def test_byte_order_mark(config, base, tmp_path):
     """Files that were edited on Windows are read, and final/ has none of their marks."""
     arguments = config()
@@ -99,16 +107,9 @@ def test_other_tokenizer(config, world, tmp_path, capsys):
     text."""
     german = shutil.copytree(world / "other", tmp_path / "german")
     write_tokenizer(german, ["Wie bitte? Das ist nicht wahr, oder etwa doch?"] * 3, 270)
-    of_command = ["--model", str(world / "model"), "--reference", str(german)]
-    data = ["--data", str(world / "pairs.jsonl.gz"), "--out", str(tmp_path / "scores.jsonl")]
-    for refuses in (
-        lambda: run_dpo(config(), f"--reference.path={german}"),
-        lambda: run_dpo(config(), f"--reference.path={german}", "--loss.name=sft", "--eval.samples=2"),
-        lambda: score([*of_command, *data]),
-        lambda: explain([*of_command, "--prompt", "a cat?", "--chosen", " yes", "--rejected", " no"]),
-    ):
+    for keys in ([], ["--loss.name=sft", "--eval.samples=2"]):
         with pytest.raises(UserError, match="its tokenizer has other ids than the model's"):
-            refuses()
+            run_dpo(config(), f"--reference.path={german}", *keys)
     assert not (tmp_path / "out").exists()
 
     save_reward_model(tiny_reward_model(vocab_size=300), german)

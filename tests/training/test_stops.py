@@ -41,6 +41,13 @@ def test_not_finite(config, monkeypatch, script, tmp_path, spoilt, says):
     assert checkpoint.name == "step-1" and (checkpoint / "model.safetensors").read_bytes() == kept
 
 
+def test_spoilt_by_the_last_step(config, script, tmp_path):
+    """Weights that the last step spoils are not saved: the held-out loss shows it, and the run stops."""
+    with pytest.raises(RunStopped, match="step 1: held-out loss is nan; checkpoints in .* are from"):
+        script.main([*config(), "--optim.max_steps=1", "--optim.lr=1e39"])
+    assert not (tmp_path / "out" / "final").exists() and not (tmp_path / "out" / "checkpoints").exists()
+
+
 def test_errors_of_a_gpu(config, monkeypatch, capsys, script):
     """One line names the keys to change; a bug keeps its traceback."""
     errors = [torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB.\nMore.")]

@@ -1,11 +1,12 @@
 """train_dpo.py as a whole, on files: what it must get right from the first step to the last."""
 
-import math
+import re
 import shutil
 
 import pytest
 import torch
 
+from minidpo.errors import UserError
 from minidpo.model import load_model
 from padded import saved_weights
 from record_files import write
@@ -13,15 +14,24 @@ from runs import final, run_dpo
 
 
 @pytest.mark.parametrize(
-    ("loss", "first"),
-    [("dpo", math.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("dpo --loss.label_smoothing=0.2", math.log(2))],
+    ("keys", "says"),
+    [
+        ("--lora.rank=4 --lora.base_dtype=bf16", '--lora.base_dtype = "bf16" needs run.dtype = "bf16"'),
+        ("--lora.rank=4 --lora.targets=c_attn", "lora.targets: no linear layer is called 'c_attn'; there"),
+        ("--lora.rank=4 --lora.targets=", "--lora.targets = []; it must be a list of at least one name"),
+        ("--loss.name=kto --optim.batch_size=1", "optim.batch_size = 1, but kto compares with the other"),
+        (
+            "--eval.samples=6 --eval.max_new_tokens=250",
+            "250 after a prompt of 30 tokens; the model takes 256",
+        ),
+    ],
 )
-def test_first_loss(config, loss, first):
-    """While policy equals reference, the loss is its closed form (beta = 0.1) and every margin is 0."""
-    before, step, *_ = run_dpo(config(), *f"--loss.name={loss}".split())
-    assert before["eval/loss"] == pytest.approx(first, abs=1e-6)
-    assert step["loss"] == pytest.approx(first, abs=1e-6)
-    assert step["rewards/margins"] == step["rewards/accuracies"] == 0.0
+def test_refused(config, tmp_path, keys, says):
+    """Settings that do not go together are told before anything is written, what leaves no room for samples
+    before training."""
+    with pytest.raises(UserError, match=re.escape(says)):
+        run_dpo(config(), *keys.split())
+    assert not (tmp_path / ("out/checkpoints" if "eval" in keys else "out")).exists()
 
 
 @pytest.mark.parametrize(
@@ -62,9 +72,8 @@ def test_stored_reference(config, capsys, tmp_path):
 def test_what_is_left(config, tmp_path):
     """transformers opens final/ and computes the same logits; nothing is there that was not asked for."""
     run_dpo(config())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == set(
-        ".lock checkpoints config.toml final metrics.jsonl reference.safetensors tokens".split()
-    )
+    names = ".lock checkpoints config.toml final metrics.jsonl reference.safetensors tokens"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names.split()
     transformers = pytest.importorskip("transformers")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "final").eval()
     tokens = torch.arange(3, 20)[None]
