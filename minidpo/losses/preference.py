@@ -28,7 +28,6 @@ from minidpo.settings import check_fields, not_negative, setting
 # At a logistic loss this small, the gradient of a pair is less than a thousandth of what it is at z = 0.
 SATURATED = 5e-4
 
-
 # One number per pair, (B,), or (numbers, mask): the mean is then over the pairs where the mask is true.
 Metric = Tensor | tuple[Tensor, Tensor]
 

@@ -86,7 +86,7 @@ def format_config(
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta} | scaling
     if sequence_classification:
         fields |= {"num_labels": 1, "id2label": {"0": "reward"}, "label2id": {"reward": 0}}
-        fields["reward_read_at"] = "end of text"  # as transformers reads it; without this field, at EOS
+        fields["reward_read_at"] = "end of text"  # A run on text, not messages, says "EOS of text".
         # transformers reads the score at the last token that is not the pad token. Many models pad with EOS:
         # the score would be read one token early, before the EOS that minidpo scores.
         eos = config.eos_token_id if isinstance(config.eos_token_id, tuple) else (config.eos_token_id,)

@@ -84,8 +84,8 @@ FAMILIES = {
         rope_types=("default", "longrope"),
     ),
 }
-# Every field that is read, of all families -> what it may hold, and what it is if it is absent or null, as in
-# transformers.
+# Every field that is read, of all families -> what it may hold, and what it is if it is absent or null: as in
+# transformers, but for sizes of heads and the length, which every saved file has: they are Llama's for all.
 FIELDS: dict[str, tuple[Check, Any]] = {
     name: (check, default)
     for names, check, default in (

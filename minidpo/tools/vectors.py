@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minidpo.files import require_regular, write_file
+from minidpo.files import require_place, write_file
 from minidpo.logprobs import sequence_logps
 from minidpo.verify.claims import Claims, claims_of, every_loss
 from minidpo.verify.draws import draw, evaluate, one_thread, tensors, tied
@@ -26,7 +26,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m minidpo vectors", description=about)
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the JSON file to write")
     out = parser.parse_args(arguments).out
-    require_regular(out, "--out ")
+    require_place("--out", out)
     cases = [case for name, loss in every_loss().items() for case in _cases(name, loss)]
     gathered = _gatherer()
     write_file(out, _json(cases, gathered))

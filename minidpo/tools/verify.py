@@ -31,7 +31,7 @@ def main(arguments: list[str]) -> None:
     names = options.losses or every_loss()
     model = _ours(*options.like) if options.like else None
     if model and (ours := [name for name in names if ":" not in name]):
-        raise UserError(f"--like is for a function, MODULE:NAME; {ours[0]} has claims of its own")
+        raise UserError(f"--like is for a function, MODULE:NAME; {_ours(ours[0]).name} has claims of its own")
     own = _imported(options.claims) if options.claims else None
     if own is not None and not isinstance(own, Claims):
         raise UserError(f"--claims {options.claims} is {type(own).__name__}; minidpo.verify.Claims is needed")

@@ -123,11 +123,10 @@ def gauss_newton(
     RuntimeError when no step lowers the objective, or MOST_STEPS were not enough.
     """
     parameters = list(model.parameters())
-    together = world.batch
     alone = [pack(PairTokens.from_responses([x], [[y]])) for x in world.prompts for y in world.responses]
     weights = parameters_to_vector(parameters).detach()
     with torch.no_grad():
-        values = read(together)
+        values = read(world.batch)
     identity, damping = torch.eye(values.numel(), dtype=values.dtype), 1e-2
     curvature = curvature or partial(torch.autograd.functional.hessian, objective, vectorize=True)
 
@@ -147,7 +146,7 @@ def gauss_newton(
             promised = (g @ k @ u).item()  # twice the gain that the quadratic model expects
             with torch.no_grad():
                 vector_to_parameters(weights - jacobian.T @ u, parameters)
-                values = read(together)
+                values = read(world.batch)
                 # At the optimum the rounding of the sum may make a step look worse by this much.
                 lowered = objective(values) <= loss + 1e-15 * (1 + loss.abs())
             if lowered and promised > -1e-16:

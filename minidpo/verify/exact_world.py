@@ -170,7 +170,7 @@ def newton(objective: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
 
     for _ in range(MOST_STEPS):
         gradient = torch.func.grad(of)(table)
-        eigenvalues, vectors = torch.linalg.eigh(torch.func.hessian(of)(table))
+        eigenvalues, vectors = torch.linalg.eigh(torch.autograd.functional.hessian(of, table, vectorize=True))
         curved = eigenvalues.abs() > 1e-11 * eigenvalues.abs().max()
         along = vectors.T @ gradient
         step = vectors @ torch.where(curved, along / eigenvalues.abs(), 0.0)

@@ -34,6 +34,8 @@ def test_dtypes(kind, good):
         for dtype in (torch.int64, torch.float64):
             refused(kind, good | {name: FOUR.to(dtype)}, str(dtype), "one floating dtype")
     refused(kind, dict.fromkeys(good, FOUR.long()), "int64", "floating dtype")
+    if kind is PairLogps:
+        refused(kind, good | {"label": FOUR}, "label is torch.float32", "torch.bool")
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         values = kind(**dict.fromkeys(good, FOUR.to(dtype)))
         raised = torch.float64 if dtype == torch.float64 else torch.float32

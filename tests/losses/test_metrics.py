@@ -48,7 +48,6 @@ CASES = [
     # A pair is saturated below a loss of 0.0005: ln(1 + exp(-7.55)) = 0.000526, ln(1 + exp(-7.65)) = 0.000476.
     (DPO(7.55 / 4), PAIRS, of_pairs(5.6625, -1.8875, saturated=(0, 0))),
     (DPO(7.65 / 4), PAIRS, of_pairs(5.7375, -1.9125, saturated=(1, 0))),
-    (IPO(0.2), PAIRS, of_pairs(0.6, -0.2)),
     (IPO(0.2, sft_weight=1.0), PAIRS, of_pairs(0.6, -0.2, preference_loss=(2.25, 6.25), sft_loss=(2.5, LN2))),
     (SimPO(gamma=9.0), PAIRS, of_pairs(-5, -8, -2 * LN2, saturated=(0, 0))),  # 2 * -2.5, 2 * -4
     # log odds: -2.5 - ln(1 - exp(-2.5)), -4 - ln(1 - exp(-4)), ln 1

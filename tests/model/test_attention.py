@@ -1,5 +1,7 @@
 """Attention over packed rows: the rule by hand, then SDPA per piece and FlexAttention against it."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -29,12 +31,7 @@ def filled(attention, row: PackedBatch) -> Attend:
     return lambda q, k, v, layer: attend(*(F.pad(heads, zeros) for heads in (q, k, v)), layer)[:n]
 
 
-def flex(row: PackedBatch) -> Attend:
-    return filled(masked_attention, row)
-
-
-def flash(row: PackedBatch) -> Attend:
-    return filled(attention_in_bf16, row)
+FLEX, FLASH = partial(filled, masked_attention), partial(filled, attention_in_bf16)
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +47,6 @@ def one_by_one(monkeypatch):
 
     monkeypatch.setattr(attention_module, "varlen_attn", varlen_attn)
     monkeypatch.setattr(attention_module, "_flex_attention", lambda: flex_attention)
-
-
-def per_piece_padded(row: PackedBatch) -> Attend:
-    return filled(attention_per_piece, row)
 
 
 def random_heads(n: int, seed: int = 0) -> list[Tensor]:
@@ -75,7 +68,7 @@ SEES = [
 ]
 
 
-@pytest.mark.parametrize("attention", [attention_per_piece, flash, flex])
+@pytest.mark.parametrize("attention", [attention_per_piece, FLASH, FLEX])
 def test_who_sees_whom(attention):
     """Another value of a token changes what comes out for those that see it, and for no other."""
     row = pack(PairTokens.from_responses([[3, 4], [5]], [[[6, EOS], [EOS]], [[7], [8]]]))
@@ -114,7 +107,7 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor, may: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("responses", [1, 2, 3])
-@pytest.mark.parametrize("attention", [attention_per_piece, per_piece_padded, flash, flex])
+@pytest.mark.parametrize("attention", [partial(filled, attention_per_piece), FLASH, FLEX])
 def test_values(attention, responses):
     """All ways give the formula's values, for heads of 8 too, where FlexAttention's kernel needs 16."""
     rng = np.random.default_rng(responses)

@@ -61,19 +61,22 @@ def frequencies(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     return torch.bincount(drawn, minlength=4) / 40_000
 
 
-def test_temperature():
-    """Frequencies are those of softmax(logits / temperature), to 4 standard errors."""
-    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
-    assert_close(frequencies(logits, Sampling(temperature=2.0)), (logits / 2).softmax(-1), atol=0.01, rtol=0)
+def test_cold():
+    """A temperature so low that logits / temperature would be infinite gives the likeliest token."""
+    assert frequencies(torch.tensor([1.0, 2.0, 0.0, -1.0]), Sampling(temperature=1e-45))[1] == 1
 
 
 @pytest.mark.parametrize(
     ("top_p", "kept"), [(0.5, [1]), (0.51, [0, 1]), (0.85, [0, 1, 3]), (1.0, [0, 1, 2, 3])]
 )
 def test_top_p(top_p, kept):
-    """Of probabilities 0.3, 0.5, 0.05, 0.15 the fewest tokens that reach the mass stay."""
-    logits = torch.tensor([0.3, 0.5, 0.05, 0.15], dtype=torch.float64).log()
-    assert frequencies(logits, Sampling(top_p=top_p)).nonzero()[:, 0].tolist() == kept
+    """Of probabilities 0.3, 0.5, 0.05, 0.15, which a temperature of 2 makes, the fewest tokens that reach the
+    mass stay, in proportion: all of softmax(logits / 2) at 1. The tolerance is 4 standard errors."""
+    probabilities = torch.tensor([0.3, 0.5, 0.05, 0.15], dtype=torch.float64)
+    found = frequencies(2 * probabilities.log(), Sampling(temperature=2.0, top_p=top_p))
+    assert found.nonzero()[:, 0].tolist() == kept
+    expected = (probabilities / probabilities[kept].sum())[kept].float()
+    assert_close(found[kept], expected, atol=0.01, rtol=0)
 
 
 def test_refused():

@@ -182,6 +182,7 @@ def test_products(chunk_size, products):
         token_logps(hidden, weight, torch.zeros(12, dtype=torch.int64), chunk_size).sum().backward()
     assert counter.get_total_flops() == products * 2 * 12 * 4 * 5
     assert tokens_per_chunk(10**12, torch.float32) == 1
+    assert tokens_per_chunk(2**20, torch.bfloat16) == 2**28 // 2**21  # 256 MiB of logits of 2 bytes
 
 
 # --- sum_by_response(values, lengths) -----------------------------------------------------------------------
@@ -194,9 +195,6 @@ def test_sum_by_response():
     assert sums.tolist() == [1, 14, 48] and sums.requires_grad
     (gradient,) = torch.autograd.grad(sums @ torch.tensor([5.0, 6, 7]), values)
     assert gradient.tolist() == [5, 6, 6, 6, 7, 7]
-
-
-def test_sums_in_float64():
-    """2^24 + 1 is no float32: each of the 64 ones would be lost on its way into a float32 sum."""
+    # 2^24 + 1 is no float32: each of 64 ones would be lost on its way into a float32 sum.
     sums = sum_by_response(torch.tensor([-(2.0**24)] + [-1.0] * 64 + [-3.0]), torch.tensor([65, 1]))
     assert sums.tolist() == [-(2.0**24) - 64, -3.0] and sums.dtype == torch.float32

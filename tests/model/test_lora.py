@@ -2,12 +2,13 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed._tools.mem_tracker import MemTracker
 
@@ -22,13 +23,14 @@ from minidpo.model import (
     new_reward_model,
     response_logps,
     save_model,
+    save_reward_model,
 )
 from minidpo.model.adapter_files import save_adapter
 from minidpo.model.lora import LoRALinear, adapted_layers, adapters_off, add_adapters, trained_parameters
 from minidpo.packing import pack
 from minidpo.sections import LoRASection, OptimSection
 from minidpo.training.optim import adamw
-from tiny import random_pairs, tiny_model
+from tiny import random_pairs, tiny_model, tiny_reward_model
 
 PAIRS = PairTokens.from_pairs(random_pairs(np.random.default_rng(0), 3))
 BATCH = pack(PAIRS)
@@ -93,6 +95,13 @@ def test_reachable(width_in, width_out):
         assert rest.item() == pytest.approx(left, abs=1e-6)
 
 
+def test_new_adapter():
+    """A is drawn from U(-1, 1) / sqrt(in), here of 5,000 numbers up to 0.1, and B is 0."""
+    made = LoRALinear(nn.Linear(100, 7).bfloat16(), rank=50, scale=1.0)
+    assert 0.0995 < made.lora_A.abs().max() <= 0.1 and not made.lora_B.any()
+    assert made.lora_A.dtype == made.lora_B.dtype == torch.float32  # also where W is bf16
+
+
 def test_scale():
     """alpha / r, or alpha / sqrt(r): of alpha 32 and rank 16, 2 or 8."""
     for rank_scaled, scale in ((False, 32 / 16), (True, 32 / 4)):
@@ -140,30 +149,24 @@ def test_off(base_dtype):
         assert not torch.equal(response_logps(model, BATCH), response_logps(reference, BATCH))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_merged(tmp_path, dtype, tolerance, tied):
+def test_merged(tmp_path, tied):
     """A saved model has W + s B A for W, and no other tensor than the base."""
-    base = tiny_model(dtype=dtype, tie_word_embeddings=tied)
+    base, merged = (tiny_model(seed, torch.float64, tie_word_embeddings=tied) for seed in (0, 1))
     model = adapted(base=base)
     save_model(model, tmp_path)
-    merged = tiny_model(seed=1, dtype=dtype, tie_word_embeddings=tied)
     merged.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert (model(TOKENS) - base(TOKENS)).abs().max() > 0.1
-    torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=10 * tolerance, atol=tolerance)
+    torch.testing.assert_close(merged(TOKENS), model(TOKENS), rtol=1e-11, atol=1e-12)
 
 
 def test_merged_in_bf16(tmp_path):
     """What is added to a frozen bf16 weight is not rounded to bf16, unless that is asked for."""
     model = adapted(base_dtype="bf16")
-    for directory, dtype in ((tmp_path / "fp32", None), (tmp_path / "bf16", torch.bfloat16)):
-        save_model(model, directory, dtype=dtype)
-    change = {}
-    for kind in ("fp32", "bf16"):
-        assert json.loads((tmp_path / kind / "config.json").read_text())["dtype"].endswith(kind[-2:])
-        merged = load_model(tmp_path / kind)
-        change[kind] = (merged(TOKENS) - model(TOKENS)).abs().max().item()
-    assert change["fp32"] < 1e-4 < 1e-2 < change["bf16"]
+    for dtype, name, least, most in ((None, "float32", 0, 1e-4), (torch.bfloat16, "bfloat16", 1e-2, 1)):
+        save_model(model, tmp_path, dtype=dtype)
+        assert json.loads((tmp_path / "config.json").read_text())["dtype"] == name
+        assert least <= (load_model(tmp_path)(TOKENS) - model(TOKENS)).abs().max() < most
 
 
 def test_output_layer():
@@ -203,6 +206,25 @@ def test_reward_adapter(directory):
     batch = pack(PAIRS, scored=0)
     theirs = load_reward_model(directory, adapter=adapter).forward_packed(batch)[0]
     assert torch.equal(theirs, model.forward_packed(batch)[0])
+
+
+def test_head_of_base(directory):
+    """Beside an adapter without a head, that of a reward model stays."""
+    save_reward_model(tiny_reward_model(), directory)
+    file = saved(directory, adapted(base=load_reward_model(directory))) / "adapter_model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(file).items() if "lora" in name}, file)
+    with_adapter, base = load_reward_model(directory, adapter=file.parent), load_reward_model(directory)
+    assert torch.equal(with_adapter.score.weight, base.score.weight)
+
+
+def test_same_head(directory):
+    """A new head is drawn before the adapters: it is the same without them."""
+    heads = []
+    for rank in (0, 4):
+        torch.manual_seed(0)
+        prepare = partial(add_adapters, lora=LoRASection(rank))
+        heads.append(new_reward_model(directory, prepare=prepare).score.weight)
+    assert torch.equal(*heads)
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,23 @@ from torch.testing import assert_close
 
 from families import FAMILIES, GRANITE, OLMO2, SMOLLM3
 from minidpo.data import PairTokens
-from minidpo.model import RewardModel, load_model, response_logps, save_model
-from minidpo.model.rotary import Llama3Rope, YarnRope, rotary_frequencies, rotate
+from minidpo.model import RewardModel, Transformer, load_model, response_logps, save_model
+from minidpo.model.rotary import Llama3Rope, LongRope, YarnRope, rotary_frequencies, rotate
 from minidpo.model.transformer import RMSNorm
 from minidpo.packing import pack
-from tiny import gradients, naive_logps, random_pairs, relative_difference, tiny_model
+from tiny import gradients, naive_logps, random_pairs, relative_difference, tiny_config, tiny_model
 
 STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 TOKENS = torch.randint(0, 61, (3, 50), generator=torch.Generator().manual_seed(1))
+
+
+def test_new_model():
+    """Weights are drawn with a standard deviation of initializer_range, here 0.2; norms are 1 and biases 0."""
+    for name, values in Transformer(tiny_config(**FAMILIES["llama biases"])).named_parameters():
+        if values.ndim == 2:
+            assert values.std().item() == pytest.approx(0.2, rel=0.2)
+        else:
+            assert (values == (0 if name.endswith("bias") else 1)).all()
 
 
 def test_rms_norm():
@@ -62,6 +71,12 @@ def test_yarn():
     frequencies = rotary_frequencies(8, 16.0, scaling, torch.device("cpu"), torch.float64)
     assert frequencies.tolist() == pytest.approx([1, 0.5 * 0.75, 0.25 * 0.5, 0.125 * 0.25])
     assert scaling.magnitude == pytest.approx(1.138629)
+    # 32 turns would lie at i = -1.0 and 0.01 at 10.6: the ramp ends at 0 and at D - 1 = 7, and rises in sevenths.
+    scaling = YarnRope(4.0, original_max_position_embeddings=100, beta_slow=0.01)
+    shares = torch.arange(4) / 7
+    frequencies = rotary_frequencies(8, 16.0, scaling, torch.device("cpu"), torch.float64)
+    assert_close(frequencies, 0.5 ** torch.arange(4) * (1 - 0.75 * shares), check_dtype=False)
+    assert YarnRope(0.5, 64).magnitude == LongRope(0.5, 64, (), ()).magnitude == 1  # nothing is stretched
 
 
 def test_granite():
@@ -142,8 +157,13 @@ def require_equal_logits(directory: Path) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_our_directories(family, tmp_path):
-    """What minidpo writes, transformers opens as the same model."""
-    save_model(tiny_model(seed=3, **FAMILIES[family]), tmp_path)
+    """What is saved is loaded, every field and every number, and transformers opens it as the same model."""
+    model = tiny_model(seed=3, **FAMILIES[family])
+    save_model(model, tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    loaded = load_model(tmp_path)
+    assert loaded.config == model.config and torch.equal(loaded(TOKENS), model(TOKENS))
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
     require_equal_logits(tmp_path)
 
 

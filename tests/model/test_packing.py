@@ -50,7 +50,7 @@ def test_row():
     row = packed(pairs, responses=1)
     assert row.tokens.tolist() == [10, 11, 12, 13, 14, 15, EOS, 30, 31, 32, 33, 34, EOS]
     assert row.predictor.tolist() == [3, 4, 5] + [8, 9, 10, 11]
-    assert row.bounds.tolist() == [[0, 4, 7], [7, 9, 13]]
+    assert row.bounds.tolist() == [[0, 4, 7], [7, 9, 13]] and row.scored_responses == 1
     with pytest.raises(ValueError, match="3 responses of each prompt are needed, the data has 2"):
         packed(pairs, responses=3)
 
@@ -86,6 +86,7 @@ def test_padding():
     assert row.tokens.tolist() == [10, 11, 12, EOS, EOS] + [0] * 123
     assert row.position.tolist() == [0, 1, 2, 3, 2] + [0] * 123
     assert len(padded(row).tokens) == len(padded(packed([])).tokens) == 128
+    assert packed(TURNS).to(torch.device("meta")).tokens.shape == (128,)  # on any device but the CPU
 
 
 def test_three_pairs(form=packed):

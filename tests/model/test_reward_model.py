@@ -12,22 +12,15 @@ from tiny import gradients, naive_logps, naive_rewards, random_pairs, relative_d
 
 
 def test_rewards(form=packed):
-    """Read at each response's last token, chosen first: what one row per text gives, beside other pairs."""
+    """Rewards, the chosen response's log-prob and the gradients are those of one row per text. The rewards are
+    read at each response's last token, chosen first; they come from the head alone."""
     model = tiny_reward_model(dtype=torch.float64)
-    assert_close(model.forward_packed(form(THREE_PAIRS))[0], naive_rewards(model, THREE_PAIRS))
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
-def test_one_pass(dtype, tolerance):
-    """Rewards, the chosen response's log-prob and the gradients are those of one row per text."""
-    model, pairs = tiny_reward_model(dtype=dtype), random_pairs(np.random.default_rng(0), 6)
-    rewards, logps = model.forward_packed(packed(pairs, scored=1))
-    naive = naive_rewards(model, pairs), naive_logps(model, pairs)[:, :1]
-    assert_close((rewards, logps), naive, rtol=tolerance, atol=tolerance)
+    rewards, logps = model.forward_packed(form(THREE_PAIRS, scored=1))
+    naive = naive_rewards(model, THREE_PAIRS), naive_logps(model, THREE_PAIRS)[:, :1]
+    assert_close((rewards, logps), naive, rtol=1e-11, atol=1e-11)
     ours, theirs = (gradients(model, r[:, 0].sum() - r[:, 1].sum() / 2) for r in (rewards, naive[0]))
-    assert relative_difference(ours, theirs) < tolerance
-    assert not ours["lm_head.weight"].any()  # rewards come from the head alone
-    assert model.forward_packed(packed(pairs, scored=0))[1] is None
+    assert relative_difference(ours, theirs) < 1e-11 and not ours["lm_head.weight"].any()
+    assert model.forward_packed(packed(THREE_PAIRS, scored=0))[1] is None
 
 
 def test_new_head():

@@ -80,11 +80,17 @@ def test_loss():
 
 
 def test_step():
-    """One step of SGD at rate 1 moves every weight by its gradient: both ways move the policy alike."""
+    """One step of SGD at rate 1 moves every weight by its gradient: both ways move the policy alike.
+
+    A step before it, at rate 0, leaves nothing behind; the reference gets no gradients.
+    """
     policy, reference = tiny_model(1, torch.float64), tiny_model(2, torch.float64)
     twin = copy.deepcopy(policy)
     tokens, mask = pad(PAIRS)
-    value = dpo_step(policy, reference, torch.optim.SGD(policy.parameters(), lr=1.0), tokens, mask, beta=0.3)
+    for lr in (0.0, 1.0):
+        optimizer = torch.optim.SGD(policy.parameters(), lr)
+        value = dpo_step(policy, reference, optimizer, tokens, mask, beta=0.3)
+    assert all(parameter.grad is None for parameter in reference.parameters())
 
     # The same step by what train_dpo.py calls: the reference's log-probs are a column of the data.
     with torch.no_grad():

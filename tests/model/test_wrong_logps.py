@@ -34,7 +34,7 @@ def right(x: Tensor, t: Tensor) -> Tensor:
 
 def changed(**fields: Callable) -> Callable:
     """packed(pairs) with the fields that functions of the right batch give."""
-    return lambda pairs: replace(b := packed(pairs), **{name: field(b) for name, field in fields.items()})
+    return lambda pairs, **n: replace(b := packed(pairs, **n), **{k: field(b) for k, field in fields.items()})
 
 
 def masked(rule: Callable) -> Callable:

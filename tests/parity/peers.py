@@ -5,36 +5,19 @@ TRL trains on batches of one at learning rate 0, so what it logs of a step are i
 
 import os
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from minidpo.data import PairTokens, Tokenizer, read_preferences
+from minidpo.data import PairTokens
 from minidpo.losses import PairLogps
-from minidpo.model import load_model, response_logps, save_reward_model
+from minidpo.model import response_logps
 from minidpo.packing import pack
-from tiny import gradients, tiny_reward_model
+from tiny import gradients
 
 PAIRS = 6  # compared one by one; training goes over all 40
-
-
-def make_world(directory: Path, reward: Path) -> SimpleNamespace:
-    """Two models and the pairs of conftest.py's world, these as TRL's records and as ids; a reward model."""
-    pairs = list(read_preferences(directory / "pairs.jsonl.gz"))
-    tokenizer = Tokenizer.from_pretrained(directory / "model")
-    reward_model = tiny_reward_model(vocab_size=300, pad_token_id=0)
-    save_reward_model(reward_model, reward)
-    return SimpleNamespace(
-        directories=dict(policy=directory / "model", reference=directory / "other", reward=reward),
-        policy=load_model(directory / "model"),
-        reference=load_model(directory / "other"),
-        reward_model=reward_model,
-        records=[dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected) for pair in pairs],
-        pairs=tokenizer.encode_pairs(pairs),
-    )
 
 
 def trainer(world, out: Path, kind: str, records=None, **settings):
@@ -88,11 +71,6 @@ def our_pair(world, index: int) -> PairLogps:
     with torch.no_grad():
         reference = response_logps(world.reference, batch).T
     return PairLogps(*response_logps(world.policy, batch).T, *reference, *batch.lengths.T)
-
-
-def our_rewards(world, pair) -> Tensor:
-    """(2, 1): of the chosen response and the rejected one."""
-    return world.reward_model.forward_packed(pack(PairTokens.from_pairs([pair]), scored=0))[0].T
 
 
 def gradient_norm(model: torch.nn.Module, loss: Tensor) -> Tensor:

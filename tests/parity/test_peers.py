@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from peers import assert_logged, gradient_norm, make_world, our_pair, our_rewards, trainer, trl_logs
+from peers import assert_logged, gradient_norm, our_pair, trainer, trl_logs
 
-from minidpo.data import PairTokens
+from minidpo.data import PairTokens, Tokenizer, read_preferences
 from minidpo.log import Means
 from minidpo.losses import DPO, KTO, BradleyTerry, PairLogps, Rewards, SimPO
-from minidpo.model import load_model, load_reward_model, response_logps
+from minidpo.model import load_model, load_reward_model, response_logps, save_reward_model
 from minidpo.packing import pack
+from tiny import tiny_reward_model
 
 pytestmark = pytest.mark.slow
 BETA = 0.1
@@ -26,7 +27,19 @@ STEPS, BATCH, LR = 20, 4, 1e-3
 
 @pytest.fixture(scope="module")
 def peers(world, tmp_path_factory):
-    return make_world(world, tmp_path_factory.mktemp("reward"))
+    """Two models and the pairs of conftest.py's world, these as TRL's records and as ids; a reward model."""
+    pairs = list(read_preferences(world / "pairs.jsonl.gz"))
+    tokenizer = Tokenizer.from_pretrained(world / "model")
+    reward_model = tiny_reward_model(vocab_size=300, pad_token_id=0)
+    save_reward_model(reward_model, reward := tmp_path_factory.mktemp("reward"))
+    return SimpleNamespace(
+        directories=dict(policy=world / "model", reference=world / "other", reward=reward),
+        policy=load_model(world / "model"),
+        reference=load_model(world / "other"),
+        reward_model=reward_model,
+        records=[dict(prompt=pair.prompt, chosen=pair.chosen, rejected=pair.rejected) for pair in pairs],
+        pairs=tokenizer.encode_pairs(pairs),
+    )
 
 
 def test_ids_and_logps(peers, tmp_path):
@@ -116,7 +129,8 @@ def test_reward_model(peers, tmp_path):
     records = [record | {"margin": 0.4 * i} for i, record in enumerate(peers.records)]
     logs = trl_logs(peers, tmp_path, "Reward", records, center_rewards_coefficient=0.3)
     for index, record in enumerate(logs):
-        chosen, rejected = our_rewards(peers, peers.pairs[index])
+        row = pack(PairTokens.from_pairs([peers.pairs[index]]), scored=0)
+        chosen, rejected = peers.reward_model.forward_packed(row)[0].T
         loss = BradleyTerry(0.0, 0.4 * index, center_weight=0.3)
         losses, both = loss(Rewards(chosen, rejected)), torch.cat((chosen, rejected))
         expected = dict(loss=losses, grad_norm=gradient_norm(peers.reward_model, losses))

@@ -35,7 +35,8 @@ def test_copy(tmp_path, capsys):
 
 
 def test_kinds():
-    """Every loss is there; a case of `length 1` or `tie` is one. (`verify` checks the kind `hand`.)"""
+    """Every loss is there; a case of `length 1` or `tie` is one, and sums are those by hand. (`verify` checks
+    the losses of the kind `hand`.)"""
     assert {case["loss"] for case in VECTORS["losses"]} == set(every_loss())
     for case in VECTORS["losses"]:
         lengths = [x for name, x in case["inputs"].items() if name.endswith("_length")]
@@ -43,16 +44,14 @@ def test_kinds():
             assert all(set(x) == {1} for x in lengths)
         if case["kind"] == "tie" and "rejected" in case["inputs"]:
             assert case["inputs"]["chosen"][0] == case["inputs"]["rejected"][0]
-    assert {case["kind"] for case in VECTORS["gatherer"]} < {case["kind"] for case in VECTORS["losses"]}
-
-
-def test_gathered_by_hand():
-    """Sums of log-probs: ln 1/2 + ln 1/4 = -2.0794415417; a certain and an impossible token, 0 - 20,000."""
+    # Sums of log-probs: ln 1/2 + ln 1/4 = -2.0794415417; a certain and an impossible token, 0 - 20,000.
     sums = {case["kind"]: case["sums"] for case in VECTORS["gatherer"]}
+    assert sums.keys() < {case["kind"] for case in VECTORS["losses"]}
     assert sums["hand"] == pytest.approx([-2.0794415417]) and sums["extreme"] == [-20_000.0]
 
 
 def test_refused(tmp_path):
-    """A place that cannot be written to is one line."""
-    with pytest.raises(UserError, match="cannot be written"):
-        command(["--out", str(tmp_path)])
+    """A place that cannot be written to is one line, before the work."""
+    for place in ("", tmp_path):
+        with pytest.raises(UserError, match="a file in a directory that exists is needed"):
+            command(["--out", str(place)])

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import logsigmoid, softplus
 
 from minidpo.errors import UserError
-from minidpo.losses import DPO, IPO, KTO, BradleyTerry
+from minidpo.losses import DPO, IPO, KTO, BradleyTerry, Hinge
 from minidpo.losses.log_ratios import LogRatioLoss
 from minidpo.verify import Claims, claims, claims_of, verify
 from minidpo.verify.claims import OF_THE_DIFFERENCE, PAIR
@@ -27,24 +27,43 @@ def of_margin(form):
     return loss
 
 
-@pytest.mark.parametrize(
-    "returns", [lambda x: x, lambda x: (x, 0), torch.mean], ids=["losses", "tuple", "mean"]
-)
-def test_right(returns):
-    """A function that is DPO passes, whatever it returns its losses in."""
-    report = verify(of_margin(lambda m, beta: returns(-logsigmoid(beta * m))), DPO(), checks=ALL_BUT_EXACT)
-    assert {verdict.verdict for verdict in report.verdicts} == {"holds"}, report
+def of_kto(z):
+    def loss(policy_logps, reference_logps, labels, kl, beta=0.1):
+        gain = beta * z(policy_logps, reference_logps, kl)
+        return torch.sigmoid(torch.where(labels, -gain, gain))
+
+    return loss
 
 
-def test_constants():
-    """A reference and a z0 that are taken as constants refute nothing."""
+class PairWise(torch.nn.Module):
+    """A reward model's loss, as in OpenRLHF."""
 
-    def kto(policy_logps, reference_logps, labels, kl, beta=0.1):
-        z = beta * (policy_logps - (reference_logps + kl).detach())
-        return torch.sigmoid(torch.where(labels, -z, z))
+    def forward(self, chosen_reward, reject_reward, margin=None):
+        return -logsigmoid(chosen_reward - reject_reward).mean()
 
-    report = verify(kto, KTO(), checks=ALL_BUT_EXACT)
-    assert not report.refuted and report.verdicts[3].figure.startswith("2 inputs"), report
+
+# A kink refutes nothing: on the flat side of a hinge bf16 may end up elsewhere, and no z0 is drawn below 0.
+RIGHT = {
+    "losses": (of_margin(lambda m, beta: -logsigmoid(beta * m)), DPO()),
+    "tuple": (of_margin(lambda m, beta: (-logsigmoid(beta * m), 0)), DPO()),
+    "mean": (of_margin(lambda m, beta: -logsigmoid(beta * m).mean()), DPO()),
+    "module": (PairWise(), BradleyTerry(lm_weight=0.0)),
+    "constants": (of_kto(lambda pi, ref, z0: pi - (ref + z0).detach()), KTO()),
+    "kink in z0": (of_kto(lambda pi, ref, z0: pi - ref - z0.clamp(min=0)), KTO()),
+    "hinge": (of_margin(lambda m, beta: torch.relu(1 - beta * m)), Hinge(0.03)),
+}
+
+
+@pytest.mark.parametrize("form", RIGHT)
+def test_right(form):
+    """A right function passes, whatever it returns its losses in, and whichever inputs are its constants."""
+    loss, like = RIGHT[form]
+    report = verify(loss, like, checks=ALL_BUT_EXACT)
+    claimed = [check for check in ALL_BUT_EXACT if check != "mirror" or claims_of(like).mirror]
+    assert [v.check for v in report.verdicts if v.verdict == "holds"] == claimed and not report.refuted, (
+        report
+    )
+    assert report.verdicts[3].figure.startswith(("2 inputs", "3 inputs")), report  # those that are trained
 
 
 def first_trained(losses):
@@ -60,15 +79,17 @@ WRONG = {
     "exp in bf16": (lambda m, beta: (1 + (-beta * m).exp()).log(), {"far", "bf16"}),
     "beta ignored": (lambda m, beta: -logsigmoid(0.1 * m), {"points", "twin", "exact"}),
     "kept in float32": (lambda m, beta: -logsigmoid(beta * m.float()), {"twin"}),
+    "no gradient at a tie": (lambda m, beta: -logsigmoid(beta * torch.where(m == 0, m.detach(), m)), {"tie"}),
     "two columns": (lambda m, beta: -logsigmoid(beta * m)[:, None], {"twin", "far"}),
 }
 
 
 @pytest.mark.parametrize("mistake", WRONG)
 def test_wrong(mistake):
-    """Each check that must refute the mistake does, with a counterexample."""
+    """Each check that must refute the mistake does, with a counterexample; `far` does so without any claim."""
     form, must = WRONG[mistake]
     report = verify(of_margin(form), DPO(), checks=must)
+    assert "far" not in must or verify(of_margin(form), checks=["far"]).refuted
     assert set(report.refuted) == must, report
     assert all(verdict.counterexample for verdict in report.verdicts)
 
@@ -76,9 +97,10 @@ def test_wrong(mistake):
 def test_counterexample():
     """It says what was changed, and where two numbers are nearly equal, what may make them differ."""
     soft, single = lambda m, beta: softplus(-beta * m), lambda m, beta: -logsigmoid(beta * m.float()).double()
-    for form, is_softplus in ((soft, True), (single, False)):
+    off = lambda m, beta: -logsigmoid(1.001 * beta * m)  # noqa: E731
+    for form, is_close in ((soft, True), (single, True), (off, False)):
         (verdict,) = verify(of_margin(form), DPO(), checks=["twin"]).verdicts
-        assert ("F.softplus, which is linear beyond" in verdict.counterexample) == is_softplus, verdict
+        assert ("by float32, or by F.softplus, which" in verdict.counterexample) == is_close, verdict
     no_reference = lambda pi_w, pi_l, ref_w, ref_l, beta=0.1: -logsigmoid(beta * (pi_w - pi_l))  # noqa: E731
     (verdict,) = verify(no_reference, DPO(), checks=["unmoved"]).verdicts
     assert "same number added to chosen and ref_chosen" in verdict.counterexample
@@ -136,26 +158,21 @@ def test_untested():
     assert report.verdicts[0].figure.startswith("2 points"), report
 
 
-def test_optional():
-    """A tensor that is None by default is passed where it is read: a margin where that of the data is."""
-
-    def loss(pi_w, pi_l, ref_w=None, ref_l=None, margin=None, beta=0.1):
-        return -logsigmoid(beta * (pi_w - pi_l - (ref_w - ref_l)) - (0 if margin is None else margin))
-
-    for from_data in (False, True):
-        report = verify(loss, DPO(margin_from_data=from_data), checks=["points", "twin"])
-        assert not report.refuted and ("margin = margin" in report.title) == from_data, report
-    assert "ref_l = ref_rejected" in verify(loss, checks=["far"]).title
-
-
 def test_margin():
-    """A loss that needs a margin is asked only at points that have one: at none of DPO without margins."""
+    """A tensor that is None by default is passed where it is read: a margin where that of the data is. A loss
+    that needs one is asked only at points that have it: at none of DPO without margins."""
 
     def odpo(pi_w, pi_l, ref_w, ref_l, margin, beta=0.1):
         return -logsigmoid(beta * (pi_w - pi_l - (ref_w - ref_l)) - margin)
 
-    report = verify(odpo, DPO(margin_from_data=True), checks=["points", "twin"])
-    assert not report.refuted and report.verdicts[0].figure.startswith("1 points"), report
+    def optional(pi_w, pi_l, ref_w=None, ref_l=None, margin=None, beta=0.1):
+        return odpo(pi_w, pi_l, ref_w, ref_l, 0 if margin is None else margin, beta)
+
+    for loss, from_data, asked in ((optional, False, "3"), (optional, True, "1"), (odpo, True, "1")):
+        report = verify(loss, DPO(margin_from_data=from_data), checks=["points", "twin"])
+        assert not report.refuted and ("margin = margin" in report.title) == from_data, report
+        assert report.verdicts[0].figure.startswith(f"{asked} points"), report
+    assert "ref_l = ref_rejected" in verify(optional, checks=["far"]).title
     points, twin = verify(odpo, DPO(), checks=["points", "twin"]).verdicts
     assert points.verdict == "not asked" and twin.verdict == "refuted"
 
@@ -208,16 +225,6 @@ def test_stop_gradient():
     assert verify(half, claims=own, checks=["gradcheck"]).refuted
 
 
-def test_rewards():
-    """A reward model's loss, an nn.Module as in OpenRLHF."""
-
-    class PairWise(torch.nn.Module):
-        def forward(self, chosen_reward, reject_reward, margin=None):
-            return -logsigmoid(chosen_reward - reject_reward).mean()
-
-    assert not verify(PairWise(), BradleyTerry(lm_weight=0.0)).refuted
-
-
 @pytest.mark.parametrize(
     ("loss", "told", "says"),
     [
@@ -231,19 +238,11 @@ def test_rewards():
         (
             Plain(),
             dict(claims=Claims([(dict(beat=1), PAIR, 0)])),
-            "no setting 'beat'; there are sft_weight, beta",
+            "no setting 'beat'; there are sft_weight, ",
         ),
-        (
-            margin,
-            dict(claims=Claims([({}, dict(chosn=1), 0)])),
-            "no number of a pair 'chosn'; there are chosen,",
-        ),
+        (margin, dict(claims=Claims([({}, dict(chosn=1), 0)])), "of a pair 'chosn'; there are chosen,"),
         (Plain(), dict(claims=Claims(twin=lambda p, s: p.chosn)), "the claims raise AttributeError: .*twin"),
-        (
-            margin,
-            dict(claims=Claims(unmoved=dict(x=lambda p: 1 / 0))),
-            "raise ZeroDivisionError: .*unmoved, x",
-        ),
+        (margin, dict(claims=Claims(unmoved=dict(x=lambda p: 1 / 0))), "raise ZeroDivision.*unmoved, x"),
     ],
 )
 def test_refused(loss, told, says):

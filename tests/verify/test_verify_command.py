@@ -4,6 +4,7 @@ import pytest
 
 from minidpo.errors import UserError
 from minidpo.tools.verify import main as command
+from minidpo.verify import every_loss
 
 
 @pytest.fixture
@@ -20,12 +21,14 @@ def module(tmp_path, monkeypatch):
 
 
 def test_command(module, capsys):
-    """It prints a table for each loss; where one is refuted, the exit status is 1."""
+    """It prints a table for each loss, of ours if none is named; where one is refuted, the exit status is 1."""
     command(["sft", "mine:plain", "--checks", "gradcheck", "alone"])
     printed = capsys.readouterr().out
     for says in ("SFT()", "plain, of which nothing is claimed", "nothing is refuted"):
         assert says in printed
     assert printed.count("its equation is not tested") == 1
+    command(["--checks", "mirror"])
+    assert capsys.readouterr().out.count("mirror") == len(every_loss())
     command(["mine:plain", "--claims", "mine:claims", "--checks", "points"])
     assert "1 points" in (printed := capsys.readouterr().out) and "not tested" not in printed.splitlines()[0]
     with pytest.raises(SystemExit) as end:
@@ -40,6 +43,7 @@ def test_command(module, capsys):
     [
         ("dpi", "no loss 'dpi'; there are dpo, ipo"),
         ("dpo --like ipo", "dpo has claims of its own"),
+        ("plain --like ipo", "no loss 'plain'; .*; a function of yours is MODULE:NAME"),
         ("mine:plain --like ipo gamma=1", "no key 'gamma'; ipo has beta, length_normalize"),
         ("mine:plain --like ipo beta=x", "--like ipo beta=x: Invalid value"),
         ("mine:plain --like ipo beta=-1", r"ipo: beta is -1.0; it must be > 0"),
