@@ -160,7 +160,7 @@ def _key(sections: dict[str, Any], section: str, name: str, where: str) -> datac
         return keys[name]
     theirs, script = {**get_type_hints(DPOConfig), "loss": DPO}, "train_dpo.py"
     if "reference" in sections:
-        theirs, script = get_type_hints(RewardConfig), "train_rm.py"
+        theirs, script = get_type_hints(RewardConfig), "train_rm.py, bench --loss rm"
     hint = f" (it belongs to {script})" if name in keys_of(theirs.get(section)) else ""
     if section not in sections:
         raise UserError(f"{where}: no section [{section}]; there are {', '.join(sections)}{hint}")

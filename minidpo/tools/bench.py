@@ -99,11 +99,9 @@ def config_of(options: argparse.Namespace, temporary: Path) -> DPOConfig | Rewar
         model = toml(options.model or str(temporary / "model"))
         file.write_text(f'model.path = {model}\ndata.train = ["-"]\noptim.batch_size = 8\nrun.out = "-"\n')
     typed = {key: vars(options)[key] for key in KEYS if vars(options)[key] is not None}
-    if typed.get("run.dtype") == "float32":
-        typed["run.dtype"] = "fp32"
     typed |= {"data.eval": "", "data.eval_pairs": "0"}  # Steps may take every pair.
     if options.data:
-        typed["data.train"] = ",".join(options.data)
+        typed["data.train"] = toml(options.data)  # A name may have a comma.
     kind: type = RewardConfig if options.loss == RM else DPOConfig
     if kind is RewardConfig:
         typed |= {"loss.lm_weight": "0", "loss.margin_from_data": "false"}

@@ -58,7 +58,7 @@ def write_pairs(path: Path, prompts: Sequence[Sequence[Sample]]) -> None:
     """A preference file of best and worst, in text or messages as the prompts were, with their scores."""
     pairs = [pair for samples in prompts if (pair := best_and_worst(samples))]
     if not pairs:
-        raise UserError(f"--pairs-out {path}: no prompt has two samples of different reward; raise --n")
+        raise UserError(f"--pairs-out {path}: no prompt's samples differ in reward; raise --n, --temperature")
     rows = []
     for pair in pairs:
         prompt, others = pair[0].prompt, dict(pair[0].prompt.given)

@@ -9,7 +9,6 @@ truncated; where training did, that is said.
 import argparse
 import json
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +157,8 @@ def _record(options: argparse.Namespace) -> tuple[str, Any]:
     if file is None or texts or index is None or index < 0:
         typed = "--prompt, --chosen and --rejected, all three and no --index"
         raise UserError(f"give a pair either as --data FILE and --index K, K from 0 on, or as {typed}")
-    for line, record in islice(read_records(Path(file)), index, None):
-        return f"{file}:{line}", record
-    count = sum(1 for _ in read_records(Path(file)))
+    count = 0
+    for count, (line, record) in enumerate(read_records(Path(file)), start=1):
+        if count > index:
+            return f"{file}:{line}", record
     raise UserError(f"--index {index}: {file} has {count} records; the last is {count - 1}")

@@ -96,7 +96,8 @@ def read_runs(paths: list[Path]) -> list[Run]:
     hint = "give directories of runs: run.out of train_dpo.py or train_rm.py, not the final/ or a file in it"
     runs = []
     for path, name in zip(paths, names, strict=True):
-        lines = read_metrics(file := require_file(path / "metrics.jsonl", hint))
+        read = read_metrics(file := require_file(path / "metrics.jsonl", hint))
+        lines = [{key: v for key, v in line.items() if isinstance(v, float | int)} for line in read]
         curves, loss = curves_of(lines), loss_of_run(path / "final")
         if not curves:
             raise UserError(f"{file}: no step in it yet; come again when the run has logged one")
@@ -109,7 +110,7 @@ def curves_of(lines: list[dict[str, float]]) -> dict[str, np.ndarray]:
     points: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for key, value in line.items():
-            if isinstance(value, int | float) and abs(value) < LARGEST:  # false for NaN too
+            if abs(value) < LARGEST:  # false for NaN too
                 points.setdefault(key, []).append((line["step"], value))
     return {key: np.array(p, float).T for key, p in points.items()}
 

@@ -50,6 +50,7 @@ def main(arguments: list[str]) -> None:
     require_place("--out", options.out, *read)
     device, runs = choose_device(options.device), read_runs(options.runs)
     configs = [load_either_config([f"{run.path}/config.toml"]) for run in runs]
+    require_place("--out", options.out, *(file for c in configs for file in c.data.train + c.data.eval))
     parts = [tag("p", *in_words(*each)) for each in zip(runs, configs, strict=True)]
     parts += curves(runs)
     for run, config in zip(runs, configs, strict=True):
@@ -80,7 +81,7 @@ def in_words(run: Run, config: Any) -> Iterator[object]:
     if evaluations := [line for line in run.lines if "loss" not in line]:
         yield f"On held-out {unit}, step {evaluations[0]['step']} → {evaluations[-1]['step']}"
         for key, label, form in COLUMNS:
-            values = (evaluations[k].get(f"eval/{key}", 0.0) for k in (0, -1))
+            values = (evaluations[k].get(f"eval/{key}", np.nan) for k in (0, -1))
             was, now = (f"{value:{form}}".strip() for value in values)
             yield f", {label} {was} → {now}" * (was != now)
         yield ". "

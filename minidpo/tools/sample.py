@@ -17,7 +17,7 @@ from minidpo.files import require_file, require_place
 from minidpo.log import Progress, print0
 from minidpo.model import Sampling, generate, load_model
 from minidpo.model.adapter_files import HELP, with_tokenizer
-from minidpo.sections import TEMPLATES
+from minidpo.sections import TEMPLATES, DataSection
 from minidpo.tools.best_of_n import Sample, show_all, show_best, write_pairs, write_samples
 from minidpo.tools.reading import add_reading_options, reading_section
 from minidpo.training.device import choose_device
@@ -113,7 +113,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 def _prompts(options: argparse.Namespace, template: ChatTemplate) -> list[Prompt]:
     if options.prompt == "":
         return [Prompt("")]  # The model begins after its BOS.
-    data = reading_section(options, options.adapter or options.model)
+    data = reading_section(options, options.adapter or options.model) if options.data else DataSection()
     prompts = []
     for index, (place, record) in enumerate(_records(options)):
         try:

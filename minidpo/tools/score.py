@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> None:
         add("{}_length", pairs.scored_lengths)
         if options.reference:
             reference = load_model(options.reference, device=device)
-            values = all_logps(reference, pairs, *passes, "reference_log-probs")
+            values = all_logps(reference, pairs, *passes, "reference log-probs")
             add("reference_{}_logps", values, options.reference)
     if options.out:
         of_pairs = zip(*(column.tolist() for column in columns.values()), strict=True)

@@ -67,7 +67,7 @@ def test_json(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: 1e9)
     block = np.ones(2**27)  # 1 GiB of this process, which does not count: peaks are those of processes alone
     save_model(tiny_model(), tmp_path)
-    settings = ["--batch-size", "2", "--dtype", "float32", "--threads", "1", "--steps", "1"]
+    settings = ["--batch-size", "2", "--dtype", "fp32", "--threads", "1", "--steps", "1"]
     main(["bench", "--model", str(tmp_path), *settings, "--against", "textbook"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     seconds, theirs = result["step_seconds"]["median"], result["their_step_seconds"]["median"]
@@ -94,9 +94,7 @@ def test_trl(loss, passes, case, monkeypatch):
     trl = pytest.importorskip("trl", reason="needs the extra `peers`")
     base, batches = trl.RewardTrainer if passes > 1 else trl.DPOTrainer, []
     step = base.training_step
-    monkeypatch.setattr(
-        base, "training_step", lambda its, *given: batches.append(given[1]) or step(its, *given)
-    )
+    monkeypatch.setattr(base, "training_step", lambda *given: batches.append(given[2]) or step(*given))
     in_passes = replace(case(loss), their_passes=passes)
     times, rows = train_trl(in_passes, 3, lambda batch: float(batch[0]))
     assert len(times) == 3 and len(batches) == 3 * passes
@@ -107,9 +105,11 @@ def test_trl(loss, passes, case, monkeypatch):
         assert ids[: end - start].tolist() == PAIRS.ids[start:end].tolist()
 
 
-def test_configuration(config, monkeypatch, capsys):
+def test_configuration(config, tmp_path, monkeypatch, capsys):
     """It gives model, data and settings; the command line overrules it, and no pairs are held out."""
     monkeypatch.setattr(bench, "measure", lambda case, opponent: {"pairs": len(case.pairs)})
     main(["bench", "--config", *config(), "--loss", "simpo", "--steps", "20", "--batch-size", "2"])
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert result["loss"].startswith("SimPO") and result["micro_tokens"] == 256 and result["pairs"] == 40
+    with_comma = bench.parse(["--model", "a", "--data", "b,c.jsonl", "--data", "d"])
+    assert bench.config_of(with_comma, tmp_path).data.train == ["b,c.jsonl", "d"]

@@ -7,7 +7,7 @@ import pytest
 
 from minidpo.data import Prompt, Tokenizer, read_preferences
 from minidpo.errors import UserError
-from minidpo.model import save_reward_model
+from minidpo.model import Sampling, save_reward_model
 from minidpo.tools import sample as command
 from minidpo.tools.best_of_n import Sample, write_pairs
 from minidpo.tools.score import main as score
@@ -119,11 +119,11 @@ def test_nothing_to_prefer(best_of_n, prompts, tmp_path):
     (row,) = read(tmp_path / "some.jsonl")
     assert (row["chosen"], row["rejected"]) == (" b", " a")
     assert (row["tools"], row["chat_template_kwargs"]) == (["weather"], {"effort": "low"})
-    with pytest.raises(UserError, match="no prompt has two samples of different reward"):
+    with pytest.raises(UserError, match="no prompt's samples differ in reward; raise --n, --temperature"):
         best_of_n("--data", prompts, "--temperature", 0)
 
 
-def test_no_room(best_of_n, tmp_path):
+def test_no_room(best_of_n, sampled, tmp_path):
     """Prompts that leave no room are left out and told; indices are those of the file."""
     long = {"prompt": "a cat " * 200}
     samples, _, text = best_of_n("--data", write(tmp_path / "a.jsonl", long, {"prompt": "a cat"}))
@@ -131,6 +131,10 @@ def test_no_room(best_of_n, tmp_path):
     assert "1 of 2 prompts left out" in text
     with pytest.raises(UserError, match="no prompt leaves room for --max-new-tokens 6"):
         best_of_n("--data", write(tmp_path / "b.jsonl", long))
+    # BOS and what is sampled fill the model; in the reward model an EOS has to fit, too.
+    assert "left out" not in sampled("--prompt", "", "--max-new-tokens", 255, "--temperature", 0)
+    with pytest.raises(UserError, match="--max-new-tokens 255: the model takes 256 tokens, the reward"):
+        best_of_n("--prompt", "", "--max-new-tokens", 255)
 
 
 @pytest.fixture
@@ -153,14 +157,17 @@ def chatty(world, tmp_path):
         (False, ["--system", "Be brief."], HH.replace("<s>", "<s>Be brief.")),
     ],
 )
-def test_human(sampled, world, chatty, monkeypatch, own, option, asked):
-    """A question is put by the model's own template, and as in HH if it has none; any EOS ends a response."""
-    directory, calls = chatty if own else world / "model", []
-    monkeypatch.setattr(command, "generate", lambda *arguments, **_: calls.append(arguments) or arguments[1])
-    sampled("--human", "a cat?", *option, model=directory)
-    ((_, (ids,), _, stops, _),) = calls
+def test_human(sampled, world, chatty, tmp_path, monkeypatch, own, option, asked):
+    """A question is put by the model's own template, and as in HH if it has none; any EOS ends a response. How
+    to sample is as typed."""
+    directory, out, calls = chatty if own else world / "model", tmp_path / "samples.jsonl", []
+    monkeypatch.setattr(command, "generate", lambda *given, **_: calls.append(given) or [[5]])
+    how = ["--seed", 7, "--temperature", 0.5, "--top-p", 0.25]
+    sampled("--human", "a cat?", *option, *how, "--out", out, model=directory)
+    ((_, (ids,), sampling, stops, seed),) = calls
     assert Tokenizer.from_pretrained(directory).decode(ids, special_tokens=True) == asked
-    assert stops == ({2, 5, 70} if own else {2})
+    assert stops == ({2, 5, 70} if own else {2}) and read(out)[0]["ended"] == own
+    assert (sampling, seed) == (Sampling(6, 0.5, 0.25), 7)
 
 
 @pytest.mark.parametrize(("kind", "asked"), [("model", OWN), ("hh", HH), ("chatml", CHATML)])
@@ -177,11 +184,14 @@ def test_messages(best_of_n, chatty, tmp_path, kind, asked):
         assert tokenizer.decode(tokenizer.encode_pair(pair).prompt, special_tokens=True) == asked
 
 
-def test_prompts_file(sampled, tmp_path):
-    """One prompt per line of \\n or \\r\\n, without a byte order mark; other separators stay."""
+def test_prompts_file(sampled, world, tmp_path):
+    """One prompt per line of \\n or \\r\\n, without a byte order mark; other separators stay. It is taken as it
+    is, also where the model's run made a user's turn of every text."""
     file, out = tmp_path / "prompts.txt", tmp_path / "samples.jsonl"
+    model = shutil.copytree(world / "model", tmp_path / "final")
+    (tmp_path / "config.toml").write_text('data.text = "template"\n')
     file.write_bytes("\ufeffa\x0cb\x85c\r\n\r\nd\u2028e\rf\\ng\n".encode())
-    sampled("--prompts-file", file, "--out", out)
+    sampled("--prompts-file", file, "--out", out, model=model)
     assert [row["prompt"] for row in read(out)] == ["a\x0cb\x85c", "d\u2028e\rf\ng"]
 
 

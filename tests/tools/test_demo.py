@@ -158,3 +158,14 @@ def test_demo(tmp_path, monkeypatch, capsys):
     assert float(kl[-2]) == 0.0 <= float(kl[-1])
     command.main(["--out", str(out), "--judge", str(out / "dpo"), str(out / "sft")])
     assert ["SFT", "DPO", "SFT"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def test_interrupted(tmp_path, monkeypatch):
+    """Ctrl-C ends the demo whatever status its script ends with, and not before that has saved."""
+    interrupt = "time.sleep(0.5); os.kill(os.getppid(), signal.SIGINT); time.sleep(0.5)"
+    save = f"import os, pathlib, signal, sys, time; {interrupt}; pathlib.Path(sys.argv[1]).touch()"
+    (tmp_path / "script.py").write_text(save)
+    monkeypatch.setattr(command, "REPOSITORY", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        command.run_script("script.py", "saved", {})
+    assert (tmp_path / "saved").exists()

@@ -77,7 +77,8 @@ def test_every_loss(explained, text, pair):
     losses = explained(*pair, "--beta", "0.3")["losses"]
     assert [loss["name"] for loss in losses] == ["dpo", *OF_ONE_PAIR]
     assert [loss.get("beta") for loss in losses[:2]] == [0.3, 0.1]
-    assert {loss["name"] for loss in losses if "argument" not in loss} == {"apo_zero", "sft"}
+    of_z = {loss["name"] for loss in losses if "argument" in loss}
+    assert of_z >= {"dpo", "ipo", "simpo", "orpo", "hinge"} and not of_z & {"apo_zero", "sft"}
     assert "z or h of" not in text(*pair, "--loss", "apo_zero")
 
 
@@ -109,9 +110,8 @@ def test_with_a_calculator(text, pair, e):
     """Read back as a student would: differences, running sums, reward, sigmoid, loss, weight."""
     table = text(*pair, "--beta", "0.3", "--label-smoothing", str(e), "--every-token")
     log_ratios, sums = [], [0.0] * 3  # sums of the policy's, the reference's and their difference
-    for role, numbers in re.findall(
-        r"^ *\d+ (chosen|rejected|eos) .*?((?: +[-+]?\d+\.\d{4}){6})$", table, re.M
-    ):
+    row = r"^ *\d+ (chosen|rejected|eos) .*?((?: +[-+]?\d+\.\d{4}){6})$"
+    for role, numbers in re.findall(row, table, re.M):
         policy, reference, difference, *so_far = map(float, numbers.split())
         assert policy - reference == pytest.approx(difference, abs=2e-4)
         sums = [a + b for a, b in zip(sums, (policy, reference, difference), strict=True)]
@@ -208,17 +208,20 @@ def test_one_response(explained, text, tmp_path):
 def typed(text, world, tmp_path):
     """The page of `explain --html` for a typed pair."""
 
-    def written(chosen: str, prompt: str = "a cat") -> Page:
+    def written(chosen: str, *more: str, prompt: str = "a cat") -> Page:
         out, both = tmp_path / "pair.html", ["--prompt", prompt, "--chosen", chosen, "--rejected", " no"]
-        text(*both, "--reference", str(world / "other"), "--html", str(out))
+        text(*both, "--reference", str(world / "other"), "--html", str(out), *more)
         return Page(out)
 
     return written
 
 
-def test_equation(typed):
+@pytest.mark.parametrize("more", [[], ["--length-normalize"]])
+def test_equation(typed, more):
     """The equation is shown with the numbers of the pair in it, and they give the loss."""
-    lines = re.findall(r"loss = (.*)", typed(" yes").text)
+    shown = typed(" yes", *more).text
+    lines = re.findall(r"loss = (.*)", shown)
+    assert ("gradient weight = beta * sigma(-z) / |y|nats" in shown) == bool(more)  # "nats" begins a table
     log_ratios = re.findall(r"0\.1 \[ \(?(-?[\d.]+)\)? - \(?(-?[\d.]+)\)? \]", lines[1])[0]
     z = 0.1 * (float(log_ratios[0]) - float(log_ratios[1]))
     assert lines[0].startswith("-log sigma(z),    z = beta [ log pi(y_w|x)/pi_ref(y_w|x)")

@@ -19,6 +19,7 @@ RECORD = f"{EXPLAIN}--data {{world}}/pairs.jsonl.gz "
 TYPED = f"{EXPLAIN}--prompt a --chosen b --rejected c "
 SAMPLE = f"sample {MODEL}--max-new-tokens 6 "
 BEST = f"{SAMPLE}--prompt a --reward-model {{files}}/reward --n 2 "
+DATA = f"data {MODEL}{{files}}/one.jsonl "
 BENCH = "bench --shape B "
 LONG = "'" + "a" * 999 + "'"
 
@@ -26,6 +27,7 @@ ROWS = [
     (SCORE + "--max-length 0", "max_prompt_length = 0 must lie between 1"),
     (SCORE + "--max-length 999", "the model takes 256"),
     (SCORE + "--reference nowhere", "nowhere"),
+    (SCORE + "--reference {files}/foreign", "its tokenizer has other ids than the model's"),
     (SCORE + "--model {files}/run/final", "the run is not finished: .*/checkpoints has what it has saved"),
     (SCORE + "--model {files}/reward", "'score.weight' .* a reward model's .score: --reward-model."),
     (SCORE + "--adapter {files}", "an adapter is needed, .*; .*/adapter is one"),
@@ -36,6 +38,7 @@ ROWS = [
     (RECORD + "--index 1 --prompt a", "give a pair either as --data"),
     (RECORD + "--index -1", "K from 0 on"),
     (RECORD + "--index 40", "has 40 records; the last is 39"),
+    (RECORD + "--index 1" + "0" * 20, "has 40 records; the last is 39"),
     (EXPLAIN + "--data nowhere.jsonl --index 0", "nowhere.jsonl: No such file"),
     (EXPLAIN + "--data {files}/bad.jsonl --index 0", "bad.jsonl:1: no key 'chosen'"),
     (EXPLAIN + "--data {files}/bad.jsonl --index 1", "bad.jsonl:3: nothing but blanks"),
@@ -63,7 +66,13 @@ ROWS = [
     (SAMPLE + "--data {files}/one.jsonl --out {files}/one.jsonl", "is read here"),
     (SAMPLE + "--prompts-file {files}/one.jsonl --out {files}/one.jsonl", "is read here"),
     (f"explain {MODEL}--data {{files}}/one.jsonl --index 0 --html {{files}}/one.jsonl", "is read here"),
+    (DATA + "--out {files}/one.jsonl", "--out .*one.jsonl: is read here, or in a directory"),
+    (DATA + "--column question", "--column question: give NAME=KEY, NAME one of prompt, system, chosen"),
+    (DATA + "--column question=q", "--column question=q: give NAME=KEY"),
+    (DATA + "--limit -1", "data: limit is -1; it must be >= 0"),
+    (DATA + "--held-out=a", "goes with the configuration of .*: python -m minidpo data RUN.toml --data"),
     ("report {files}/begun --out {files}/begun/metrics.jsonl", "is read here"),
+    ("report {files}/spoken --out {files}/one.jsonl", "--out .*one.jsonl: is read here"),
     ("report {files}/begun/metrics.jsonl", "not the final/ or a file in it"),
     ("report {files}/begun --out nowhere/a.html", "--out nowhere/a.html: a file in a directory that exists"),
     ("plot {files}/begun", "no step in it yet"),
@@ -84,6 +93,7 @@ METRICS = {
     "begun": '{"step": 1',
     "others": '{"step": 1, "other": 2}\n',
     "huge": '{"step": 1, "loss": 1' + "0" * 400 + "}\n",
+    "spoken": '{"step": 1, "loss": 1}\n',
     "spoilt": '{"step": 1}\n{"step": 2, "loss": 0.\n{"step": 3}\n',
 }
 
@@ -101,6 +111,8 @@ def files(world, tmp_path_factory) -> Path:
     for name, lines in METRICS.items():
         (files / name).mkdir()
         (files / name / "metrics.jsonl").write_text(lines)
+    run = (f'model.path = "{world}"', f'data.train = ["{files}/one.jsonl"]', f'run.out = "{files}/spoken"')
+    write(files / "spoken" / "config.toml", *run)
     (files / "run" / "checkpoints").mkdir(parents=True)
     (files / "adapter").mkdir()
     (files / "adapter" / "adapter_config.json").touch()

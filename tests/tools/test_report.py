@@ -64,6 +64,8 @@ def test_figures_of_explain(trained, world, page, capsys):
         loss, numbers = e["loss"], "policy {policy_logp:.4f}, reference {reference_logp:.4f}, difference"
         expected = [numbers.format(**token) for token in e["tokens"] if token["scored"]]
         assert re.findall(r'title="[^"]*: (policy .*? difference) ', article) == expected
+        shades = ["up" if token["difference"] > 0 else "down" for token in e["tokens"] if token["scored"]]
+        assert re.findall(r'<span title=[^>]* class="(\w+)"', article) == shades
         for prefix in ("", "reference_"):
             chosen, rejected = e[f"{prefix}chosen_logps"], e[f"{prefix}rejected_logps"]
             row = (f"<td>{value:z.4f}</td>" for value in (chosen, rejected, chosen - rejected))
@@ -130,12 +132,16 @@ def test_curves(trained, page):
     assert "<button" not in alone.source and "Mean reward, nats" in alone.text
 
 
-def test_samples(trained, page):
-    """The first and the last response to a prompt, each with KL, reward and length."""
-    shown = page(trained / "dpo").text.split("samples before and after")[1]
-    for row in (row for step in (0, 6) for row in read(trained / f"dpo/samples/step-{step}.jsonl")):
+def test_samples(runs, page):
+    """The first and the last response to a prompt, each with KL, reward, length and whether it ended; first
+    those that moved most."""
+    (runs / "dpo/samples/step-6.jsonl").rename(runs / "dpo/samples/step-10.jsonl")
+    shown = page(runs / "dpo").text.split("samples before and after")[1]
+    for row in (row for step in (0, 10) for row in read(runs / f"dpo/samples/step-{step}.jsonl")):
         about = f"KL {row['kl']:.2f} nats, reward {row['reward']:.3f}, {row['tokens']} tokens"
-        assert about in shown and row["response"].strip() in shown
+        assert about + ", not ended" * (not row["ended"]) + row["response"].strip() in shown
+    kls = [float(kl) for kl in re.findall(r"KL (\S+) natsafter training", shown)]
+    assert kls == sorted(kls, reverse=True) and len(kls) == 5
 
 
 def test_reward_model(trained, world, page, tmp_path):
@@ -151,6 +157,8 @@ def test_reward_model(trained, world, page, tmp_path):
     assert margins == sorted(margins)
     last = read(trained / "rm/metrics.jsonl")[-1]
     assert f"right of 0 is right: accuracy {last['eval/accuracy']:.3f}" in shown.text
+    shares = [float(said.split()[-1]) for said in shown.titles if said.startswith("share right")]
+    assert len(shares) == 8 and max(shares) == 1 and min(shares) >= 0
 
 
 TURNS = [{"role": "assistant", "content": "a cat"}, {"role": "user", "content": "no"}]
@@ -178,8 +186,11 @@ def test_kinds(config, tmp_path, page, record, settings, says):
     files = [str(write(tmp_path / "a.jsonl", *rows))]
     settings |= {"data__train": files, "data__eval": files, "data__eval_pairs": 0, "optim__max_steps": 1}
     run_dpo(config(**settings, optim__batch_size=2))
+    with (tmp_path / "out/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 2, "eval/loss": 1.0, "eval/z0": 0.625}\n')
     shown = page(tmp_path / "out")
     assert says in shown.source and "Largest gain" in shown.text
+    assert ("0.625" in shown.text) == (settings.get("loss__name") == '"kto"')  # in the equation of a pair
 
 
 @pytest.mark.parametrize(
@@ -197,8 +208,11 @@ def test_incomplete(runs, page, what, says):
         shutil.rmtree(runs / "dpo" / "final")
     else:
         file.write_text(re.sub(*what, file.read_text()))
+    with (runs / "dpo/metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 7, "eval/loss": null, "eval/kl": "?"}\n')  # as a program may write for NaN
     shown = page(runs / "dpo")
     assert says.replace("RUN", str(runs / "dpo")) in shown.text and "All settings" in shown.text
+    assert "step 0 → 7, loss 0.6931 → nan" in shown.text
     assert ("It is not finished: there is no final/." in shown.text) == (what == "final")
 
 

@@ -71,11 +71,9 @@ def test_accuracy_and_margin(scored, world):
     """Accuracy and mean margin come with their standard errors."""
     reference = ("--reference", world / "other")
     rows, text = scored(*reference, "--beta", "0.7")
-    chosen, rejected = (
-        np.array([row[f"{name}_logps"] - row[f"reference_{name}_logps"] for row in rows])
-        for name in ("chosen", "rejected")
-    )
-    margins, n = 0.7 * (chosen - rejected), len(rows)
+    names = ("chosen_logps", "rejected_logps", "reference_rejected_logps", "reference_chosen_logps")
+    values, n = np.array([[row[name] for name in names] for row in rows]), len(rows)
+    margins = 0.7 * values @ [1, -1, 1, -1]
     p, mean = (margins > 0).mean(), margins.mean()
     error = math.sqrt(((margins - mean) ** 2).sum() / (n - 1) / n)
     assert f"{p:.3f} ± {math.sqrt(p * (1 - p) / (n - 1)):.3f}" in text

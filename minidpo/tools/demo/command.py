@@ -104,7 +104,8 @@ def run_script(script: str, config: str, settings: dict[str, str]) -> None:
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        status = process.wait()  # The script received Ctrl-C as well, and needs a moment to save.
+        process.wait()  # The script received Ctrl-C as well, and needs a moment to save.
+        raise
     if status in (STOPPED, UNREAD):
         sys.exit(status)
     if status:
