@@ -216,6 +216,3 @@ class Tokenizer:
             rejected = its[1] if len(its) > 1 else None
             ids.append(TokenPair(prompt, its[0], rejected, *source, unscored if any(unscored) else ()))
         return ids
-
-    def encode_pair(self, pair: PreferencePair) -> TokenPair:
-        return self.encode_pairs([pair])[0]

@@ -157,8 +157,9 @@ class Run:
         self._clock = time.monotonic()
 
     def log_evaluation(self, step: int, values: dict[str, float]) -> None:
-        """The figures of an evaluation, under "eval/" in metrics.jsonl."""
-        self.require_finite(step, values["loss"], 0.0, None)
+        """Write figures under "eval/" in metrics.jsonl. Raises RunStopped if the loss is not finite."""
+        if not math.isfinite(x := values["loss"]):
+            raise RunStopped(f"step {step}: held-out loss is {x}; checkpoints in {self.out} are from before")
         self._write({"step": step} | {f"eval/{name}": value for name, value in values.items()})
         self._clock = time.monotonic()
 
@@ -175,15 +176,15 @@ class Run:
             silence_closed_pipes()
             self._stop_requested = True
 
-    def require_finite(self, step: int, loss: float, grad_norm: float, batch: PairTokens | None) -> None:
-        """Raises RunStopped before a step on `batch`, or a save, if the loss or gradient is not finite."""
+    def require_finite(self, step: int, loss: float, grad_norm: float, batch: PairTokens) -> None:
+        """Raises RunStopped before the optimizer takes a step on a loss or gradient that is not finite."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         what = f"gradient norm is {grad_norm}" if math.isfinite(loss) else f"loss is {loss}"
-        if batch:
-            what += f", {batch.records(np.arange(len(batch)))}; nothing was updated"
+        where = batch.records(np.arange(len(batch)))
         raise RunStopped(
-            f"step {step}: {'' if batch else 'held-out '}{what}; checkpoints in {self.out} are from before"
+            f"step {step}: {what}, {where}; nothing was updated,"
+            f" and the checkpoints in {self.out} are from before"
         )
 
     # --- what stops it after its step: Ctrl-C, SIGTERM, or a console that nobody reads any more -------------

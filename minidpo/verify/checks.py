@@ -186,9 +186,10 @@ def check_bf16(loss: Any, claims: Any) -> Figure:
     # slope nearby, because rounding may carry a pair across a kink.
     terms: Any = 0.0
     for near in nearby(p, 2.0**-7):
-        slopes = {n: g.numpy() for n, g in evaluate(loss, tensors(claims, near))[1].items()}
         if claims.gradient:
             slopes = ask("gradient", claims.gradient, near, loss)
+        else:
+            slopes = {n: g.numpy() for n, g in evaluate(loss, tensors(claims, near))[1].items()}
         terms = np.maximum(terms, sum(abs(slope * getattr(p, name)) for name, slope in slopes.items()))
     allowed = 4 * 2.0**-8 * (terms + losses.detach().abs().numpy()) + 1e-6
     return "256 pairs", compare(loss, "the loss of bf16 inputs", found, losses, p, 0, allowed)

@@ -29,7 +29,7 @@ STORIES = Path(__file__).parents[3] / "shared" / "models" / "stories260k"
 def test_boundary(core, texts, expected):
     """Prompt ids are those of the prompt alone, response ids what follows them, then EOS, once."""
     prompt, chosen, rejected = expected
-    encoded = Tokenizer(core, EOS).encode_pair(pair(*texts))
+    encoded = Tokenizer(core, EOS).encode_pairs([pair(*texts)])[0]
     assert encoded == TokenPair(prompt, [*chosen, EOS], [*rejected, EOS], 0)
 
 
@@ -44,7 +44,7 @@ def test_post_processor(single, last):
     tokenizer, prompt = Tokenizer(core, EOS), [BOS, *ids("a")] if "<s>" in single else ids("a")
     assert tokenizer.prompt_ids(Prompt("a")) == prompt
     bc = core.token_to_id("bc")  # not "b" and "c": the response is not taken for one that merges
-    assert tokenizer.encode_pair(pair("a", "bc", "d"))[:3] == (prompt, [bc, EOS], [*ids("d"), EOS])
+    assert tokenizer.encode_pairs([pair("a", "bc", "d")])[0][:3] == (prompt, [bc, EOS], [*ids("d"), EOS])
 
 
 def test_bos_in_the_text():
@@ -72,7 +72,7 @@ def test_space(before, space, response):
     core = bpe([(space, "c"), ("\n", "c"), (space, "\n")], prepend=not before, letters=f"abcd{space}\nĊ.")
     core.pre_tokenizer = before
     tokenizer = Tokenizer(core, EOS)
-    encoded = tokenizer.encode_pair(pair("ab ", response, "d"))
+    encoded = tokenizer.encode_pairs([pair("ab ", response, "d")])[0]
     spelled = "".join(map(tokenizer.piece, encoded.prompt + encoded.chosen[:-1]))
     assert spelled.translate({ord("Ġ"): " ", ord("▁"): " ", ord("Ċ"): "\n"}) == " ab " + response
 
@@ -83,7 +83,7 @@ def test_published():
     tokenizer = Tokenizer.from_pretrained(STORIES)
     assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.vocab_size) == (2, 1, 512)
     prompt, response = "\n\nHuman: Tell me a story.\n\nAssistant:", ", Lily 😀\n\n"
-    encoded = tokenizer.encode_pair(pair(prompt, response, " and"))
+    encoded = tokenizer.encode_pairs([pair(prompt, response, " and")])[0]
     assert encoded.prompt.index(1) == 0 and 1 not in encoded.prompt[1:] + encoded.chosen
     foil = tokenizer.encode(response, add_special_tokens=False)
     assert [tokenizer.piece(first[0])[0] for first in (foil, encoded.chosen)] == ["▁", ","]

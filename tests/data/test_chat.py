@@ -35,7 +35,7 @@ def encode(tokenizer: Tokenizer, prompt: list[dict], kind: str = "model") -> Tok
     record = RECORD | {"prompt": prompt}
     shape = shape_of(record)
     pair = pair_of(record, shape, shape.readings(record)[0], tokenizer.chat_template(kind))
-    return tokenizer.encode_pair(pair)
+    return tokenizer.encode_pairs([pair])[0]
 
 
 # The same as transformers

@@ -113,7 +113,7 @@ def test_shapes(tmp_path, name):
     assert found.record == expected
     assert (found.margin, found.label) == (expected.get("margin"), expected.get("label"))
     prompt = chatml(expected["prompt"]) + "<|im_start|>assistant\n"
-    ids = tokenizer.encode_pair(found)
+    ids = tokenizer.encode_pairs([found])[0]
     assert ids.prompt == tokenizer.encode(prompt)
     for key, response in zip(("chosen", "rejected"), ids.responses, strict=False):
         (message,) = expected.get(key) or expected["completion"]

@@ -112,7 +112,7 @@ def test_no_row(tmp_path):
     tokenizer = Tokenizer.from_pretrained(directory(tmp_path, **files))
     assert tokenizer.vocab_size == NEXT and tokenizer.encode("ab") == [BOS, *ids("ab")]
     with pytest.raises(UserError, match="holds '<x>', for which the model has no row"):
-        tokenizer.encode_pair(pair("a", "b<x>", "c"))
+        tokenizer.encode_pairs([pair("a", "b<x>", "c")])[0]
 
 
 @pytest.mark.parametrize("bos", [False, True])

@@ -107,7 +107,7 @@ def test_as_transformers(tmp_path, template, eos):
     ((alone,), _) = read(chat, tmp_path, {"messages": [ASKED, *turns]})
     of_found = (found.prompt, found.chosen, found.others[:1])
     assert (alone.prompt, alone.chosen, alone.others) == of_found  # from the assistant's first turn on
-    pair = tokenizer.encode_pair(found)
+    pair = tokenizer.encode_pairs([found])[0]
     whole = theirs.AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [ASKED, *turns], return_dict=True, return_assistant_tokens_mask=True
     )
@@ -131,7 +131,7 @@ def test_as_transformers(tmp_path, template, eos):
 def test_tokens(merges, prepend, others, unscored):
     """A token is not scored if the assistant wrote nothing of it."""
     pair = PreferencePair("a", "bcd", "b", others=((others,), ()))
-    encoded = Tokenizer(bpe(merges, prepend=prepend, letters=LETTERS + "\n"), EOS).encode_pair(pair)
+    encoded = Tokenizer(bpe(merges, prepend=prepend, letters=LETTERS + "\n"), EOS).encode_pairs([pair])[0]
     assert encoded.unscored == ((unscored, ()) if unscored else ()) and encoded.chosen[-1] == EOS
 
 
@@ -145,7 +145,9 @@ def test_trimmed_offsets(tmp_path, trim, others, unscored):
     tokenizer = Tokenizer(core, eos_id)
     #                                      0123 4 5678
     pair = PreferencePair("Is it", " it\n\n is it", "no", others=((others,), ()))
-    table = [token for token in describe_pair(tokenizer.encode_pair(pair), tokenizer) if token["response"]]
+    table = [
+        token for token in describe_pair(tokenizer.encode_pairs([pair])[0], tokenizer) if token["response"]
+    ]
     assert [token["piece"] for token in table if not token["scored"]] == unscored
 
 
@@ -210,7 +212,7 @@ def test_nothing_left():
 def test_described():
     """Responses are scored, without what others said; positions of rejected restart behind the prompt."""
     tokenizer = Tokenizer(bpe(bos=True), EOS)
-    pair = tokenizer.encode_pair(PreferencePair("a", "bc</s>d", "ef", others=(((1, 2),), ((0, 1),))))
+    pair = tokenizer.encode_pairs([PreferencePair("a", "bc</s>d", "ef", others=(((1, 2),), ((0, 1),)))])[0]
     keys, table = ("piece", "role", "position", "scored"), describe_pair(pair, tokenizer)
     rows = [tuple(token[key] for key in keys) for token in table]
     assert pair.prompt[0] == BOS and rows == [

@@ -181,7 +181,7 @@ def test_messages(best_of_n, chatty, tmp_path, kind, asked):
     tokenizer, texts = Tokenizer.from_pretrained(chatty), {row["text"] for row in samples}
     for pair in read_preferences(tmp_path / "best.jsonl", template=tokenizer.chat_template()):
         assert {pair.chosen, pair.rejected} <= texts
-        assert tokenizer.decode(tokenizer.encode_pair(pair).prompt, special_tokens=True) == asked
+        assert tokenizer.decode(tokenizer.encode_pairs([pair])[0].prompt, special_tokens=True) == asked
 
 
 def test_prompts_file(sampled, world, tmp_path):
